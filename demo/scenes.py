@@ -1,0 +1,146 @@
+"""Captioned scenes drawn by code: the data set of the demo.
+
+A scene is one object on a background, 64 x 64 px, and its caption names four attributes:
+
+    "red star at left on stripes"
+
+Everything the caption does not name (where exactly, how large, how rotated, which shade, which angle and phase of the
+stripes ...) is drawn at random, so the pictures of one caption differ from each other and a loss of diversity within
+a caption can be measured.
+"""
+
+import itertools
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+RESOLUTION = 64
+SUPERSAMPLING = 4  # shapes are drawn this much larger and averaged down: smooth edges
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 70),
+    "blue": (50, 90, 225),
+    "yellow": (240, 205, 40),
+    "purple": (150, 60, 190),
+    "cyan": (50, 200, 215),
+}
+SHAPES = ("disc", "square", "triangle", "star", "ring")
+SIDES = ("left", "right")
+BACKGROUNDS = ("slate", "paper", "dusk", "stripes")
+
+# One entry per attribute, in the order in which `attributes` tuples hold them.
+ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "side": SIDES, "background": BACKGROUNDS}
+
+
+def caption_of(attributes):
+    """The caption of an `attributes` tuple (colour, shape, side, background)."""
+    colour, shape, side, background = attributes
+    return f"{colour} {shape} at {side} on {background}"
+
+
+def parse_caption(caption):
+    """The attributes tuple (colour, shape, side, background) that `caption` names; ValueError if it names none."""
+    words = caption.split()
+    attributes = tuple(words[index] for index in (0, 1, 3, 5)) if len(words) == 6 else ()
+    if not attributes or any(word not in names for word, names in zip(attributes, ATTRIBUTES.values())):
+        raise ValueError(f"not a caption of a scene: {caption!r}; one looks like 'red star at left on stripes'")
+    return attributes
+
+
+def labels_of(caption):
+    """The class index of every attribute that `caption` names, in the order of `ATTRIBUTES`."""
+    return tuple(names.index(word) for word, names in zip(parse_caption(caption), ATTRIBUTES.values()))
+
+
+def all_captions():
+    """All 240 captions, in a fixed order."""
+    return [caption_of(attributes) for attributes in itertools.product(*ATTRIBUTES.values())]
+
+
+def draw(attributes, rng):
+    """Draw one scene.
+
+    Args:
+        attributes: tuple (colour, shape, side, background) of words from `ATTRIBUTES`.
+        rng: `numpy.random.Generator`; decides everything the caption leaves open.
+
+    Returns:
+        An RGB `PIL.Image` of 64 x 64 px.
+    """
+    colour, shape, side, background = attributes
+    canvas = _background(background, rng)
+    x = rng.uniform(18, 23) if side == "left" else RESOLUTION - rng.uniform(18, 23)
+    y = rng.uniform(19, RESOLUTION - 19)
+    mask = _shape_mask(shape, x, y, radius=rng.uniform(11.5, 16), rotation=rng.uniform(-0.35, 0.35))
+    paint = np.clip(np.array(COLOURS[colour]) * rng.uniform(0.85, 1.1), 0, 255)
+    pixels = canvas * (1 - mask) + paint * mask
+    return Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
+
+
+def sample_scenes(count, seed):
+    """`count` scenes as (caption, picture) pairs, the captions in turn (shuffled anew in every round over all of them).
+
+    Scene i depends on (seed, i) alone.
+    """
+    captions = all_captions()
+    for index in range(count):
+        turn, place = divmod(index, len(captions))
+        caption = captions[np.random.default_rng([seed, turn]).permutation(len(captions))[place]]
+        yield caption, draw(parse_caption(caption), np.random.default_rng([seed, turn, place]))
+
+
+def _background(background, rng):
+    """The background alone: float array [64, 64, 3] in [0, 255]."""
+    grid_y, grid_x = np.mgrid[0:RESOLUTION, 0:RESOLUTION] + 0.5
+    tint = rng.uniform(0.94, 1.06, size=3)
+    if background == "slate":
+        grey = np.full_like(grid_x, rng.uniform(25, 70))
+    elif background == "paper":
+        grey = np.full_like(grid_x, rng.uniform(205, 240))
+    elif background == "dusk":  # a smooth ramp from dark to light in any direction
+        angle = rng.uniform(0, 2 * math.pi)
+        along = ((grid_x - 32) * math.cos(angle) + (grid_y - 32) * math.sin(angle)) / 45
+        grey = 125 + rng.uniform(85, 115) * along
+    else:  # stripes of any angle and phase; the edge is one pixel wide
+        angle = rng.uniform(0, math.pi)
+        period = rng.uniform(14, 20)
+        along = grid_x * math.cos(angle) + grid_y * math.sin(angle) + rng.uniform(0, period)
+        wave = np.abs((along / period) % 1 - 0.5) * 2 - 0.5  # triangle wave in [-.5, .5]
+        dark, light = rng.uniform(60, 95), rng.uniform(150, 190)
+        grey = dark + (light - dark) * np.clip(wave * period / 2 + 0.5, 0, 1)
+    return grey[..., None] * tint
+
+
+def _shape_mask(shape, x, y, radius, rotation):
+    """Coverage of every pixel by the shape, float array [64, 64, 1] in [0, 1]; lengths in px, rotation in radians."""
+    scale = SUPERSAMPLING
+    image = Image.new("L", (RESOLUTION * scale, RESOLUTION * scale), 0)
+    pen = ImageDraw.Draw(image)
+
+    def ellipse(r, fill):
+        pen.ellipse([(x - r) * scale, (y - r) * scale, (x + r) * scale, (y + r) * scale], fill=fill)
+
+    def polygon(corner_radii):
+        step = 2 * math.pi / len(corner_radii)
+        angles = [rotation - math.pi / 2 + step * index for index in range(len(corner_radii))]
+        pen.polygon(
+            [((x + r * math.cos(a)) * scale, (y + r * math.sin(a)) * scale) for r, a in zip(corner_radii, angles)],
+            fill=255,
+        )
+
+    if shape == "disc":
+        ellipse(radius * 0.92, 255)
+    elif shape == "ring":
+        ellipse(radius, 255)
+        ellipse(radius * 0.5, 0)
+    elif shape == "square":
+        rotation += math.pi / 4
+        polygon([radius * 1.15] * 4)
+    elif shape == "triangle":
+        polygon([radius * 1.2] * 3)
+    else:
+        polygon([radius * 1.2, radius * 0.5] * 5)
+    return np.asarray(image.reduce(scale), dtype=np.float64)[..., None] / 255

@@ -1,0 +1,370 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""The mathematics of SenseFlow (Ge et al., ICLR 2026, arXiv 2506.00523): tensors in, tensors out.
+
+Nothing here knows a network, a pipeline or a device layout. Notation, the same in every script:
+
+    x0        clean latent                         (B, C, H, W), or any (B, ...)
+    noise     standard normal, the shape of x0
+    x_t       alpha(t) x0 + sigma(t) noise
+    t         timestep in [0, 1000], one per sample  (B,)
+    anchors   the few timesteps at which the student is run, largest first
+    output    what a network returns: velocity = noise - x0 (rectified flow) or epsilon = noise (DDPM)
+
+Every loss is written on (x0, noise) pairs, so that one text serves both families; `FlowSchedule` and `DDPMSchedule` turn a
+network's output into such a pair.
+"""
+
+import hashlib
+from typing import NamedTuple, Optional, Sequence, Union
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+
+SAMPLERS = ("stochastic", "euler")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random draws
+# ---------------------------------------------------------------------------------------------------------------------
+class Draws:
+    """All random numbers of one training iteration, without any state.
+
+    A shared draw is a function of (seed, iteration, name): the same on all ranks, for what decides how many forwards run.
+    A per-sample draw is a function of (seed, iteration, name, slot), where `slot` is the sample's index in the GLOBAL batch
+    of the iteration: it does not depend on the number of processes, on the micro-batch, or on what was drawn before. Hence
+    there is no RNG state to save, and a resumed run is the same run. Numbers are drawn on the CPU, so they are the same on
+    every device, and then moved.
+
+    Args:
+        seed: the run's `--seed`.
+        iteration: number of the iteration, from 0.
+        device: where per-sample tensors are put.
+    """
+
+    def __init__(self, seed: int, iteration: int, device: Union[str, torch.device] = "cpu"):
+        self.seed, self.iteration, self.device = seed, iteration, torch.device(device)
+
+    def generator(self, name: str, slot: Optional[int] = None) -> torch.Generator:
+        """The torch.Generator of one draw; `slot` None for a shared one."""
+        key = f"{self.seed}/{self.iteration}/{name}/{'shared' if slot is None else slot}"
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def shared_uniform(self, name: str) -> float:
+        """One number in [0, 1), the same on all ranks."""
+        return torch.rand((), generator=self.generator(name), dtype=torch.float64).item()
+
+    def shared_integer(self, name: str, high: int) -> int:
+        """One integer in [0, high), the same on all ranks."""
+        return int(torch.randint(high, (), generator=self.generator(name)).item())
+
+    def normal(self, name: str, slots: Sequence[int], shape: Sequence[int] = ()) -> torch.Tensor:
+        """Standard normal numbers, (B, *shape), float32."""
+        rows = [torch.randn(tuple(shape), generator=self.generator(name, slot)) for slot in slots]
+        return torch.stack(rows).to(self.device, non_blocking=True)
+
+    def uniform(self, name: str, slots: Sequence[int], low=0.0, high=1.0, shape: Sequence[int] = ()) -> torch.Tensor:
+        """Uniform numbers in [low, high), (B, *shape), float32; `low` and `high` are numbers or broadcast against the result."""
+        rows = [torch.rand(tuple(shape), generator=self.generator(name, slot)) for slot in slots]
+        return low + (high - low) * torch.stack(rows).to(self.device, non_blocking=True)
+
+    def integers(self, name: str, slots: Sequence[int], low, high) -> torch.Tensor:
+        """Uniform integers in [low, high], BOTH ends included, (B,), int64; the ends are integers or (B,) tensors of integers."""
+        drawn = torch.floor(self.uniform(name, slots, low, high + 1))
+        return torch.clamp(drawn, max=high).long()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: what a timestep means, and what a network's output means
+# ---------------------------------------------------------------------------------------------------------------------
+class Prediction(NamedTuple):
+    """What a network says about x_t. All (B, ...), float32; carries gradient if the network's output does."""
+
+    output: torch.Tensor  # as the network returned it (after guidance)
+    x0: torch.Tensor  # estimate of the clean latent
+    noise: torch.Tensor  # estimate of the noise, from the SAME output: x_t = alpha x0 + sigma noise
+
+
+class Schedule:
+    """Noise levels of a teacher and the anchors of its student. Base of the two families.
+
+    Args:
+        table: (T,) the TEACHER's training timesteps in [0, 1000], in any order; t' of L_DMD and of the fake loss comes from it.
+        anchors: (n,) decreasing timesteps at which the student is run: the levels that the saved scheduler visits.
+        final: timestep that follows the last anchor (0; a solver step to it gives x0 up to the table's smallest noise).
+        dmd_range, fake_range: None draws the table's index logit-normally (0, 1), as FLUX does; (low, high) draws it
+            uniformly from these indices into the ascending table, both included.
+    """
+
+    def __init__(
+        self,
+        table: torch.Tensor,
+        anchors: Sequence[float],
+        final: float = 0.0,
+        dmd_range: Optional[tuple] = None,
+        fake_range: Optional[tuple] = None,
+        device: Union[str, torch.device] = "cpu",
+    ):
+        self.table = torch.sort(torch.as_tensor(table, dtype=torch.float64)).values.to(device)
+        self.anchors = torch.as_tensor(list(anchors), dtype=torch.float64, device=device)
+        self.nexts = torch.as_tensor([*list(anchors)[1:], final], dtype=torch.float64, device=device)
+        self.dmd_range, self.fake_range = dmd_range, fake_range
+
+    # What a family defines.
+    def levels(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha, sigma) of x_t = alpha x0 + sigma noise at timesteps t; float64, the shape of t."""
+        raise NotImplementedError
+
+    def split(self, x_t: torch.Tensor, output: torch.Tensor, t: torch.Tensor) -> Prediction:
+        """Reads a network's output at x_t (B, ...) and t (B,) as an (x0, noise) pair. Gradient flows through `output`."""
+        raise NotImplementedError
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What a network should return for alpha x0 + sigma noise: the regression target of the fake score."""
+        raise NotImplementedError
+
+    # What follows from it.
+    def _levels_like(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha, sigma = self.levels(t)
+        shape = (-1,) + (1,) * (x.dim() - 1)
+        return alpha.view(shape), sigma.view(shape)
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t = alpha(t) x0 + sigma(t) noise, float32; t (B,)."""
+        alpha, sigma = self._levels_like(x0, t)
+        return (alpha * x0 + sigma * noise).float()
+
+    def step(self, prediction: Prediction, t_next: torch.Tensor) -> torch.Tensor:
+        """Deterministic solver step to t_next (B,): Euler for a flow, DDIM with eta 0 for DDPM; one formula on the pair."""
+        return self.add_noise(prediction.x0, prediction.noise, t_next)
+
+    def draw_dmd_timesteps(self, draws: Draws, slots: Sequence[int]) -> torch.Tensor:
+        """t' of L_DMD, (B,)."""
+        return self._draw(draws, "dmd_timestep", slots, self.dmd_range)
+
+    def draw_fake_timesteps(self, draws: Draws, slots: Sequence[int]) -> torch.Tensor:
+        """t of the fake score's loss, (B,)."""
+        return self._draw(draws, "fake_timestep", slots, self.fake_range)
+
+    def _draw(self, draws: Draws, name: str, slots: Sequence[int], index_range: Optional[tuple]) -> torch.Tensor:
+        if index_range is not None:
+            return self.table[draws.integers(name, slots, *index_range)]
+        size = len(self.table)
+        from_top = (torch.sigmoid(draws.normal(name, slots)) * size).long().clamp(max=size - 1)
+        return self.table[size - 1 - from_top]
+
+    def draw_mid_timesteps(
+        self, draws: Draws, slots: Sequence[int], t: torch.Tensor, t_next: torch.Tensor, margin: float
+    ) -> torch.Tensor:
+        """ISG's t_mid, (B,): a uniform integer timestep in [t_next + margin, t - margin]. `check_margin` says if there is one."""
+        return draws.integers("mid_timestep", slots, torch.ceil(t_next + margin), torch.floor(t - margin)).to(t.dtype)
+
+    def check_margin(self, margin: float) -> Optional[tuple[float, float]]:
+        """The first segment (t, t_next) in which `draw_mid_timesteps` has no integer to draw, or None."""
+        for t, t_next in zip(self.anchors.tolist(), self.nexts.tolist()):
+            if torch.ceil(torch.tensor(t_next + margin)) > torch.floor(torch.tensor(t - margin)):
+                return t, t_next
+        return None
+
+
+class FlowSchedule(Schedule):
+    """Rectified flow (FLUX, SD 3.5): sigma = t / 1000, alpha = 1 - sigma; networks return velocity = noise - x0."""
+
+    def levels(self, t):
+        sigma = t.double() / 1000
+        return 1 - sigma, sigma
+
+    def split(self, x_t, output, t):
+        alpha, sigma = self._levels_like(x_t, t)
+        output = output.float()
+        return Prediction(output, (x_t - sigma * output).float(), (x_t + alpha * output).float())
+
+    def target(self, x0, noise):
+        return noise - x0
+
+
+class DDPMSchedule(Schedule):
+    """DDPM (SDXL): alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t); networks return epsilon = noise.
+
+    Args:
+        alphas_cumprod: (1000,) abar, `scheduler.alphas_cumprod` of a diffusers DDPM scheduler. Timesteps are its integer indices.
+    """
+
+    def __init__(self, alphas_cumprod: torch.Tensor, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device=self.table.device)
+
+    def levels(self, t):
+        abar = self.abar[t.long()]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def split(self, x_t, output, t):
+        # abar goes down to .005: the division by its root is done in float64.
+        alpha, sigma = self._levels_like(x_t, t)
+        output = output.float()
+        return Prediction(output, ((x_t - sigma * output) / alpha).float(), output)
+
+    def target(self, x0, noise):
+        return noise
+
+
+def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance u + s (c - u), (B, ...); scale (B,). A sample with s <= 1 gets its conditional output."""
+    scale = scale.clamp(min=1).to(conditional.dtype).view((-1,) + (1,) * (conditional.dim() - 1))
+    return unconditional + scale * (conditional - unconditional)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling with the student
+# ---------------------------------------------------------------------------------------------------------------------
+def sampler_step(
+    schedule: Schedule, sampler: str, prediction: Prediction, t_next: torch.Tensor, noise: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """One step of the few-step sampler to the anchor t_next (B,).
+
+    "stochastic" noises the predicted x0 with FRESH noise; "euler" follows the prediction (`noise` is not used).
+    """
+    if sampler == "euler":
+        return schedule.step(prediction, t_next)
+    return schedule.add_noise(prediction.x0, noise, t_next)
+
+
+@torch.no_grad()
+def backward_simulation(predict, schedule: Schedule, sampler: str, draws: Draws, slots, noise: torch.Tensor, steps: int):
+    """The input that the student meets at inference (DMD2, section 4.5): its own first steps, from pure noise.
+
+    Args:
+        predict: `predict(x_t, t) -> Prediction` of the student.
+        noise: (B, ...) pure noise, what the sampler starts from.
+        steps: how many anchors to run through, in [0, n - 1]; the same on all ranks, as it decides how many forwards run.
+    Returns:
+        x_t (B, ...) at anchor number `steps`, without gradient. `steps` forwards are run.
+    """
+    x_t = noise
+    for i in range(steps):
+        prediction = predict(x_t, schedule.anchors[i].expand(len(slots)))
+        fresh = draws.normal(f"renoise_{i}", slots, noise.shape[1:]) if sampler == "stochastic" else None
+        x_t = sampler_step(schedule, sampler, prediction, schedule.anchors[i + 1].expand(len(slots)), fresh)
+    return x_t
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------------
+def dmd_loss(student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distribution matching loss (DMD2, eqs. 1-2; normalised as in DMD, eq. 8).
+
+    Its gradient with respect to student_x0 is (fake_x0 - teacher_x0) / mean|student_x0 - teacher_x0| / numel.
+
+    Args:
+        student_x0: (B, ...) with gradient.
+        fake_x0, teacher_x0: (B, ...) the two scores' estimates of x0 from the same noised student_x0; no gradient flows into them.
+    Returns:
+        (loss, non_finite): a float32 scalar, and the number of samples whose gradient was not finite and was zeroed there.
+    """
+    with torch.no_grad():
+        x0, fake_x0, teacher_x0 = student_x0.float(), fake_x0.float(), teacher_x0.float()
+        normaliser = (x0 - teacher_x0).abs().flatten(1).mean(1).view((-1,) + (1,) * (x0.dim() - 1))
+        gradient = (fake_x0 - teacher_x0) / normaliser
+        finite = torch.isfinite(gradient)
+        non_finite = (~finite.flatten(1).all(1)).sum()
+        gradient = torch.where(finite, gradient, torch.zeros_like(gradient))
+        target = x0 - gradient
+    return 0.5 * F.mse_loss(student_x0.float(), target), non_finite
+
+
+def denoising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The fake score's loss: plain MSE between its output and `Schedule.target`, mean over all elements, float32."""
+    return F.mse_loss(output.float(), target.float())
+
+
+def isg_loss(direct: torch.Tensor, target: torch.Tensor, c: float = 1e-3) -> torch.Tensor:
+    """Intra-segment guidance (SenseFlow, section 3.3): mean(sqrt((direct - target)^2 + c^2) - c), float32.
+
+    Args:
+        direct: (B, ...) the student's own step from t to t_next, with gradient.
+        target: (B, ...) `isg_target`; no gradient flows into it.
+    """
+    difference = direct.float() - target.detach().float()
+    return (torch.sqrt(difference**2 + c**2) - c).mean()
+
+
+@torch.no_grad()
+def isg_target(teacher_predict, student_predict, schedule: Schedule, x_t, t, t_mid, t_next) -> torch.Tensor:
+    """Where the segment t -> t_next should end: the teacher's step to t_mid, then the student's from there to t_next.
+
+    Args:
+        teacher_predict, student_predict: `predict(x_t, t) -> Prediction`; one forward each (guidance is the teacher's matter).
+        x_t: (B, ...) the student's own input at t; t > t_mid > t_next, each (B,).
+    """
+    x_mid = schedule.step(teacher_predict(x_t, t), t_mid)
+    return schedule.step(student_predict(x_mid, t_mid), t_next)
+
+
+def adversarial_loss(fake_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The student's GAN loss: -mean over the batch of weight * mean over a picture's logits; logits (B, L), weight omega(t) (B,)."""
+    return -(weight * fake_logits.float().mean(1)).mean()
+
+
+def hinge_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The discriminator's loss: relu(1 - D(real)) + relu(1 + D(fake)), means over a picture's logits, then omega(t), then the batch."""
+    per_picture = F.relu(1 - real_logits.float()).mean(1) + F.relu(1 + fake_logits.float()).mean(1)
+    return (weight * per_picture).mean()
+
+
+@torch.no_grad()
+def ida_update(fake_parameters: Sequence[torch.Tensor], student_parameters: Sequence[torch.Tensor], decay: float) -> None:
+    """Implicit distribution alignment (SenseFlow, section 3.2): fake <- decay * fake + (1 - decay) * student, in place."""
+    torch._foreach_lerp_(list(fake_parameters), list(student_parameters), 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From anchors to a saved scheduler
+# ---------------------------------------------------------------------------------------------------------------------
+def fit_flow_scheduler(sigmas: Sequence[float], visit, sampler: str, tolerance: float = 1e-3):
+    """A FlowMatchEulerDiscreteScheduler with which a STOCK pipeline call visits the given levels.
+
+    Tried in this order: a static shift (one degree of freedom), a constant dynamic shift with `shift_terminal` (two).
+
+    Args:
+        sigmas: (n,) wanted levels in (0, 1], decreasing.
+        visit: `visit(scheduler) -> list` of the n levels that the stock call of this pipeline visits with that scheduler.
+        sampler: "stochastic" or "euler": what the scheduler's `step` does.
+    Returns:
+        (scheduler, levels): the levels that it will visit, the one source of truth for training. If none fits within the
+        tolerance, an unshifted scheduler and `sigmas` as given: the pipeline must then be called with `sigmas=`.
+    """
+    wanted = torch.as_tensor(list(sigmas), dtype=torch.float64)
+
+    def scheduler_with(**config):
+        return FlowMatchEulerDiscreteScheduler(stochastic_sampling=sampler == "stochastic", **config)
+
+    def dynamic(log_shift: float):
+        return scheduler_with(
+            use_dynamic_shifting=True, base_shift=log_shift, max_shift=log_shift, shift_terminal=wanted[-1].item()
+        )
+
+    def error(scheduler) -> float:
+        return (torch.as_tensor(visit(scheduler), dtype=torch.float64) - wanted).abs().max().item()
+
+    plain = scheduler_with(shift=1.0)
+    candidates = [plain]
+    if 0 < wanted[-1] < 1:
+        base = visit(plain)[-1]
+        last = wanted[-1].item()
+        candidates.append(scheduler_with(shift=last * (1 - base) / (base * (1 - last))))
+        low, high = -4.0, 6.0  # log of the shift; golden-section search, the error is unimodal in it
+        ratio = (5**0.5 - 1) / 2
+        for _ in range(60):
+            left, right = high - ratio * (high - low), low + ratio * (high - low)
+            if error(dynamic(left)) < error(dynamic(right)):
+                high = right
+            else:
+                low = left
+        candidates.append(dynamic((low + high) / 2))
+    for scheduler in candidates:
+        if error(scheduler) <= tolerance:
+            return scheduler, [float(level) for level in visit(scheduler)]
+    return plain, wanted.tolist()

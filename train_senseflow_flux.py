@@ -1,0 +1,684 @@
+#!/usr/bin/env python
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Distils a FLUX teacher to few steps with SenseFlow (Ge et al., ICLR 2026, arXiv 2506.00523).
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml train_senseflow_flux.py \
+        --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --dataset_json data.json --output_dir flux-4step \
+        --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam
+
+`train_iteration` is the algorithm, in the paper's order. It speaks of four roles (student, teacher, fake_score, discriminator);
+what stands behind a role is senseflow_runtime's business, the formulas are senseflow_utils'.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from tqdm.auto import tqdm
+
+import senseflow_runtime as runtime_tools
+from senseflow_data import check_data_args, load_rows, make_dataloader
+from senseflow_discriminator import Discriminator, TextFeatures, VisionFeatures, diff_augment
+from senseflow_runtime import Metrics, Parser, Role, Runtime, UserError
+from senseflow_utils import (
+    SAMPLERS,
+    Draws,
+    FlowSchedule,
+    Prediction,
+    Schedule,
+    adversarial_loss,
+    backward_simulation,
+    denoising_loss,
+    dmd_loss,
+    fit_flow_scheduler,
+    guide,
+    hinge_loss,
+    isg_loss,
+    isg_target,
+)
+
+
+logger = get_logger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Parts:
+    """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning."""
+
+    student: Role
+    teacher: Role
+    fake_score: Role
+    discriminator: Optional[Role]  # None with --gan_weight 0, and then the four functions below are not called
+    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None)
+    encode_prompts: Callable[[list[str]], Any]  # prompts -> condition
+    encode_pictures: Callable[..., torch.Tensor]  # (pictures in [-1, 1], draws, slots) -> x0
+    latent_shape: tuple[int, ...]  # of one x0
+    decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
+    see: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> features of the frozen vision model, with gradient
+    read: Optional[Callable[[list[str]], torch.Tensor]] = None  # prompts -> text embedding for the discriminator
+    gan_weight_at: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
+
+
+def simulated_steps(draws: Draws, probability: float, anchors: int) -> Optional[int]:
+    """How many anchors backward simulation runs through in this iteration; None: it noises real latents. Same on all ranks."""
+    if draws.shared_uniform("simulate") < probability:
+        return draws.shared_integer("simulated_steps", anchors)
+    return None
+
+
+def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, condition, args):
+    """Step 1: x_t (B, ...) and the index (B,) of its anchor, without gradient."""
+    slots, count = batch["slots"], len(schedule.anchors)
+    noise = draws.normal("input_noise", slots, parts.latent_shape)
+    steps = simulated_steps(draws, args.backward_simulation_prob, count)
+    if steps is not None:
+        predict = partial(parts.predict, parts.student, condition=condition)
+        x_t = backward_simulation(predict, schedule, args.sampler, draws, slots, noise, steps)
+        return x_t, torch.full((len(slots),), steps, device=noise.device)
+    index = draws.integers("anchor", slots, 0, count - 1)
+    x_t = schedule.add_noise(parts.encode_pictures(batch["pixel_values"], draws, slots), noise, schedule.anchors[index])
+    top = (index == 0).view((-1,) + (1,) * (noise.dim() - 1))
+    return torch.where(top, noise, x_t), index  # a sampler starts from pure noise, whatever the top anchor's level is
+
+
+def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t, t_next, prediction, condition, args):
+    """Step 3, without the adversarial term: ({name: loss}, {name: tensors that people look at})."""
+    predict, student_x0 = parts.predict, prediction.x0
+    losses, seen = {}, {"student_x0": student_x0}
+
+    # L_DMD: both scores look at the noised x0 of the student.
+    t_dmd = schedule.draw_dmd_timesteps(draws, slots)
+    with torch.no_grad():
+        noised = schedule.add_noise(student_x0, draws.normal("dmd_noise", slots, student_x0.shape[1:]), t_dmd)
+        guidance = draws.uniform("dmd_guidance", slots, *args.dmd_guidance_scale)
+        seen["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
+        seen["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
+    losses["dmd_loss"], losses["dmd_non_finite"] = dmd_loss(student_x0, seen["fake_x0"], seen["teacher_x0"])
+
+    # L_ISG: the student's own step should end where teacher, then student arrive over an intermediate timestep.
+    if args.isg_weight > 0:
+        t_mid = schedule.draw_mid_timesteps(draws, slots, t, t_next, args.isg_margin)
+        guidance = draws.uniform("isg_guidance", slots, *args.isg_guidance_scale)
+        guided = partial(predict, parts.teacher, condition=condition, guidance=guidance)
+        unguided = partial(predict, parts.student, condition=condition)
+        seen["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
+        seen["isg_direct"] = schedule.step(prediction, t_next)
+        losses["isg_loss"] = isg_loss(seen["isg_direct"], seen["isg_target"])
+    return losses, {name: tensor.detach() for name, tensor in seen.items()}
+
+
+def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule: Schedule, args, device):
+    """One iteration of SenseFlow over the micro-batches of one global batch (paper, algorithm 1).
+
+    Args:
+        iteration: from 0; the student learns in every `args.ttur_ratio`-th.
+        batches: `gradient_accumulation_steps` micro-batches as senseflow_data.collate makes them.
+    Returns:
+        ({name: device scalar}, {name: latents (B, ...) that people look at, from the last micro-batch of a student's turn}).
+    """
+    student, fake_score, discriminator = parts.student, parts.fake_score, parts.discriminator
+    draws = Draws(args.seed, iteration, device)
+    student_turn = (iteration + 1) % args.ttur_ratio == 0
+    totals: dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
+    drawn = []  # what the student drew, for the fake score to learn
+
+    def count(values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+
+    for batch in batches:
+        # 1. The student's input: its own first steps from noise (backward simulation), or noised real latents.
+        slots = batch["slots"]
+        with torch.no_grad():
+            condition = parts.encode_prompts(batch["prompts"])
+            x_t, index = student_input(parts, schedule, draws, batch, condition, args)
+            t, t_next = schedule.anchors[index], schedule.nexts[index]
+            if discriminator is not None:
+                real, text, omega = batch["pixel_values"], parts.read(batch["prompts"]), parts.gan_weight_at(t)
+                reference = parts.see(real)
+
+        # 2. What the student makes of it; with gradient on its turn only.
+        with student.turn() if student_turn else torch.no_grad():
+            prediction = parts.predict(student, x_t, t, condition)
+            if discriminator is not None:
+                fake = parts.see(diff_augment(parts.decode(prediction.x0), draws, slots, "fake"))
+
+            # 3. The student's turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
+            if student_turn:
+                losses, seen = student_losses(parts, schedule, draws, slots, x_t, t, t_next, prediction, condition, args)
+                loss = losses["dmd_loss"]
+                if "isg_loss" in losses:
+                    loss = loss + args.isg_weight * losses["isg_loss"]
+                if discriminator is not None:
+                    (logits,) = discriminator((fake,), reference, text)
+                    losses["adversarial_loss"] = adversarial_loss(logits, omega)
+                    loss = loss + args.gan_weight * losses["adversarial_loss"]
+                student.backward(loss)
+                count(losses)
+        drawn.append((slots, prediction.x0.detach(), condition))
+
+        # 5. The discriminator's turn, here because it shares the decoded picture and its features: hinge loss.
+        if discriminator is not None:
+            fake = [features.detach() for features in fake]
+            with torch.no_grad():
+                real = parts.see(diff_augment(real, draws, slots, "real"))
+            with discriminator.turn():
+                real_logits, fake_logits = discriminator((real, fake), reference, text)
+                loss = hinge_loss(real_logits, fake_logits, omega)
+                discriminator.backward(loss)
+            count({"discriminator_loss": loss, "D(real)": real_logits.mean(), "D(fake)": fake_logits.mean()})
+
+    # 3, ended: the student's step, then implicit distribution alignment, before the fake score learns.
+    if student_turn:
+        totals["student_grad_norm"] = student.step()
+        if args.ida_decay < 1:
+            fake_score.align_with(student, args.ida_decay)
+
+    # 4. The fake score's turn: it learns to denoise what the student drew before its step.
+    for slots, x0, condition in drawn:
+        t = schedule.draw_fake_timesteps(draws, slots)
+        noise = draws.normal("fake_noise", slots, x0.shape[1:])
+        with fake_score.turn():
+            output = parts.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
+            loss = denoising_loss(output, schedule.target(x0, noise))
+            fake_score.backward(loss)
+        count({"fake_loss": loss})
+    totals["fake_score_grad_norm"] = fake_score.step()
+    if discriminator is not None:
+        totals["discriminator_grad_norm"] = discriminator.step()
+    return totals, seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLUX: the network call, the prompts, the levels
+# ---------------------------------------------------------------------------------------------------------------------
+def flux_predict(schedule: Schedule, empty: Optional[tuple], role: Role, x_t, t, condition, guidance=None) -> Prediction:
+    """Asks a role about latents x_t (B, C, H, W) at timesteps t (B,).
+
+    Args:
+        empty: condition of the empty prompt, batch 1; a guided role without a guidance embedder gets classifier-free guidance
+            with it. None where no guidance scale is above 1: the pass for the empty prompt is not run then.
+        condition: (prompt_embeds (B, L, D), pooled (B, P)).
+        guidance: (B,) scales, for the teacher only.
+    """
+    batch, channels, height, width = x_t.shape
+    embeds, pooled = condition
+    embedded = role.module.config.guidance_embeds
+    twice = guidance is not None and not embedded and empty is not None
+    latents, steps = x_t, t
+    if twice:
+        latents, steps = torch.cat([x_t, x_t]), torch.cat([t, t])
+        embeds = torch.cat([empty[0].expand_as(embeds), embeds])
+        pooled = torch.cat([empty[1].expand_as(pooled), pooled])
+    count, dtype = len(latents), role.dtype
+    packed = FluxPipeline._pack_latents(latents.to(dtype), count, channels, height, width)
+    output = role(
+        hidden_states=packed,
+        timestep=steps.to(dtype) / 1000,  # rounded as a stock pipeline in this dtype rounds it
+        guidance=guidance.to(dtype) if embedded else None,
+        pooled_projections=pooled,
+        encoder_hidden_states=embeds,
+        txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=dtype),
+        img_ids=FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, x_t.device, dtype),
+        return_dict=False,
+    )[0]
+    output = output.view(count, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+    if twice:
+        output = guide(*output.float().chunk(2), guidance)
+    return schedule.split(x_t, output, t)
+
+
+def without_guidance_embedder(transformer: FluxTransformer2DModel, scale: float) -> FluxTransformer2DModel:
+    """A copy, in float32, that needs no guidance: the embedder's output at `scale` is folded into the timestep embedder's bias.
+
+    The copy then equals the original at that guidance. `scale` 0 drops the embedder and nothing makes up for it, as the original
+    release does. A transformer without the embedder is copied as it is.
+    """
+    config = {**transformer.config, "guidance_embeds": False}
+    state = {name: tensor.float() for name, tensor in transformer.state_dict().items()}
+    embed = transformer.time_text_embed
+    if transformer.config.guidance_embeds and scale > 0:
+        with torch.no_grad():
+            embedder = copy.deepcopy(embed.guidance_embedder).float()
+            parameter = next(embedder.parameters())
+            folded = embedder(embed.time_proj(torch.tensor([1000.0 * scale], device=parameter.device)).float())[0]
+        state["time_text_embed.timestep_embedder.linear_2.bias"] += folded
+    state = {name: tensor for name, tensor in state.items() if ".guidance_embedder." not in name}
+    student = FluxTransformer2DModel.from_config(config)
+    student.load_state_dict(state)
+    return student
+
+
+def stock_sigmas(scheduler, steps: int, tokens: int) -> list[float]:
+    """The noise levels that a stock FluxPipeline call visits, without the final 0; `tokens` is (height / 16) * (width / 16)."""
+    config = scheduler.config
+    mu = calculate_shift(
+        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )  # fmt: skip
+    retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    return scheduler.sigmas[:-1].tolist()
+
+
+def make_schedule(args, vae_scale: int, device) -> tuple[FlowSchedule, FlowMatchEulerDiscreteScheduler, list[float]]:
+    """(schedule to train on, scheduler to save, levels): the anchors are the levels that the saved scheduler visits."""
+    teacher = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision
+    )
+    tokens = (args.resolution // (2 * vae_scale)) ** 2
+    table = teacher.timesteps.clone()
+    wanted = [t / 1000 for t in args.anchors] if args.anchors else stock_sigmas(teacher, 4, tokens)
+    scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted), tokens), args.sampler)
+    schedule = FlowSchedule(table, [1000 * sigma for sigma in sigmas], device=device)
+    crowded = schedule.check_margin(args.isg_margin) if args.isg_weight > 0 else None
+    if crowded:
+        raise UserError(
+            f"--isg_margin {args.isg_margin:g} leaves no timestep between anchors {crowded[0]:g} and {crowded[1]:g}: lower it, "
+            "or move the --anchors apart",
+            exit_code=2,
+        )
+    return schedule, scheduler, sigmas
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before anything loads: arguments
+# ---------------------------------------------------------------------------------------------------------------------
+# fmt: off
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=runtime_tools.HelpFormatter)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="the teacher: a FluxPipeline, Hub id or folder")
+    add("--revision", help="of the teacher on the Hub")
+    add("--variant", help="of the teacher's weight files, e.g. fp16")
+    add("--student_model_name_or_path",
+        help="warm start of student and fake score: a FLUX transformer or pipeline, Hub id or folder")
+    add("--student_guidance_scale", type=float, default=3.5,
+        help="guidance folded into student and fake score, so that they start "
+        "as the teacher at it; 0 drops the embedder as the release does (3.5: FluxPipeline's default)")
+    add("--max_sequence_length", type=int, default=512, help="T5 tokens (release)")
+
+    add = parser.add_argument_group("data: exactly one of the first four").add_argument
+    add("--dataset_json",
+        help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
+    add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
+    add("--train_data_dir", help="an imagefolder with metadata")
+    add("--prompts_file",
+        help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
+    add("--dataset_config_name", help="of --dataset_name")
+    add("--image_column", default="image", help="of --dataset_name and --train_data_dir")
+    add("--caption_column", default="text", help="of --dataset_name and --train_data_dir")
+    add("--resolution", type=int, default=1024,
+        help="px, a multiple of 16 for FLUX's VAE: the shorter side, then a square crop (release)")
+    add("--center_crop", action="store_true", help="crop the centre instead of a random square")
+    add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
+    add("--max_train_samples", type=int, help="use the first so many rows")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures, per rank")
+
+    add = parser.add_argument_group("senseflow").add_argument
+    add("--anchors", type=float, nargs="+",
+        help="decreasing timesteps in (0, 1000] at which the student is run (default: the teacher's "
+        "stock 4-step schedule at --resolution; 1024 px: 1000 904.5 759.5 512.8)")
+    add("--sampler", choices=SAMPLERS, default="stochastic",
+        help="how backward simulation and the saved pipeline go from anchor to "
+        "anchor (paper: stochastic)")
+    add("--ttur_ratio", type=int, default=5, help="iterations per step of the student (release)")
+    add("--ida_decay", type=float, default=0.97,
+        help="fake <- decay fake + (1 - decay) student after its step; 1 = off (release)")
+    add("--isg_weight", type=float, default=1.0, help="of intra-segment guidance; 0 = off (release)")
+    add("--isg_margin", type=float, default=20, help="timesteps that t_mid keeps from both ends of its segment (release)")
+    add("--gan_weight", type=float, default=2.0, help="of the adversarial loss; 0 = off, no discriminator is loaded (release)")
+    add("--backward_simulation_prob", type=float, default=0.5, help="else real latents are noised (release)")
+    add("--dmd_guidance_scale", type=float, nargs="+", default=[1.0, 8.0],
+        help="the teacher's in L_DMD: a value or MIN MAX (release)")
+    add("--isg_guidance_scale", type=float, nargs="+", default=[1.0, 8.0],
+        help="the teacher's in L_ISG: a value or MIN MAX (release)")
+    add("--discriminator_backbone", default="facebook/dinov2-large", help="a DINOv2, Hub id or folder (release)")
+    add("--discriminator_layers", type=int, nargs="+",
+        help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
+        "the same depths of any other; release)")
+    add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14", help="a CLIP with projection (release)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release)")
+    add("--max_train_steps", type=int, default=12000, help="iterations = fake-score updates (ours)")
+    add("--learning_rate", type=float, default=1e-5, help="of the student (release)")
+    add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate)")
+    add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate)")
+    add("--lr_scheduler", default="constant_with_warmup", choices=runtime_tools.LR_SCHEDULERS,
+        help="as in diffusers (release)")
+    add("--lr_warmup_steps", type=int, default=500, help="in iterations (release)")
+    add("--lr_warmup_start", type=float, default=0.5, help="fraction of the rate that the warm-up starts from (release)")
+    add("--adam_beta1", type=float, default=0.9, help="(release)")
+    add("--adam_beta2", type=float, default=0.999, help="(release)")
+    add("--adam_epsilon", type=float, default=1e-8, help="(release)")
+    add("--adam_weight_decay", type=float, default=0.0, help="(release)")
+    add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release)")
+    add("--seed", type=int, default=0, help="of every random draw")
+
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--mixed_precision", choices=["no", "bf16"], default="no",
+        help="bf16: frozen networks in bf16, trained ones in fp32 under autocast")
+    add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (release)")
+    add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
+
+    add = parser.add_argument_group("checkpointing").add_argument
+    add("--output_dir", required=True, help="checkpoints, logs, and in the end the pipeline")
+    add("--checkpointing_steps", type=int, default=1500, help="iterations (release)")
+    add("--checkpoints_total_limit", type=int, help="keep the newest so many")
+    add("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
+    add("--export_dtype", choices=list(runtime_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
+
+    add = parser.add_argument_group("logging and validation").add_argument
+    add("--report_to", default="tensorboard", help="a tracker of accelerate, or none")
+    add("--logging_dir", default="logs", help="below --output_dir")
+    add("--validation_prompts", nargs="+", help="draw these with the teacher once and with the student each time")
+    add("--validation_steps", type=int, default=500, help="iterations (ours)")
+    add("--num_validation_images", type=int, default=1, help="per prompt (ours)")
+    add("--teacher_num_inference_steps", type=int, default=28,
+        help="of the teacher's validation pictures (FluxPipeline's default)")
+    args = parser.parse_args(argv)
+    for name in ("dmd_guidance_scale", "isg_guidance_scale"):
+        values = getattr(args, name)
+        if len(values) > 2:
+            raise UserError(f"--{name} {values}: give one value, or MIN MAX", exit_code=2)
+        setattr(args, name, [values[0], values[-1]])
+    args.learning_rate_fake = args.learning_rate if args.learning_rate_fake is None else args.learning_rate_fake
+    args.learning_rate_disc = args.learning_rate if args.learning_rate_disc is None else args.learning_rate_disc
+    return args
+# fmt: on
+
+
+def check_args(args):
+    """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
+    runtime_tools.check_common_args(args)
+    checked = check_data_args(args)
+    runtime_tools.check_pipeline(
+        FluxPipeline, "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision
+    )
+    scale = 2 * vae_scale_of(load_vae_config(args))
+    if args.resolution % scale:
+        raise UserError(f"--resolution {args.resolution} is not divisible by {scale}, as this teacher's latents need", exit_code=2)
+    return load_rows(args, checked)
+
+
+def load_vae_config(args) -> dict:
+    return AutoencoderKL.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
+
+
+def vae_scale_of(config: dict) -> int:
+    """Pixels per latent along a side."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+def load_transformer(flag: str, path: str, **source) -> FluxTransformer2DModel:
+    """The transformer of a pipeline, or one by itself."""
+    with runtime_tools.loading(flag, path):
+        subfolder = None if (Path(path) / "config.json").is_file() else "transformer"
+        return FluxTransformer2DModel.from_pretrained(path, subfolder=subfolder, **source)
+
+
+def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, Optional[AutoencoderKL], FluxPipeline]:
+    """All networks, as the roles and functions that the algorithm works with; (parts, vae, text pipeline)."""
+    path, device, dtype = args.pretrained_model_name_or_path, runtime.device, runtime.weight_dtype
+    source = {"revision": args.revision, "variant": args.variant, "torch_dtype": dtype}
+    transformer = start = load_transformer("--pretrained_model_name_or_path", path, **source)
+    if args.student_model_name_or_path:
+        start = load_transformer("--student_model_name_or_path", args.student_model_name_or_path)
+    with runtime_tools.loading("--pretrained_model_name_or_path", path):
+        text = FluxPipeline.from_pretrained(path, transformer=None, vae=None, **source)
+        vae_config = load_vae_config(args)
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source) if needs_vae(args) else None
+    for encoder in (text.text_encoder, text.text_encoder_2):
+        encoder.requires_grad_(False).eval().to(device)
+
+    @torch.no_grad()
+    def encode_prompts(prompts):
+        embeds, pooled, _ = text.encode_prompt(
+            prompt=prompts, prompt_2=None, device=device, max_sequence_length=args.max_sequence_length
+        )  # fmt: skip
+        return embeds, pooled
+
+    guided = max(*args.dmd_guidance_scale, *args.isg_guidance_scale) > 1 and not transformer.config.guidance_embeds
+    predict = partial(flux_predict, schedule, encode_prompts([""]) if guided else None)
+
+    student = without_guidance_embedder(start, args.student_guidance_scale)
+    fake_score = copy.deepcopy(student)
+    for network in (transformer, student, fake_score):
+        if args.enable_xformers_memory_efficient_attention:
+            network.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+        fake_score.enable_gradient_checkpointing()
+    parts = Parts(
+        student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
+        teacher=runtime.frozen_role("teacher", transformer),
+        fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
+        discriminator=None,
+        predict=predict,
+        encode_prompts=encode_prompts,
+        encode_pictures=partial(encode_pictures, vae),
+        latent_shape=(vae_config["latent_channels"], *[args.resolution // vae_scale_of(vae_config)] * 2),
+    )
+    if vae is not None:
+        prepare_vae(vae, args, device)
+        parts.decode = partial(decode, vae)
+    if args.gan_weight > 0:
+        add_discriminator(parts, args, runtime)
+    return parts, vae, text
+
+
+def needs_vae(args) -> bool:
+    return args.gan_weight > 0 or args.backward_simulation_prob < 1 or bool(args.validation_prompts)
+
+
+def prepare_vae(vae: AutoencoderKL, args, device) -> None:
+    vae.requires_grad_(False).eval()
+    if args.gan_weight == 0 and not args.validation_prompts:
+        vae.decoder = None  # nothing will be decoded
+    elif args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    vae.to(device)
+
+
+def add_discriminator(parts: Parts, args, runtime: Runtime) -> None:
+    """The VFM discriminator and what it looks through; only its heads learn."""
+    with runtime_tools.loading("--discriminator_backbone", args.discriminator_backbone):
+        vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, runtime.weight_dtype).to(runtime.device)
+    with runtime_tools.loading("--discriminator_text_encoder", args.discriminator_text_encoder):
+        parts.read = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)
+    parts.see = vision
+    heads = Discriminator(vision.channels, vision.num_maps, parts.read.channels)
+    parts.discriminator = runtime.trained_role("discriminator", heads, args.learning_rate_disc)
+    parts.gan_weight_at = lambda t: ((1 - t / 1000) ** 2).float()
+
+
+def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor, draws: Draws, slots) -> torch.Tensor:
+    """x0 of pictures (B, 3, H, W) in [-1, 1]: a sample of the VAE's posterior, float32."""
+    posterior = vae.encode(pictures.to(vae.dtype)).latent_dist
+    sample = posterior.mean + posterior.std * draws.normal("posterior", slots, posterior.mean.shape[1:])
+    return (sample.float() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def decode(vae: AutoencoderKL, x0: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W), about [-1, 1], float32; gradient flows."""
+    latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and export
+# ---------------------------------------------------------------------------------------------------------------------
+def draw_grid(runtime: Runtime, pipeline: FluxPipeline, args, **call) -> Optional[Any]:
+    """Validation pictures with a stock pipeline call, one row per prompt; each rank draws its own, the main one gets the grid."""
+    jobs = [(i, prompt) for prompt in args.validation_prompts for i in range(args.num_validation_images)]
+    pictures = []
+    for number, (i, prompt) in list(enumerate(jobs))[runtime.main.process_index :: runtime.main.num_processes]:
+        generator = torch.Generator().manual_seed(args.seed + i)
+        pipeline.scheduler.step = partial(type(pipeline.scheduler).step, pipeline.scheduler, generator=generator)
+        with torch.no_grad():
+            picture = pipeline(prompt, generator=generator, **call).images[0]
+        pictures.append((number, picture))
+    pictures = [picture for _, picture in sorted(runtime.gather_objects(pictures), key=lambda pair: pair[0])]
+    per_row = args.num_validation_images
+    return runtime_tools.picture_grid([pictures[i : i + per_row] for i in range(0, len(pictures), per_row)])
+
+
+def panel(parts: Parts, seen: dict[str, torch.Tensor], pictures: int = 4):
+    """What the last student's turn looked at, decoded: a row for each of student, teacher and fake x0, ISG direct and target."""
+    rows = []
+    for latents in seen.values():
+        with torch.no_grad():
+            decoded = parts.decode(latents[:pictures])
+        rows.append(VaeImageProcessor().postprocess(decoded.cpu(), output_type="pil"))
+    return runtime_tools.picture_grid(rows)
+
+
+def pipeline_call(args, scheduler, sigmas: list[float]) -> dict:
+    """The arguments of the stock FluxPipeline call that visits the trained levels with the saved scheduler."""
+    call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
+    tokens = (args.resolution // (2 * vae_scale_of(load_vae_config(args)))) ** 2
+    visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), tokens)
+    if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
+        call["sigmas"] = sigmas
+    return {**call, "max_sequence_length": args.max_sequence_length}
+
+
+def write_usage(folder: Path, args, scheduler, sigmas: list[float], iteration: int) -> dict:
+    """scheduler/ and senseflow.json, what infer.py and a stock call need to visit the trained levels. Returns the record."""
+    record = {
+        "sigmas": sigmas,
+        "timesteps": [1000 * sigma for sigma in sigmas],
+        "sampler": args.sampler,
+        "num_inference_steps": len(sigmas),
+        "guidance_scale": 1.0,
+        "teacher": runtime_tools.absolute_if_local(args.pretrained_model_name_or_path),
+        "iteration": iteration,
+        "pipeline_call": pipeline_call(args, scheduler, sigmas),
+    }
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "senseflow.json").write_text(json.dumps(record, indent=1))
+    return record
+
+
+def export(runtime: Runtime, args, student: Role, scheduler, sigmas: list[float], iteration: int) -> None:
+    """The whole pipeline in --output_dir, with senseflow.json and the model card; written aside, then moved."""
+    if runtime.main.is_main_process:
+        dtype = runtime_tools.DTYPES[args.export_dtype]
+        aside = Path(args.output_dir) / "export.incomplete"
+        pipeline = FluxPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            scheduler=scheduler,
+            revision=args.revision,
+            variant=args.variant,
+            torch_dtype=dtype,
+        )
+        pipeline.register_modules(transformer=student.module.to("cpu", dtype))  # the run is over
+        pipeline.save_pretrained(aside)
+        record = write_usage(aside, args, scheduler, sigmas, iteration)
+        license_name = runtime_tools.license_of(args.pretrained_model_name_or_path)
+        runtime_tools.write_model_card(aside, "FluxPipeline", record, args, license_name)
+        runtime_tools.publish_folder(aside, Path(args.output_dir), last="model_index.json")
+        logger.info(f"the pipeline is in {args.output_dir}")
+    runtime.main.wait_for_everyone()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    args = parse_args(argv)
+    rows = check_args(args)
+    checkpoint = runtime_tools.find_checkpoint(args)
+    state = runtime_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    runtime = Runtime(args)
+    schedule, scheduler, sigmas = make_schedule(args, vae_scale_of(load_vae_config(args)), runtime.device)
+    parts, vae, text = load_parts(args, runtime, schedule)
+    prints = {
+        "teacher": runtime_tools.fingerprint(parts.teacher.module),
+        "optimizer": type(parts.student.optimizer.optimizer).__name__,
+    }
+    if checkpoint:
+        runtime_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
+        for role in runtime.trained:
+            role.load(checkpoint)
+    runtime_tools.check_disk(args, runtime.trained)
+    iteration, samples_seen = state["iteration"], state["samples_seen"]
+    data = iter(
+        make_dataloader(
+            args,
+            rows,
+            runtime.main.process_index,
+            runtime.main.num_processes,
+            iteration,
+            samples_seen,
+            partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob),
+        )
+    )
+    per_iteration = args.train_batch_size * args.gradient_accumulation_steps * runtime.main.num_processes
+    runtime.start_trackers("senseflow-flux")
+    logger.info(f"anchors {', '.join(f'{1000 * sigma:.1f}' for sigma in sigmas)}; {per_iteration} samples per iteration")
+
+    call = pipeline_call(args, scheduler, sigmas)
+
+    def pipeline_of(role: Role, scheduler) -> FluxPipeline:
+        pipeline = FluxPipeline(**{**text.components, "vae": vae, "transformer": role.module, "scheduler": scheduler})
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def validate(role: Role, scheduler, name: str, **call) -> None:
+        scheduler = type(scheduler).from_config(scheduler.config)
+        runtime.log_picture(f"validation/{name}", draw_grid(runtime, pipeline_of(role, scheduler), args, **call), iteration)
+
+    if args.validation_prompts:
+        many_steps = {"num_inference_steps": args.teacher_num_inference_steps, "guidance_scale": args.student_guidance_scale}
+        validate(parts.teacher, text.scheduler, "teacher", **{**call, **many_steps, "sigmas": None})
+    progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.main.is_local_main_process)
+    metrics = Metrics(runtime, parts.student, per_iteration, progress)
+    seen: dict[str, torch.Tensor] = {}
+    while iteration < args.max_train_steps:
+        batches = [runtime.to_device(next(data)) for _ in range(args.gradient_accumulation_steps)]
+        values, new = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
+        seen = new or seen
+        iteration, samples_seen = iteration + 1, samples_seen + per_iteration
+        metrics.push(iteration, values)
+        if args.validation_prompts and iteration % args.validation_steps == 0:
+            validate(parts.student, scheduler, "student", **call)
+            if seen:
+                runtime.log_picture("panel/" + " ".join(seen), panel(parts, seen), iteration)
+        if iteration % args.checkpointing_steps == 0:
+            usage = partial(write_usage, args=args, scheduler=scheduler, sigmas=sigmas, iteration=iteration)
+            runtime_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
+    metrics.flush()
+    progress.close()
+    export(runtime, args, parts.student, scheduler, sigmas, iteration)
+    runtime.main.end_training()
+
+
+def needs_pictures(seed: int, gan_weight: float, probability: float, iteration: int) -> bool:
+    """Whether an iteration looks at real pictures at all; where not, none is read from the disk."""
+    return gan_weight > 0 or simulated_steps(Draws(seed, iteration), probability, 1) is None
+
+
+if __name__ == "__main__":
+    runtime_tools.run_script(main)
