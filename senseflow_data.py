@@ -290,8 +290,9 @@ class PromptPictures(Dataset):
 
 
 def collate(examples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str, Any], UserError]:
-    """A micro-batch of B samples as a dict (a UserError as it is):
+    """A micro-batch of B samples; a UserError stays what it is.
 
+    Returns:
         pixel_values  (B, 3, R, R) float32 in [-1, 1], or None
         prompts       B strings
         slots, rows   B integers each
@@ -359,10 +360,9 @@ class UnreadableCounter:
 
     def add(self, batch: dict[str, Any]) -> None:
         """Takes a collated batch. Raises UserError (exit code 1) when the share is too large."""
-        for name in batch["unreadable"]:
-            if name not in self.warned:
-                self.warned.add(name)
-                logger.warning("unreadable picture, the next readable row is used instead: %s", name)
+        for name in sorted(set(batch["unreadable"]) - self.warned):
+            logger.warning("unreadable picture, the next readable row is used instead: %s", name)
+        self.warned.update(batch["unreadable"])
         if batch["pixel_values"] is not None:
             self.rows += len(batch["rows"])
             self.gave_way += batch["gave_way"]

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -25,7 +26,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     LoggerType,
     ProjectConfiguration,
@@ -316,6 +316,7 @@ class Runtime:
 
     def __init__(self, args):
         self.args = args
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
         if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             # A multi-GPU configuration launched on a machine without a GPU runs on its CPU, over gloo.
             os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -335,13 +336,11 @@ class Runtime:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=k, sync_with_dataloader=False),
             log_with=log_with,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir)),
-            # The only buffers that change (spectral norm) change alike on every rank: nothing to broadcast.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
 
     def frozen_role(self, name: str, module: torch.nn.Module, select: Callable[[], ContextManager] = nullcontext) -> Role:
-        """A role that never learns (the teacher), in the precision of the run's frozen networks."""
-        module.requires_grad_(False).eval().to(self.device, self.weight_dtype)
+        """A role that never learns (the teacher); its module is in the precision of the run's frozen networks already."""
+        module.requires_grad_(False).eval().to(self.device)
         return Role(name, module, self.weight_dtype, select=select)
 
     def trained_role(
@@ -426,7 +425,8 @@ class Runtime:
         """One picture to every tracker that shows pictures."""
         for tracker in self.main.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({name: np.asarray(picture)[None]}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

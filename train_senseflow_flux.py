@@ -439,7 +439,7 @@ def load_transformer(flag: str, path: str, **source) -> FluxTransformer2DModel:
 def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, Optional[AutoencoderKL], FluxPipeline]:
     """All networks, as the roles and functions that the algorithm works with; (parts, vae, text pipeline)."""
     path, device, dtype = args.pretrained_model_name_or_path, runtime.device, runtime.weight_dtype
-    source = {"revision": args.revision, "variant": args.variant, "torch_dtype": dtype}
+    source = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
     transformer = start = load_transformer("--pretrained_model_name_or_path", path, **source)
     if args.student_model_name_or_path:
         start = load_transformer("--student_model_name_or_path", args.student_model_name_or_path)
@@ -590,7 +590,7 @@ def export(runtime: Runtime, args, student: Role, scheduler, sigmas: list[float]
             scheduler=scheduler,
             revision=args.revision,
             variant=args.variant,
-            torch_dtype=dtype,
+            dtype=dtype,
         )
         pipeline.register_modules(transformer=student.module.to("cpu", dtype))  # the run is over
         pipeline.save_pretrained(aside)

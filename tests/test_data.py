@@ -1,0 +1,463 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Data: order, transform, unreadable pictures, the four kinds of data set, bad input."""
+
+import csv
+import io
+import itertools
+import json
+import logging
+import pickle
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import senseflow_data
+from senseflow_data import (
+    GlobalBatchSampler,
+    PromptPictures,
+    UnreadableCounter,
+    check_data_args,
+    collate,
+    load_rows,
+    make_dataloader,
+)
+from senseflow_runtime import UserError
+
+
+def make_args(**changes) -> SimpleNamespace:
+    args = dict(
+        dataset_name=None, dataset_config_name=None, train_data_dir=None, dataset_json=None, prompts_file=None,
+        image_column="image", caption_column="text", resolution=16, center_crop=True, random_flip=False,
+        max_train_samples=None, train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, seed=3,
+        gan_weight=1.0, backward_simulation_prob=0.5,
+    )  # fmt: skip
+    assert set(changes) <= set(args)
+    return SimpleNamespace(**{**args, **changes})
+
+
+def changed(args, **changes) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(args), **changes})
+
+
+PROMPTS_ONLY = dict(gan_weight=0.0, backward_simulation_prob=1.0)
+
+
+# At module level, so that spawned workers find them.
+def always(iteration):
+    return True
+
+
+def odd_only(iteration):
+    return iteration % 2 == 1
+
+
+def colour(row: int) -> tuple:
+    return (20 * row, 255 - 20 * row, 7 * row)
+
+
+def write_json(folder, count=6, broken=(), name="data.json", **changes):
+    """Pictures of one colour each, named by row; the second half by absolute paths."""
+    (folder / "images").mkdir(exist_ok=True)
+    paths = []
+    for row in range(count):
+        path = folder / "images" / f"{row}.png"
+        Image.new("RGB", (20, 16), colour(row)).save(path)
+        if row in broken:
+            path.write_bytes(path.read_bytes()[:40])
+        paths.append(str(path) if row >= count // 2 else f"images/{row}.png")
+    content = {"keys": list(range(count)), "image_paths": paths, "prompts": [f"prompt {row}" for row in range(count)]}
+    (folder / name).write_text(json.dumps({**content, **changes}))
+    return str(folder / name)
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+# The order of samples --------------------------------------------------------------------------------------------------
+def global_batches(num_rows, batch_size, accumulation, world_size, iterations, **start):
+    """{(iteration, slot): row} of all ranks; every slot is seen once."""
+    found = {}
+    for rank in range(world_size):
+        sampler = GlobalBatchSampler(num_rows, 5, batch_size, accumulation, rank, world_size, **start)
+        for keys in take(sampler, accumulation * iterations):
+            assert len(keys) == batch_size
+            for row, iteration, slot in keys:
+                assert (iteration, slot) not in found
+                found[iteration, slot] = row
+    return found
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4), (1, 8, 1)])
+@pytest.mark.parametrize("num_rows", [5, 21])
+def test_global_batch_does_not_depend_on_its_division(shape, num_rows):
+    whole = global_batches(num_rows, 8, 1, 1, 7)
+    assert sorted(whole) == [(iteration, slot) for iteration in range(7) for slot in range(8)]
+    assert global_batches(num_rows, *shape, 7) == whole
+
+
+def test_a_micro_batch_is_a_slice_over_ranks():
+    sampler = GlobalBatchSampler(100, 5, batch_size=2, accumulation=3, rank=1, world_size=2)
+    assert [[slot for _, _, slot in keys] for keys in take(sampler, 4)] == [[2, 3], [6, 7], [10, 11], [2, 3]]
+    assert sampler.global_batch == 12
+
+
+def test_every_row_once_per_epoch_and_epochs_differ():
+    found = global_batches(21, 2, 2, 2, 8)  # 64 samples: three epochs, the boundaries inside batches
+    rows = [found[key] for key in sorted(found)]
+    epochs = [rows[:21], rows[21:42], rows[42:63]]
+    assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and list(range(21)) not in epochs
+
+
+def test_resume_inside_an_epoch_continues():
+    whole = global_batches(21, 4, 2, 1, 9)
+    later = global_batches(21, 2, 2, 2, 5, iteration=4, samples_seen=32)
+    assert later == {key: row for key, row in whole.items() if key[0] >= 4}
+    # The global batch may change at a resume: positions go on where the samples stopped.
+    smaller = global_batches(21, 2, 1, 1, 4, iteration=4, samples_seen=32)
+    assert [smaller[key] for key in sorted(smaller)] == [whole[4, slot] for slot in range(8)]
+
+
+# Transform -----------------------------------------------------------------------------------------------------------
+class OnePicture:
+    """Rows that all hold one picture."""
+
+    origin = "--dataset_json x"
+
+    def __init__(self, picture, count=1):
+        self.one, self.count = picture, count
+
+    def __len__(self):
+        return self.count
+
+    def prompt(self, row):
+        return ""
+
+    def picture(self, row):
+        return "x", self.one
+
+
+def transform(picture, iteration=0, slot=0, resolution=16, center_crop=False, random_flip=False):
+    dataset = PromptPictures(OnePicture(picture), resolution, center_crop, random_flip, 3, always)
+    return dataset[0, iteration, slot]["pixel_values"]
+
+
+@pytest.mark.parametrize("size", [(50, 30), (30, 50), (9, 10), (16, 16), (64, 16), (5, 300)])
+def test_shorter_side_to_the_resolution_then_center_crop(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    scaled = [max(16, round(side * 16 / min(size))) for side in size]
+    left, top = (scaled[0] - 16) // 2, (scaled[1] - 16) // 2
+    plain = picture.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + 16, top + 16))
+    expected = torch.tensor(np.array(plain)).permute(2, 0, 1) / 127.5 - 1
+    found = transform(picture, center_crop=True)
+    assert found.dtype == torch.float32 and found.shape == (3, 16, 16) and found.is_contiguous()
+    assert (found - expected).abs().max() <= 1.01 / 127.5
+
+
+def test_values_span_minus_one_to_one():
+    assert transform(Image.new("RGB", (20, 20), (0, 255, 51))).amax((1, 2)).tolist() == pytest.approx([-1, 1, -0.6])
+
+
+def test_random_crop_reaches_both_ends_and_is_stateless():
+    ramp = Image.fromarray(np.broadcast_to(np.arange(20, dtype=np.uint8)[None, :, None], (16, 20, 3)).copy())
+
+    def left_edge(iteration, slot):
+        return round((transform(ramp, iteration, slot)[0, 0, 0].item() + 1) * 127.5)
+
+    found = [left_edge(0, slot) for slot in range(60)]
+    assert set(found) == set(range(5))
+    assert found == [left_edge(0, slot) for slot in range(60)]
+    assert found != [left_edge(1, slot) for slot in range(60)]
+
+
+def test_flip_follows_from_iteration_and_slot_alone():
+    half = Image.new("RGB", (16, 16))
+    half.paste((255, 255, 255), (0, 0, 8, 16))
+    torch.manual_seed(0)
+    flipped = [transform(half, 2, slot, random_flip=True)[0, 0, 0].item() < 0 for slot in range(64)]
+    assert 16 < sum(flipped) < 48
+    torch.manual_seed(1)
+    backwards = [transform(half, 2, slot, random_flip=True)[0, 0, 0].item() < 0 for slot in reversed(range(64))]
+    assert backwards[::-1] == flipped
+    assert not any(transform(half, 2, slot)[0, 0, 0].item() < 0 for slot in range(64))
+
+
+def test_turned_and_grey_pictures_become_upright_rgb(tmp_path):
+    picture = Image.new("L", (32, 16))
+    picture.paste(255, (0, 0, 16, 16))  # white on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: white at the top
+    picture.save(tmp_path / "turned.png", exif=exif)
+    content = {"keys": [0], "image_paths": ["turned.png"], "prompts": ["a"]}
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    name, upright = check_data_args(make_args(dataset_json=str(tmp_path / "data.json"))).picture(0)
+    assert name == str(tmp_path / "turned.png") and upright.size == (16, 32) and upright.mode == "RGB"
+    assert upright.getpixel((8, 2)) == (255, 255, 255) and upright.getpixel((8, 30)) == (0, 0, 0)
+
+
+# Unreadable pictures -------------------------------------------------------------------------------------------------
+def test_unreadable_gives_way_to_the_next_readable_row(tmp_path, caplog):
+    args = make_args(dataset_json=write_json(tmp_path, broken=(2, 3, 5)))
+    dataset = PromptPictures(load_rows(args), 16, True, False, 3, always)
+    for row, used, passed_over in [(0, 0, []), (2, 4, [2, 3]), (3, 4, [3]), (5, 0, [5])]:
+        sample = dataset[row, 0, 7]
+        assert (sample["row"], sample["prompt"], sample["slot"]) == (used, f"prompt {used}", 7)
+        assert sample["unreadable"] == [str(tmp_path / "images" / f"{name}.png") for name in passed_over]
+        pixel = (sample["pixel_values"][:, 8, 8] + 1) * 127.5
+        assert pixel.tolist() == pytest.approx(colour(used), abs=1e-3)
+
+    with caplog.at_level(logging.WARNING):
+        first = take(make_dataloader(args, load_rows(args), 0, 1, 0, 0, always), 6)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 3  # once a file, though two epochs passed
+    assert all(sum(f"{name}.png" in message for message in warned) == 1 for name in (2, 3, 5))
+    again = take(make_dataloader(args, load_rows(args), 0, 1, 0, 0, always), 6)
+    assert [batch["rows"] for batch in again] == [batch["rows"] for batch in first]
+
+
+def test_none_readable_stops(tmp_path):
+    for workers in (0, 1):
+        args = make_args(dataset_json=write_json(tmp_path, 3, broken=(0, 1, 2)), dataloader_num_workers=workers)
+        with pytest.raises(UserError, match="--dataset_json .*data.json: none of 3 pictures.*png") as caught:
+            take(make_dataloader(args, load_rows(args), 0, 1, 0, 0, always), 1)
+        assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+
+
+def test_a_lost_disk_does_not_walk_through_all_rows():
+    rows = OnePicture(None, count=10**9)
+    with pytest.raises(UserError, match="none of 1000 "):
+        PromptPictures(rows, 16, True, False, 3, always)[5, 0, 0]
+
+
+def test_share_rule():
+    picture = torch.zeros(3, 1, 1)
+
+    def batch(bad):
+        sample = {"pixel_values": picture, "prompt": "", "row": 0, "slot": 0}
+        # A bad sample passed over three rows; it counts as one.
+        return collate([{**sample, "unreadable": ["lost.png"] * 3 if place < bad else []} for place in range(100)])
+
+    counter = UnreadableCounter("--dataset_json data.json")
+    for _ in range(9):
+        counter.add(batch(bad=10))  # 10 %, but of fewer than 1,000 rows
+    with pytest.raises(UserError, match=r"--dataset_json data.json: 90 of 1000 .*lost.png") as caught:
+        counter.add(batch(bad=0))
+    assert caught.value.exit_code == 1
+
+    counter = UnreadableCounter("")
+    for _ in range(30):
+        counter.add(batch(bad=1))  # exactly 1 %
+    with pytest.raises(UserError, match="32 of 3100 "):
+        counter.add(batch(bad=2))
+
+
+# Kinds of data sets --------------------------------------------------------------------------------------------------
+def write_folder(folder, metadata):
+    folder.mkdir()
+    entries = [{"file_name": f"{row}.png", "text": f"prompt {row}", "other": f"o{row}"} for row in range(6)]
+    for row, entry in enumerate(entries):
+        Image.new("RGB", (20, 16), colour(row)).save(folder / entry["file_name"])
+    if metadata == "csv":
+        with open(folder / "metadata.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(entries[0]))
+            writer.writeheader()
+            writer.writerows(entries)
+    if metadata == "jsonl":
+        (folder / "metadata.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
+    return str(folder)
+
+
+def write_dataset(folder, kind="parquet"):
+    """Pictures inside the table, as on the Hub."""
+    cells = []
+    for row in range(6):
+        content = io.BytesIO()
+        Image.new("RGB", (20, 16), colour(row)).save(content, "PNG")
+        cells.append({"bytes": content.getvalue(), "path": None})
+    columns = {"picture": cells, "caption": [f"prompt {row}" for row in range(6)], "number": list(range(6))}
+    dataset = datasets.Dataset.from_dict({**columns, "sparse": ["a", None] * 3}).cast_column("picture", datasets.Image())
+    target = folder / "target"
+    if kind == "saved":
+        dataset.save_to_disk(target)
+    elif kind == "saved_splits":
+        datasets.DatasetDict(test=dataset.select([0]), train=dataset).save_to_disk(target)
+    else:
+        target.mkdir()
+        dataset.to_parquet(target / "train.parquet")
+    return str(target)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+IN_TABLE = dict(image_column="picture", caption_column="caption")
+KINDS = {
+    "json": lambda folder: dict(dataset_json=write_json(folder)),
+    "csv": lambda folder: dict(train_data_dir=write_folder(folder / "a", "csv")),
+    "jsonl": lambda folder: dict(train_data_dir=write_folder(folder / "a", "jsonl")),
+    "imagefolder by name": lambda folder: dict(dataset_name=write_folder(folder / "a", "jsonl")),
+    "parquet": lambda folder: dict(dataset_name=write_dataset(folder), **IN_TABLE),
+    "saved": lambda folder: dict(dataset_name=write_dataset(folder, "saved"), **IN_TABLE),
+    "saved splits": lambda folder: dict(dataset_name=write_dataset(folder, "saved_splits"), **IN_TABLE),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_datasets(kind, tmp_path):
+    args = make_args(**KINDS[kind](tmp_path))
+    rows = load_rows(args, check_data_args(args))
+    assert len(rows) == 6
+    rows = pickle.loads(pickle.dumps(rows))  # as a spawned worker gets it
+    for row in (0, 2, 5):
+        assert rows.prompt(row) == f"prompt {row}"
+        assert rows.picture(row)[1].getpixel((3, 3)) == colour(row)
+    shorter = load_rows(changed(args, max_train_samples=4))
+    assert len(shorter) == 4 and shorter.prompt(3) == "prompt 3" and shorter.picture(3)[1].getpixel((3, 3)) == colour(3)
+    # Prompts alone train from a data set with pictures, too; then no picture column is asked for.
+    alone = load_rows(changed(args, image_column="nowhere", **PROMPTS_ONLY))
+    assert alone.pictures is None and alone.prompt(5) == "prompt 5"
+
+
+def test_prompts_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffa red cube \r\n\n   \n\tein grüner Würfel\nlast", encoding="utf-8")
+    args = make_args(prompts_file=str(tmp_path / "prompts.txt"), **PROMPTS_ONLY)
+    rows = load_rows(args, check_data_args(args))
+    assert [rows.prompt(row) for row in range(len(rows))] == ["a red cube", "ein grüner Würfel", "last"]
+    assert len(load_rows(make_args(prompts_file=args.prompts_file, max_train_samples=2, **PROMPTS_ONLY))) == 2
+    (batch,) = take(make_dataloader(args, rows, 0, 1, 0, 0, lambda iteration: False), 1)
+    assert batch["pixel_values"] is None and batch["unreadable"] == [] and batch["slots"] == [0, 1]
+    assert batch["prompts"] == [rows.prompt(row) for row in batch["rows"]]
+
+
+def test_a_broken_picture_in_a_table_is_passed_over(tmp_path):
+    good = tmp_path / "good.png"
+    Image.new("RGB", (16, 16)).save(good)
+    cells = [{"bytes": b"not a picture", "path": "b.png"}, None, {"bytes": good.read_bytes(), "path": None}]
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    datasets.Dataset.from_dict({"image": cells, "text": list("abc")}, features).save_to_disk(tmp_path / "saved")
+    rows = load_rows(make_args(dataset_name=str(tmp_path / "saved")))
+    sample = PromptPictures(rows, 16, True, False, 3, always)[0, 0, 0]
+    origin = f"of --dataset_name {tmp_path / 'saved'})"
+    assert sample["row"] == 2 and sample["unreadable"] == [f"b.png (row 0 {origin}", f"picture (row 1 {origin}"]
+
+
+def test_a_checked_json_is_not_parsed_again(tmp_path, monkeypatch):
+    args = make_args(dataset_json=write_json(tmp_path))
+    checked = check_data_args(args)
+    monkeypatch.setattr(senseflow_data.json, "load", lambda file: pytest.fail("parsed twice"))
+    assert load_rows(args, checked) is checked
+
+
+# The loader ----------------------------------------------------------------------------------------------------------
+def test_workers_change_nothing_and_pictures_are_read_when_needed(tmp_path, monkeypatch):
+    args = make_args(
+        dataset_json=write_json(tmp_path, broken=(1,)), center_crop=False, random_flip=True, gradient_accumulation_steps=2
+    )
+    rows = load_rows(args)
+    batches = {}
+    for workers in (0, 2):
+        loader = make_dataloader(changed(args, dataloader_num_workers=workers), rows, 1, 2, 4, 32, odd_only)
+        batches[workers] = take(loader, 8)
+    for alone, helped in zip(batches[0], batches[2]):
+        pixels = alone.pop("pixel_values"), helped.pop("pixel_values")
+        assert alone == helped
+        assert (pixels[0] is None and pixels[1] is None) or torch.equal(*pixels)
+    assert [batch["slots"] for batch in batches[0]] == [[2, 3], [6, 7]] * 4
+
+    read = []
+    picture = senseflow_data.Rows.picture
+    monkeypatch.setattr(senseflow_data.Rows, "picture", lambda self, row: read.append(row) or picture(self, row))
+    loader = iter(make_dataloader(args, rows, 0, 1, 4, 32, odd_only))
+    assert [next(loader)["pixel_values"] for _ in range(2)] == [None, None] and read == []
+    assert next(loader)["pixel_values"].shape == (2, 3, 16, 16) and len(read) >= 2
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+def text(folder, content, name="bad.json"):
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(folder / name)
+
+
+def table(folder, **changes):
+    return {"dataset_name": write_dataset(folder), **IN_TABLE, **changes}
+
+
+def without_picture(folder, row):
+    path = write_json(folder, 12)
+    (folder / "images" / f"{row}.png").unlink()
+    return path
+
+
+NOWHERE = "no such folder"
+BAD = {  # name: (the arguments, what the message says, whose value it names where it is not the data set's)
+    "none": (lambda f: {}, "--dataset_name, --train_data_dir, --dataset_json, --prompts_file"),
+    "two": (lambda f: dict(dataset_name="a", dataset_json="b.json"), "exactly one"),
+    "no json": (lambda f: dict(dataset_json=str(f / "none.json")), "No such file"),
+    "cut json": (lambda f: dict(dataset_json=text(f, '{"keys": [1,\n 2')), "cut"),
+    "binary json": (lambda f: dict(dataset_json=text(f, b"\xff\xfe\x00")), "not valid JSON"),
+    "list json": (lambda f: dict(dataset_json=text(f, "[1]")), '"keys"'),
+    "missing key": (lambda f: dict(dataset_json=text(f, '{"keys": [1], "image_paths": ["a"]}')), 'no list "prompts"'),
+    "lengths": (lambda f: dict(dataset_json=write_json(f, prompts=["a"] * 5)), "keys 6, image_paths 6, prompts 5"),
+    "lengths of keys": (lambda f: dict(dataset_json=write_json(f, keys=[])), "keys 0, image_paths 6, prompts 6"),
+    "no rows": (lambda f: dict(dataset_json=write_json(f, 0)), "keys 0, image_paths 0, prompts 0"),
+    "number as prompt": (lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", 3])), "prompts is a string"),
+    "null as prompt": (lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", None])), "prompts is a string"),
+    "half a character": (lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", "\ud83d"])), "prompts is a string"),
+    "missing picture": (lambda f: dict(dataset_json=without_picture(f, 9)), "1 of 12 pictures looked at are missing"),
+    "no prompts file": (lambda f: dict(prompts_file=str(f / "p.txt"), **PROMPTS_ONLY), "No such file"),
+    "empty prompts": (lambda f: dict(prompts_file=text(f, " \n\n"), **PROMPTS_ONLY), "empty"),
+    "prompts and GAN": (lambda f: dict(prompts_file=text(f, "a"), backward_simulation_prob=1.0), "--gan_weight 0"),
+    "prompts and latents": (lambda f: dict(prompts_file=text(f, "a"), gan_weight=0.0), "--backward_simulation_prob 1"),
+    "no folder": (lambda f: dict(train_data_dir=str(f / "gone")), NOWHERE),
+    "empty folder": (lambda f: dict(train_data_dir=str(f)), "cannot be loaded"),
+    "no local dataset": (lambda f: dict(dataset_name=str(f / "gone")), NOWHERE),
+    "no metadata": (lambda f: dict(train_data_dir=write_folder(f / "a", "none")), "metadata.jsonl"),
+    "no image column": (lambda f: table(f, image_column="img"), "picture, caption, number", "image_column"),
+    "image column": (lambda f: table(f, image_column="number"), "column of pictures", "image_column"),
+    "no caption column": (lambda f: table(f, caption_column="txt"), "picture, caption, number", "caption_column"),
+    "caption column": (lambda f: table(f, caption_column="number"), "column of strings", "caption_column"),
+    "captions missing": (lambda f: table(f, caption_column="sparse"), "empty in some rows", "caption_column"),
+    "no samples": (lambda f: dict(dataset_name="a/b", max_train_samples=0), "leaves no row", "max_train_samples"),
+    "config": (lambda f: dict(train_data_dir="a", dataset_config_name="en"), "--train_data_dir", "dataset_config_name"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_with_flag_value_and_fix(case, tmp_path):
+    arguments, says, *named = BAD[case]
+    changes = arguments(tmp_path)
+    args = make_args(**changes)
+    with pytest.raises(UserError) as caught:
+        load_rows(args, check_data_args(args))
+    message = str(caught.value)
+    assert caught.value.exit_code == 2 and "\n" not in message and says in message
+    for flag in named or [flag for flag in senseflow_data.SOURCES if flag in changes]:
+        assert f"--{flag} {changes[flag]}" in message
+
+
+def test_a_missing_picture_may_lie_in_the_random_sample(tmp_path):
+    paths = [f"{row}.png" for row in range(3000)]
+    for path in paths[:1000]:
+        (tmp_path / path).touch()
+    content = {"keys": paths, "image_paths": paths, "prompts": paths}
+    args = make_args(dataset_json=text(tmp_path, json.dumps(content)))
+    with pytest.raises(UserError, match="pictures looked at are missing") as caught:
+        check_data_args(args)
+    with pytest.raises(UserError) as again:
+        check_data_args(args)
+    assert str(again.value) == str(caught.value)
+    # Rows that are cut off, and pictures that are never read, need not be there.
+    assert len(check_data_args(make_args(dataset_json=args.dataset_json, max_train_samples=1000))) == 1000
+    assert len(check_data_args(make_args(dataset_json=args.dataset_json, **PROMPTS_ONLY))) == 3000
+    # The first rows are always looked at.
+    (tmp_path / paths[1]).unlink()
+    with pytest.raises(UserError, match="1 of .* missing, one is 1.png"):
+        check_data_args(make_args(dataset_json=args.dataset_json, max_train_samples=1000))
