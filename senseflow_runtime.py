@@ -21,8 +21,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable, ContextManager, Iterable, Optional, Sequence
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
@@ -33,8 +35,9 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import SchedulerType, get_scheduler
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -76,12 +79,24 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a bad argument in one line, as everything else here does."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message):
         raise UserError(f"{message} (see --help)", exit_code=2)
 
 
+def quiet_libraries() -> None:
+    """Keeps the libraries' notes and bars from stderr, where a user looks for this project's one line."""
+    hub_logging.set_verbosity_error()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main(); a UserError becomes one line on stderr and its exit code, without a traceback."""
+    quiet_libraries()
     try:
         main()
     except UserError as error:
@@ -110,7 +125,9 @@ def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str]
     if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
         raise UserError(f"{flag} {path}: no such folder; give a diffusers pipeline folder or a Hub id", exit_code=2)
     try:
-        index = pipeline_class.load_config(path, revision=revision)
+        name, local = "model_index.json", os.path.isdir(path)
+        index = Path(path) / name if local else hf_hub_download(path, name, revision=revision)
+        index = json.loads(Path(index).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"{flag} {path}: neither a folder with model_index.json nor a Hub id that can be reached", exit_code=2
@@ -156,6 +173,8 @@ def check_common_args(args) -> None:
             raise UserError(f"--anchors {shown}: timesteps must lie in (0, 1000]", exit_code=2)
         if any(a <= b for a, b in zip(args.anchors, args.anchors[1:])):
             raise UserError(f"--anchors {shown}: must decrease; sort them, largest first", exit_code=2)
+    if args.mixed_precision not in ("no", "bf16"):  # the default comes from accelerate's configuration, unchecked by argparse
+        refuse("mixed_precision", "give no or bf16")
     if args.use_8bit_adam:
         require_package("bitsandbytes", "--use_8bit_adam")
     if args.enable_xformers_memory_efficient_attention:

@@ -304,12 +304,12 @@ def isg_target(teacher_predict, student_predict, schedule: Schedule, x_t, t, t_m
 
 
 def adversarial_loss(fake_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The student's GAN loss: -mean over the batch of weight * mean over a picture's logits; logits (B, L), weight omega(t) (B,)."""
+    """The student's GAN loss: -weight * mean over a picture's logits, mean over the batch; logits (B, L), weight omega(t) (B,)."""
     return -(weight * fake_logits.float().mean(1)).mean()
 
 
 def hinge_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The discriminator's loss: relu(1 - D(real)) + relu(1 + D(fake)), means over a picture's logits, then omega(t), then the batch."""
+    """The discriminator's loss: relu(1 - D(real)) + relu(1 + D(fake)), mean over L, times omega(t), mean over B."""
     per_picture = F.relu(1 - real_logits.float()).mean(1) + F.relu(1 + fake_logits.float()).mean(1)
     return (weight * per_picture).mean()
 

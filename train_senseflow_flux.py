@@ -12,6 +12,7 @@ what stands behind a role is senseflow_runtime's business, the formulas are sens
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,12 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
+import transformers
 from accelerate.logging import get_logger
+
+
+transformers.utils.logging.set_verbosity_error()  # importing a pipeline would print notes about packages that are not needed
+
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
@@ -27,7 +33,7 @@ from tqdm.auto import tqdm
 
 import senseflow_runtime as runtime_tools
 from senseflow_data import check_data_args, load_rows, make_dataloader
-from senseflow_discriminator import Discriminator, TextFeatures, VisionFeatures, diff_augment
+from senseflow_discriminator import Discriminator, TextFeatures, VisionFeatures, check_discriminator_args, diff_augment
 from senseflow_runtime import Metrics, Parser, Role, Runtime, UserError
 from senseflow_utils import (
     SAMPLERS,
@@ -255,7 +261,8 @@ def without_guidance_embedder(transformer: FluxTransformer2DModel, scale: float)
             embedder = copy.deepcopy(embed.guidance_embedder).float()
             parameter = next(embedder.parameters())
             folded = embedder(embed.time_proj(torch.tensor([1000.0 * scale], device=parameter.device)).float())[0]
-        state["time_text_embed.timestep_embedder.linear_2.bias"] += folded
+        bias = "time_text_embed.timestep_embedder.linear_2.bias"
+        state[bias] = state[bias] + folded  # not in place: it may be the teacher's own tensor
     state = {name: tensor for name, tensor in state.items() if ".guidance_embedder." not in name}
     student = FluxTransformer2DModel.from_config(config)
     student.load_state_dict(state)
@@ -370,8 +377,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of every random draw")
 
     add = parser.add_argument_group("precision and memory").add_argument
-    add("--mixed_precision", choices=["no", "bf16"], default="no",
-        help="bf16: frozen networks in bf16, trained ones in fp32 under autocast")
+    add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        help="bf16: frozen networks in bf16, trained ones in fp32 under autocast (default: accelerate's configuration)")
     add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (release)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
@@ -411,10 +418,36 @@ def check_args(args):
     runtime_tools.check_pipeline(
         FluxPipeline, "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision
     )
+    if args.student_model_name_or_path:
+        check_student(args)
+    if args.gan_weight > 0:
+        check_discriminator_args(args)
     scale = 2 * vae_scale_of(load_vae_config(args))
     if args.resolution % scale:
         raise UserError(f"--resolution {args.resolution} is not divisible by {scale}, as this teacher's latents need", exit_code=2)
     return load_rows(args, checked)
+
+
+def check_student(args) -> None:
+    """Refuses (exit code 2) a warm start that is not there, or that speaks of other latents or prompts than the teacher."""
+    path = args.student_model_name_or_path
+    try:
+        student = FluxTransformer2DModel.load_config(path, subfolder=transformer_folder(path))
+    except (OSError, ValueError) as error:
+        message = f"--student_model_name_or_path {path}: neither a FLUX transformer or pipeline folder nor a Hub id in reach"
+        raise UserError(message, exit_code=2) from error
+    teacher = FluxTransformer2DModel.load_config(
+        args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
+    )  # fmt: skip
+    for name in ("_class_name", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
+        if student.get(name) != teacher.get(name):
+            message = f"--student_model_name_or_path {path}: its {name} is {student.get(name)}, the teacher's {teacher.get(name)}"
+            raise UserError(message + "; give one that was distilled from this teacher", exit_code=2)
+
+
+def transformer_folder(path: str) -> Optional[str]:
+    """Where a transformer lies in a folder or Hub repository: by itself, or in a pipeline."""
+    return None if (Path(path) / "config.json").is_file() else "transformer"
 
 
 def load_vae_config(args) -> dict:
@@ -432,8 +465,7 @@ def vae_scale_of(config: dict) -> int:
 def load_transformer(flag: str, path: str, **source) -> FluxTransformer2DModel:
     """The transformer of a pipeline, or one by itself."""
     with runtime_tools.loading(flag, path):
-        subfolder = None if (Path(path) / "config.json").is_file() else "transformer"
-        return FluxTransformer2DModel.from_pretrained(path, subfolder=subfolder, **source)
+        return FluxTransformer2DModel.from_pretrained(path, subfolder=transformer_folder(path), **source)
 
 
 def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, Optional[AutoencoderKL], FluxPipeline]:

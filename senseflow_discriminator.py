@@ -1,0 +1,290 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""The vision-foundation-model discriminator of SenseFlow (section 3.4), after StyleGAN-T and ADD.
+
+Three parts, of which only the last learns:
+
+    VisionFeatures    pictures -> maps of a frozen DINOv2, one per chosen depth
+    TextFeatures      prompts -> embedding of a frozen CLIP text encoder
+    Discriminator     a head per map: features of a picture, given those of a reference picture and the text -> logits
+
+and DiffAugment, on what is judged, never on the reference.
+"""
+
+from typing import Optional, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
+
+from senseflow_runtime import UserError
+from senseflow_utils import Draws
+
+
+LAYERS_OF_24 = (2, 5, 8, 10, 14, 19, 23)
+CONDITION_CHANNELS = 64
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen networks
+# ---------------------------------------------------------------------------------------------------------------------
+def default_layers(blocks: int) -> list[int]:
+    """The blocks of a backbone whose output is looked at: those of the release for 24 blocks, the same depths of any other."""
+    return sorted({max(0, round((layer + 1) / 24 * blocks) - 1) for layer in LAYERS_OF_24})
+
+
+def check_discriminator_args(args) -> None:
+    """Refuses (UserError, exit code 2) an unknown backbone or text encoder and layers that it does not have; loads no weights."""
+    path = args.discriminator_text_encoder
+    try:
+        CLIPTextModelWithProjection.config_class.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        message = f"--discriminator_text_encoder {path}: neither a CLIP folder nor a Hub id that can be reached"
+        raise UserError(message, exit_code=2) from error
+    path, layers = args.discriminator_backbone, args.discriminator_layers
+    try:
+        config = Dinov2Config.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        message = f"--discriminator_backbone {path}: neither a DINOv2 folder nor a Hub id that can be reached"
+        raise UserError(message, exit_code=2) from error
+    if config.model_type != "dinov2":
+        raise UserError(f"--discriminator_backbone {path}: is a {config.model_type}, give a DINOv2", exit_code=2)
+    if args.resolution < config.patch_size:
+        raise UserError(f"--resolution {args.resolution}: below the patch size {config.patch_size} of {path}", exit_code=2)
+    if layers is not None and (layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers):
+        shown = " ".join(map(str, layers))
+        last = config.num_hidden_layers - 1
+        message = f"--discriminator_layers {shown}: must increase and lie in 0..{last}, the blocks of {path}"
+        raise UserError(message, exit_code=2)
+
+
+class VisionFeatures(nn.Module):
+    """Maps of a frozen DINOv2.
+
+    Args:
+        path: folder or Hub id.
+        layers: increasing block numbers; None for `default_layers`. Blocks above the last are dropped.
+        dtype: of the weights and the computation.
+    """
+
+    def __init__(self, path: str, layers: Optional[Sequence[int]] = None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        model = Dinov2Model.from_pretrained(path, dtype=dtype)
+        self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
+        self.embeddings = model.embeddings
+        self.blocks = model.encoder.layer[: self.layers[-1] + 1]
+        self.channels, self.num_maps = model.config.hidden_size, len(self.layers) + 1
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        """Maps (B, C, h, w) after the embedding and after each chosen block, without the final norm.
+
+        Each is the patch tokens plus the CLS token. h and w are height and width over the patch size, rounded down.
+
+        Args:
+            pictures: (B, 3, H, W) in [-1, 1], any size; gradient flows back to them.
+        """
+        pictures = ((pictures.float() + 1) / 2 - self.mean) / self.std
+        patches = self.embeddings.patch_embeddings.projection(pictures.to(self.embeddings.cls_token.dtype))
+        batch, channels, height, width = patches.shape
+        tokens = patches.flatten(2).transpose(1, 2) + self._positions(height, width)
+        cls = self.embeddings.cls_token + self.embeddings.position_embeddings[:, :1]
+        states = torch.cat([cls.expand(batch, -1, -1), tokens], 1)
+        maps = [states]
+        for number, block in enumerate(self.blocks):
+            states = block(states)
+            if number in self.layers:
+                maps.append(states)
+        return [(m[:, 1:] + m[:, :1]).transpose(1, 2).reshape(batch, channels, height, width) for m in maps]
+
+    def _positions(self, height: int, width: int) -> torch.Tensor:
+        # The release interpolates bilinearly, transformers' own code bicubically.
+        positions = self.embeddings.position_embeddings[:, 1:]
+        side = round(positions.shape[1] ** 0.5)
+        grid = positions.transpose(1, 2).reshape(1, -1, side, side)
+        if (height, width) != (side, side):
+            grid = F.interpolate(grid.float(), size=(height, width), mode="bilinear", align_corners=False).to(positions.dtype)
+        return grid.flatten(2).transpose(1, 2)
+
+
+class TextFeatures(nn.Module):
+    """The projected, L2-normalised text embedding of a frozen CLIP (folder or Hub id)."""
+
+    def __init__(self, path: str, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = CLIPTextModelWithProjection.from_pretrained(path, dtype=dtype)
+        self.channels = self.model.config.projection_dim
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, prompts: list[str]) -> torch.Tensor:
+        """(B, T) float32, of unit length."""
+        length = self.model.config.max_position_embeddings
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = tokens.input_ids.to(self.model.device)
+        return F.normalize(self.model(ids).text_embeds.float(), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The heads
+# ---------------------------------------------------------------------------------------------------------------------
+class LocalBatchNorm(nn.Module):
+    """Batch norm over groups of at most `virtual_batch` neighbouring samples; no running statistics (StyleGAN-T).
+
+    A group is the largest divisor of the batch that is not above `virtual_batch`; at batch 1 this is an instance norm.
+    """
+
+    def __init__(self, channels: int, virtual_batch: int = 8, eps: float = 1e-5):
+        super().__init__()
+        self.virtual_batch, self.eps = virtual_batch, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> the same."""
+        batch = x.shape[0]
+        size = max(d for d in range(1, min(batch, self.virtual_batch) + 1) if batch % d == 0)
+        groups = x.float().unflatten(0, (batch // size, size))
+        variance, mean = torch.var_mean(groups, dim=(1, 3, 4), keepdim=True, correction=0)
+        x = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(0, 1).to(x.dtype)
+        return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, padding_mode="circular")
+    return spectral_norm(conv, n_power_iterations=1, eps=1e-12)
+
+
+class Block(nn.Sequential):
+    """Spectral-norm convolution, local batch norm, LeakyReLU."""
+
+    def __init__(self, channels: int, kernel: int, virtual_batch: int):
+        super().__init__(_conv(channels, channels, kernel), LocalBatchNorm(channels, virtual_batch), nn.LeakyReLU(0.2))
+
+
+class Residual(Block):
+    """(f(x) + x) / sqrt(2) of a 3x3 block."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (super().forward(x) + x) / 2**0.5
+
+
+class Tower(nn.Sequential):
+    """A map (B, C, h, w) to 64 channels at an eighth of its sides, rounded up."""
+
+    def __init__(self, channels: int, virtual_batch: int):
+        layers = [Block(channels, 1, virtual_batch)]
+        for stage in range(3):
+            layers.append(_conv(channels, channels, 3, stride=2))
+            if stage < 2:
+                layers.append(Residual(channels, 3, virtual_batch))
+        super().__init__(*layers, _conv(channels, CONDITION_CHANNELS, 1))
+
+
+class TextMap(nn.Module):
+    """A linear map with weights N(0, 1), scaled by 1 / sqrt(inputs) when it runs, and no bias to start with."""
+
+    def __init__(self, inputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CONDITION_CHANNELS, inputs))
+        self.bias = nn.Parameter(torch.zeros(CONDITION_CHANNELS))
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return F.linear(text, self.weight / self.weight.shape[1] ** 0.5, self.bias)
+
+
+class Discriminator(nn.Module):
+    """A head per feature map: logits = sum over 64 of cls(features) * (cmap(text) + refmap(reference)) / 8.
+
+    Args:
+        channels: of the maps, and of the heads inside.
+        num_maps: number of heads.
+        text_channels: of the text embedding.
+        virtual_batch: of the local batch norm.
+    """
+
+    def __init__(self, channels: int, num_maps: int, text_channels: int, virtual_batch: int = 8):
+        super().__init__()
+        self.cls = nn.ModuleList(Tower(channels, virtual_batch) for _ in range(num_maps))
+        self.refmap = nn.ModuleList(Tower(channels, virtual_batch) for _ in range(num_maps))
+        self.cmap = nn.ModuleList(TextMap(text_channels) for _ in range(num_maps))
+
+    def forward(
+        self, pictures: Sequence[Sequence[torch.Tensor]], reference: Sequence[torch.Tensor], text: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits (B, L), float32, of each of `pictures`; what depends on reference and text alone is computed once.
+
+        Args:
+            pictures: feature lists of `VisionFeatures`, such as (real, fake); each is normalised by itself. Carry gradient.
+            reference: feature list of the pictures that the prompts belong to, not augmented.
+            text: (B, T) of `TextFeatures`.
+        """
+        logits = [[] for _ in pictures]
+        with parametrize.cached():
+            self._normalise_weights(reference[0].device.type)
+            for head, (cls, refmap, cmap) in enumerate(zip(self.cls, self.refmap, self.cmap)):
+                condition = cmap(text)[:, :, None, None] + refmap(reference[head].float())
+                for own, features in zip(logits, pictures):
+                    scores = (cls(features[head].float()) * condition).float().sum(1) / CONDITION_CHANNELS**0.5
+                    own.append(scores.flatten(1))
+        return tuple(torch.cat(own, 1) for own in logits)
+
+    def _normalise_weights(self, device_type: str) -> None:
+        """Power iteration and division of every convolution, in float32 also under autocast; `parametrize.cached` keeps them."""
+        with torch.autocast(device_type, enabled=False):
+            for module in self.modules():
+                if parametrize.is_parametrized(module):
+                    _ = module.weight
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiffAugment (Zhao et al., 2020)
+# ---------------------------------------------------------------------------------------------------------------------
+def diff_augment(pictures: torch.Tensor, draws: Draws, slots: Sequence[int], name: str) -> torch.Tensor:
+    """Brightness, saturation, contrast, translation, cutout; per sample, differentiable, not clamped.
+
+    Args:
+        pictures: (B, 3, H, W) in [-1, 1].
+        name: prefix of the draws, so that real and student's pictures are augmented independently.
+    """
+
+    def uniform(what: str, low: float, high: float) -> torch.Tensor:
+        return draws.uniform(f"{name}_{what}", slots, low, high).view(-1, 1, 1, 1)
+
+    x = pictures + uniform("brightness", -0.5, 0.5)
+    mean = x.mean(1, keepdim=True)
+    x = mean + (x - mean) * uniform("saturation", 0, 2)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * uniform("contrast", 0.5, 1.5)
+    return _cutout(_translate(x, draws, slots, name), draws, slots, name)
+
+
+def _translate(x: torch.Tensor, draws: Draws, slots, name: str, ratio: float = 0.125) -> torch.Tensor:
+    """Shifts by up to `ratio` of each side; what comes in is 0."""
+    indices = []
+    for axis, size in (("y", x.shape[2]), ("x", x.shape[3])):
+        reach = int(size * ratio + 0.5)
+        shift = draws.integers(f"{name}_translate_{axis}", slots, -reach, reach)
+        # The picture is padded by one pixel of zeros, in which everything beyond its border is looked up.
+        indices.append((torch.arange(1, size + 1, device=x.device) - shift[:, None]).clamp(0, size + 1))
+    rows, columns = indices
+    samples = torch.arange(len(x), device=x.device)[:, None, None]
+    return F.pad(x, [1, 1, 1, 1]).permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _cutout(x: torch.Tensor, draws: Draws, slots, name: str, ratio: float = 0.2) -> torch.Tensor:
+    """Zeroes a rectangle of `ratio` of each side, around a centre anywhere in the picture."""
+    inside = []
+    for axis, size in (("y", x.shape[2]), ("x", x.shape[3])):
+        side = int(size * ratio + 0.5)
+        first = draws.integers(f"{name}_cutout_{axis}", slots, 0, size - side % 2) - side // 2
+        positions = torch.arange(size, device=x.device)
+        inside.append((positions >= first[:, None]) & (positions < first[:, None] + side))
+    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return x * ~hole

@@ -1,0 +1,46 @@
+"""Tiny networks and data, made once per session; everything runs offline on a CPU."""
+
+import json
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from tiny_pipelines import write_discriminator, write_flux  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A tiny FluxPipeline with embedded guidance."""
+    path = tmp_path_factory.mktemp("flux")
+    write_flux(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory):
+    """A folder with a tiny DINOv2 (dinov2/) and a tiny CLIP text encoder (clip/)."""
+    path = tmp_path_factory.mktemp("vision")
+    write_discriminator(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A dataset JSON of 12 pictures of different sizes."""
+    path = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    colours = ["red", "green", "blue", "yellow", "black", "white"]
+    names, prompts = [], []
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (70 + i, 90 - i, 3), dtype=np.uint8)).save(path / f"{i}.png")
+        names.append(f"{i}.png")
+        prompts.append(f"a {colours[i % 6]} square number {i}")
+    rows = {"keys": [str(i) for i in range(12)], "image_paths": names, "prompts": prompts}
+    (path / "data.json").write_text(json.dumps(rows))
+    return path / "data.json"

@@ -1,0 +1,347 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""infer.py: its pictures are those of the stock pipeline, and depend on the index and the seed alone."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from PIL import Image
+
+import infer
+from senseflow_runtime import UserError
+from tiny_pipelines import write_flux
+
+
+ROOT = Path(infer.__file__).parent
+CALL = {"num_inference_steps": 4, "guidance_scale": 3.5, "height": 64, "width": 64, "max_sequence_length": 16}
+PROMPTS = ["a red circle", "", "a blue square", "two green triangles", "an empty room", "a hat"]
+LINES = [0, 2, 3, 4, 5]
+
+
+def write_senseflow(folder: Path, **changes) -> None:
+    content = {
+        "sigmas": [1.0, 0.9, 0.75, 0.5],
+        "timesteps": [1000.0, 900.0, 750.0, 500.0],
+        "sampler": "stochastic",
+        "num_inference_steps": 4,
+        "guidance_scale": 3.5,
+        "teacher": "unused",
+        "iteration": 7,
+        "pipeline_call": CALL,
+    }
+    (folder / "senseflow.json").write_text(json.dumps(content | changes))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """teacher: tiny; student: a stochastic pipeline with senseflow.json; checkpoint-7: the student, without the rest."""
+    root = tmp_path_factory.mktemp("models")
+    write_flux(root / "teacher")
+    teacher = DiffusionPipeline.from_pretrained(root / "teacher")
+    torch.manual_seed(1)
+    config = dict(teacher.transformer.config) | {"guidance_embeds": False}
+    transformer = FluxTransformer2DModel.from_config(config)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    student = type(teacher)(**teacher.components | {"transformer": transformer, "scheduler": scheduler})
+    student.save_pretrained(root / "student")
+    write_senseflow(root / "student")
+    checkpoint = root / "checkpoint-7"
+    transformer.save_pretrained(checkpoint / "transformer")
+    scheduler.save_pretrained(checkpoint / "scheduler")
+    write_senseflow(checkpoint, teacher=str(root / "teacher"))
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    return root
+
+
+def run(models: Path, out: Path, *flags, model="student") -> None:
+    argv = ["--model", models / model, "--prompts_file", models / "prompts.txt", "--output_dir", out, *flags]
+    infer.main([str(word) for word in argv])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+
+
+def refusal(*argv, exit_code=2) -> str:
+    """Runs infer.py in-process; it must fail with that exit code and one line, which is returned."""
+    with pytest.raises(UserError) as caught:
+        infer.main([str(word) for word in argv])
+    assert caught.value.exit_code == exit_code, caught.value
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def drawn(models, tmp_path_factory):
+    """Every prompt by the student, one at a time."""
+    out = tmp_path_factory.mktemp("drawn")
+    run(models, out)
+    return out
+
+
+def test_names_and_metadata(models, drawn):
+    assert sorted(path.name for path in drawn.iterdir()) == [*(f"{idx:04d}.png" for idx in LINES), "metadata.jsonl"]
+    first = records(drawn)[1]
+    expected = {name: CALL[name] for name in infer.CALL_FLAGS} | {"sampler": "stochastic", "dtype": "float32"}
+    expected |= {"file_name": "0002.png", "idx": 2, "prompt": PROMPTS[2], "seed": 42, "model": str(models / "student")}
+    assert {name: first[name] for name in expected} == expected
+    assert [record["idx"] for record in records(drawn)] == LINES
+
+
+@pytest.mark.parametrize("sampler", ["euler", "stochastic"])
+def test_equals_the_stock_pipeline(models, tmp_path, sampler):
+    out = tmp_path / "saved"
+    pipeline = DiffusionPipeline.from_pretrained(models / "student")
+    config = pipeline.scheduler.config
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=sampler == "stochastic")
+    pipeline.save_pretrained(out)
+    write_senseflow(out, sampler=sampler)
+    infer.main(["--model", str(out), "--prompt", "a red circle", "--output_dir", str(tmp_path / "pictures"), "--seed", "9"])
+
+    stock = DiffusionPipeline.from_pretrained(out)
+    generator = torch.Generator().manual_seed(9)
+    if sampler == "stochastic":
+        stock.scheduler.step = functools.partial(stock.scheduler.step, generator=generator)
+    picture = stock("a red circle", generator=generator, **CALL).images[0]
+    assert np.array_equal(pixels(tmp_path / "pictures/0000.png"), np.asarray(picture))
+
+
+def test_sampler_flag_overrides(models, drawn, tmp_path):
+    run(models, tmp_path, "--sampler", "euler", "--num_prompts", 1)
+    stock = DiffusionPipeline.from_pretrained(models / "student")
+    stock.scheduler = FlowMatchEulerDiscreteScheduler.from_config(stock.scheduler.config, stochastic_sampling=False)
+    picture = stock(PROMPTS[0], generator=torch.Generator().manual_seed(42), **CALL).images[0]
+    assert np.array_equal(pixels(tmp_path / "0000.png"), np.asarray(picture))
+    assert not np.array_equal(pixels(tmp_path / "0000.png"), pixels(drawn / "0000.png"))
+
+
+def test_batch_and_start_do_not_change_a_picture(models, drawn, tmp_path):
+    run(models, tmp_path, "--start_idx", 1, "--num_prompts", 4, "--batch_size", 3)
+    assert [record["idx"] for record in records(tmp_path)] == [2, 3, 4]
+    for idx in (2, 3, 4):
+        # A batched matrix product may differ in its last bits.
+        assert np.abs(pixels(tmp_path / f"{idx:04d}.png") - pixels(drawn / f"{idx:04d}.png")).max() <= 1
+    assert np.abs(pixels(drawn / "0002.png") - pixels(drawn / "0003.png")).max() > 1
+
+
+def test_noise_depends_on_the_seed_alone(models):
+    """Exactly, initial and stochastic: with a network that returns 0 the last latents are made of noise only."""
+    pipeline = infer.load_pipeline(infer.find_model(str(models / "student")), "stochastic", torch.device("cpu"), torch.float32)
+    pipeline.transformer.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states),)
+    steps = []
+    keep = {"callback_on_step_end": lambda pipeline, i, t, kwargs: steps.append(kwargs["latents"]) or {}}
+    call = CALL | {"output_type": "latent"} | keep
+    infer.draw(pipeline, ["a", "b", "c"], [5, 6, 7], call)
+    together, steps[:] = list(steps), []
+    infer.draw(pipeline, ["c"], [7], call)
+    assert len(steps) == 4 and not torch.equal(steps[0], steps[1])
+    assert all(torch.equal(a[2], b[0]) and not torch.equal(a[1], a[2]) for a, b in zip(together, steps))
+
+
+def test_rerun_draws_what_is_missing(models, drawn, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(drawn, out)
+    before = {idx: os.stat(out / f"{idx:04d}.png").st_mtime_ns for idx in LINES}
+    (out / "0003.png").unlink()
+    lines = (out / "metadata.jsonl").read_text().splitlines(keepends=True)
+    # As a kill leaves it: picture 5 is there and its line is cut.
+    (out / "metadata.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+    run(models, out)
+    after = {idx: os.stat(out / f"{idx:04d}.png").st_mtime_ns for idx in LINES}
+    assert [idx for idx in LINES if after[idx] != before[idx]] == [3, 5]
+    assert sorted(record["idx"] for record in records(out)) == LINES
+    assert all(np.array_equal(pixels(out / f"{idx:04d}.png"), pixels(drawn / f"{idx:04d}.png")) for idx in LINES)
+    # Nothing is missing: no weight is loaded.
+    monkeypatch.setattr(infer, "load_pipeline", None)
+    run(models, out)
+
+
+def test_a_failed_batch_keeps_what_was_drawn(models, tmp_path, monkeypatch):
+    draw, calls = infer.draw, []
+
+    def fails_the_second_time(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(infer, "draw", fails_the_second_time)
+    with pytest.raises(KeyboardInterrupt):
+        run(models, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "metadata.jsonl"] and len(records(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("flags", [["--seed", 43], ["--sampler", "euler"], ["--height", 32], ["--dtype", "float16"]])
+def test_other_settings_are_refused(models, drawn, flags):
+    with pytest.raises(UserError, match="--output_dir.*was drawn with " + flags[0][2:]) as caught:
+        run(models, drawn, *flags)
+    assert caught.value.exit_code == 2
+
+
+def test_other_prompts_and_weights_are_refused(models, drawn, tmp_path):
+    common = ["--output_dir", drawn]
+    assert "prompt a red circle, not another" in refusal("--model", models / "student", "--prompt", "another", *common)
+    shutil.copytree(models / "student", tmp_path / "student")
+    retrained = FluxTransformer2DModel.from_pretrained(tmp_path / "student/transformer")
+    with torch.no_grad():
+        for parameter in retrained.parameters():
+            parameter.add_(1e-3)
+    retrained.save_pretrained(tmp_path / "student/transformer")
+    command = ["--model", tmp_path / "student", "--prompts_file", models / "prompts.txt", *common]
+    assert "was drawn with weights" in refusal(*command)
+
+
+def test_checkpoint_folder(models, drawn, tmp_path):
+    run(models, tmp_path, "--num_prompts", 3, model="checkpoint-7")
+    for idx in (0, 2):
+        assert np.array_equal(pixels(tmp_path / f"{idx:04d}.png"), pixels(drawn / f"{idx:04d}.png"))
+
+
+def test_a_model_without_senseflow_json(models, tmp_path, caplog):
+    flags = ["--height", 32, "--width", 64, "--num_prompts", 1]
+    run(models, tmp_path / "own", *flags, model="teacher")
+    stock = DiffusionPipeline.from_pretrained(models / "teacher")
+    picture = stock(PROMPTS[0], generator=torch.Generator().manual_seed(42), height=32, width=64).images[0]
+    assert np.array_equal(pixels(tmp_path / "own/0000.png"), np.asarray(picture))
+    record = records(tmp_path / "own")[0]
+    assert (record["num_inference_steps"], record["guidance_scale"], record["sampler"]) == (28, 3.5, "euler")
+    run(models, tmp_path / "given", *flags, "--num_inference_steps", 2, "--guidance_scale", 7, model="teacher")
+    picture = stock(
+        PROMPTS[0], generator=torch.Generator().manual_seed(42), height=32, width=64, num_inference_steps=2, guidance_scale=7.0
+    ).images[0]
+    assert np.array_equal(pixels(tmp_path / "given/0000.png"), np.asarray(picture))
+
+
+def test_explicit_sigmas_hold_at_the_trained_number_of_steps(models, tmp_path, caplog):
+    shutil.copytree(models / "student", tmp_path / "student")
+    write_senseflow(tmp_path / "student", pipeline_call=CALL | {"sigmas": [1.0, 0.9, 0.4, 0.1]})
+    model = infer.find_model(str(tmp_path / "student"))
+    argv = ["--model", str(tmp_path / "student")]
+    with caplog.at_level("INFO", logger="infer"):
+        assert infer.choose_call(infer.parse_args(argv), model)[0]["sigmas"] == [1.0, 0.9, 0.4, 0.1]
+        assert not caplog.records
+        call, settings = infer.choose_call(infer.parse_args([*argv, "--num_inference_steps", "2"]), model)
+        assert "sigmas" not in call and call["num_inference_steps"] == settings["num_inference_steps"] == 2
+        infer.choose_call(infer.parse_args([*argv, "--guidance_scale", "2"]), model)
+    assert "trained for 4" in caplog.text and "no guidance embedder" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype(models, drawn, tmp_path, dtype):
+    run(models, tmp_path, "--num_prompts", 1, "--dtype", dtype)
+    difference = np.abs(pixels(tmp_path / "0000.png") - pixels(drawn / "0000.png"))
+    assert records(tmp_path)[0]["dtype"] == dtype and 0 < difference.max() and difference.mean() < 10
+
+
+def test_grid(models, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / "out")
+    run(models, tmp_path / "out", "--grid")
+    grid = pixels(tmp_path / "out/grid.png")
+    assert grid.shape == (2 * 78, 3 * 64, 3)  # 5 pictures, 14 pixels of label
+    assert np.array_equal(grid[:64, 64:128], pixels(drawn / "0002.png"))
+    assert np.array_equal(grid[78:142, 64:128], pixels(drawn / "0005.png"))
+    assert grid[142:, 64:128].min() < 128, "a label"
+
+
+BAD = [
+    (["--batch_size", "0"], "--batch_size: 0"),
+    (["--num_inference_steps", "0"], "--num_inference_steps: 0"),
+    (["--num_inference_steps", "four"], "--num_inference_steps: four"),
+    (["--guidance_scale", "nan"], "--guidance_scale: nan"),
+    (["--seed", "-1"], "--seed: -1"),
+    (["--num_prompts", "0"], "--num_prompts: 0"),
+    (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+    (["--sampler", "ddim"], "--sampler: invalid choice"),
+    (["--device", "warp"], "--device warp"),
+    (["--start_idx", "6"], "--start_idx 6.*last one has index 5"),
+    (["--start_idx", "1", "--num_prompts", "1"], "--start_idx 1"),
+    (["--height", "72"], "--height 72: not divisible by 16; 80 is"),
+    (["--width", "8"], "--width 8: not divisible by 16"),
+    (["--prompt", "a cat"], "--prompt"),
+    (["--model", "no/such/folder"], "--model no/such/folder: no such folder"),
+    (["--model", "tests/typo"], "--model tests/typo: no such folder"),
+    (["--model", "nobody/nothing"], "--model nobody/nothing: no such folder, nor a model on the Hub"),
+    (["--model", "{root}/student/vae"], "neither model_index.json nor a senseflow.json"),
+    (["--model", "{root}/cut"], "senseflow.json is damaged"),
+    (["--model", "{root}/list"], "senseflow.json is damaged"),
+    (["--model", "{root}/call"], "pipeline_call in senseflow.json"),
+    (["--model", "{root}/class"], "NoSuchPipeline is no text-to-image pipeline"),
+    (["--model", "{root}/sampler"], "sampler in senseflow.json"),
+    (["--model", "{root}/parts"], "parts lacks .*, which its model_index.json names"),
+    (["--model", "{root}/lost"], "teacher in its senseflow.json, ./moved: no such folder"),
+    (["--prompts_file", "{root}/none.txt"], "--prompts_file .*none.txt"),
+    (["--prompts_file", "{root}/blank.txt"], "--prompts_file .*holds no prompt"),
+    (["--prompts_file", "{root}/student/transformer/diffusion_pytorch_model.safetensors"], "--prompts_file .*UTF-8"),
+    (["--output_dir", "{root}/prompts.txt"], "--output_dir .*prompts.txt"),
+    (["--unknown", "1"], "--unknown"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_models(models):
+    """Beside the good models: what can be wrong with one, without any weight."""
+    for name in ("cut", "list", "call", "sampler", "parts", "class", "lost"):
+        (models / name).mkdir()
+        if name != "lost":
+            shutil.copy(models / "student/model_index.json", models / name)
+    (models / "cut/senseflow.json").write_text((models / "student/senseflow.json").read_text()[:-9])
+    (models / "list/senseflow.json").write_text("[1, 2]")
+    write_senseflow(models / "sampler", sampler="ddim")
+    write_senseflow(models / "call", pipeline_call={"steps": 4})
+    (models / "class/model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    write_senseflow(models / "lost", teacher="./moved")
+    (models / "blank.txt").write_text("\n  \n")
+    return models
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_arguments(bad_models, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(infer, "load_pipeline", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(ROOT)
+    flags = [flag.format(root=bad_models) for flag in flags]
+    defaults = {"--model": bad_models / "student", "--prompts_file": bad_models / "prompts.txt", "--output_dir": tmp_path}
+    line = refusal(*(word for flag in defaults.items() for word in flag if flag[0] not in flags), *flags)
+    assert "\n" not in line
+    assert re.search(message, line), line
+
+
+def test_a_scheduler_without_the_choice(models, tmp_path):
+    shutil.copytree(models / "student", tmp_path / "student")
+    os.remove(tmp_path / "student/senseflow.json")
+    config = {"_class_name": "FlowMatchLCMScheduler"}
+    (tmp_path / "student/scheduler/scheduler_config.json").write_text(json.dumps(config))
+    model = infer.find_model(str(tmp_path / "student"))
+    assert infer.choose_sampler(None, model) == infer.choose_sampler("stochastic", model) == "stochastic"
+    with pytest.raises(UserError, match="--sampler euler: FlowMatchLCMScheduler"):
+        infer.choose_sampler("euler", model)
+
+
+def test_truncated_weights_in_a_real_process(models, tmp_path):
+    shutil.copytree(models / "checkpoint-7", tmp_path / "checkpoint-7")
+    weights = next((tmp_path / "checkpoint-7/transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    command = [sys.executable, ROOT / "infer.py", "--model", tmp_path / "checkpoint-7", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"infer.py: error: --model {tmp_path / 'checkpoint-7'}: cannot load the weights")

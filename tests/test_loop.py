@@ -1,0 +1,265 @@
+"""`train_iteration` of the FLUX script on real tiny networks: who learns when, how many passes run, what is shared."""
+
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from senseflow_data import load_rows, make_dataloader
+from senseflow_runtime import Role, Runtime
+from senseflow_utils import Draws, FlowSchedule
+from train_senseflow_flux import Parts, load_parts, make_schedule, needs_pictures, parse_args, simulated_steps, train_iteration
+
+
+LATENT_SCALE = 8
+
+
+@pytest.fixture
+def build(teacher, vision, data, tmp_path):
+    """build(*flags) -> (args, parts, schedule, step(iteration) -> metrics) on the tiny teacher."""
+
+    def make(*flags):
+        args = parse_args(
+            ["--pretrained_model_name_or_path", str(teacher), "--output_dir", str(tmp_path), "--dataset_json", str(data)]
+            + ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+            + ["--resolution", "64", "--train_batch_size", "2", "--report_to", "none", "--lr_warmup_steps", "0"]
+            + ["--max_sequence_length", "16", "--learning_rate", "1e-3", *flags]
+        )
+        runtime = Runtime(args)
+        schedule, _, _ = make_schedule(args, LATENT_SCALE, "cpu")
+        parts, vae, text = load_parts(args, runtime, schedule)
+        wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
+        batches = iter(make_dataloader(args, load_rows(args), 0, 1, 0, 0, wanted))
+
+        def step(iteration):
+            batch = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+            return train_iteration(iteration, batch, parts, schedule, args, "cpu")
+
+        return SimpleNamespace(args=args, parts=parts, schedule=schedule, step=step, vae=vae, text=text)
+
+    return make
+
+
+def roles_of(parts: Parts) -> dict[str, Role]:
+    return {name: getattr(parts, name) for name in ("student", "teacher", "fake_score", "discriminator")}
+
+
+def weights(role: Role) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in role.module.state_dict().items()}
+
+
+def test_each_backward_reaches_only_the_network_of_the_turn(build, monkeypatch):
+    run = build("--ttur_ratio", "1")
+    touched = []
+
+    def gradients():
+        return {
+            name: sum(p.grad.abs().sum().item() for p in role.module.parameters() if p.grad is not None)
+            for name, role in roles_of(run.parts).items()
+        }
+
+    backward = Role.backward
+
+    def watched(role, loss):
+        before = gradients()
+        backward(role, loss)
+        after = gradients()
+        touched.append((role.name, sorted(name for name in after if after[name] != before[name])))
+
+    monkeypatch.setattr(Role, "backward", watched)
+    run.step(0)
+    assert touched == [(name, [name]) for name in ("student", "discriminator", "fake_score")]
+    assert all(total == 0 for total in gradients().values()), "a step leaves no gradient behind"
+    assert run.vae.decoder.conv_in.weight.grad is None and next(run.parts.see.parameters()).grad is None
+
+
+def test_a_frozen_discriminator_does_not_change_the_students_turn(build):
+    """Its step is the same whether or not the student's turn came before it: nothing leaks."""
+    on_turn, off_turn = build("--ttur_ratio", "1"), build("--ttur_ratio", "2")
+    on_turn.step(0)
+    off_turn.step(0)
+    a, b = weights(on_turn.parts.discriminator), weights(off_turn.parts.discriminator)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_student_learns_every_ttur_th_iteration_and_ida_moves_the_fake_score(build):
+    run = build("--ttur_ratio", "2", "--gan_weight", "0", "--ida_decay", "0.5", "--learning_rate_fake", "0")
+    student, fake = run.parts.student, run.parts.fake_score
+    start, start_fake = weights(student), weights(fake)
+    values, seen = run.step(0)
+    assert all(torch.equal(start[name], tensor) for name, tensor in weights(student).items()) and not seen
+    assert "dmd_loss" not in values and "fake_loss" in values
+    values, seen = run.step(1)
+    moved, moved_fake = weights(student), weights(fake)
+    assert any(not torch.equal(start[name], moved[name]) for name in start)
+    # The fake score does not learn here (rate 0): IDA alone moved it, half of the way to the student AFTER its step.
+    for name, parameter in run.parts.fake_score.parameters.items():
+        torch.testing.assert_close(moved_fake[name], (start_fake[name] + moved[name]) / 2)
+        assert parameter.grad is None
+    assert {"dmd_loss", "isg_loss", "fake_loss", "dmd_non_finite"} <= set(values)
+    assert set(seen) == {"student_x0", "fake_x0", "teacher_x0", "isg_target", "isg_direct"}
+
+
+def test_the_fake_score_learns_after_ida_what_the_student_drew_before_its_step(build, monkeypatch):
+    run = build("--ttur_ratio", "1", "--gan_weight", "0", "--backward_simulation_prob", "1", "--ida_decay", "0.5")
+    order, predicted = [], []
+    step, align, backward, predict = Role.step, Role.align_with, Role.backward, run.parts.predict
+
+    def noting(name, function):
+        def noted(role, *args):
+            order.append(f"{role.name} {name}")
+            return function(role, *args)
+
+        return noted
+
+    def recording(role, *args, **kwargs):
+        prediction = predict(role, *args, **kwargs)
+        if role.name == "student" and torch.is_grad_enabled():
+            predicted.append(prediction.x0.detach().clone())
+        return prediction
+
+    monkeypatch.setattr(Role, "step", noting("step", step))
+    monkeypatch.setattr(Role, "align_with", noting("align", align))
+    monkeypatch.setattr(Role, "backward", noting("backward", backward))
+    run.parts.predict = recording
+    _, seen = run.step(0)
+    assert order == ["student backward", "student step", "fake_score align", "fake_score backward", "fake_score step"]
+    torch.testing.assert_close(predicted[0], seen["student_x0"])
+
+
+@pytest.mark.parametrize("gan", [True, False])
+def test_passes_per_ttur_cycle_are_the_minimum(build, gan):
+    ratio = 5
+    flags = [] if gan else ["--gan_weight", "0"]
+    run = build("--ttur_ratio", str(ratio), *flags)
+    counts = dict.fromkeys(("student", "teacher", "fake_score", "vision", "text", "encode", "decode", "heads", "reader"), 0)
+
+    def counting(name, module):
+        module.register_forward_hook(lambda *_: counts.__setitem__(name, counts[name] + 1))
+
+    parts = run.parts
+    for name in ("student", "teacher", "fake_score"):
+        counting(name, getattr(parts, name).module)
+    counting("text", run.text.text_encoder_2)
+    counting("encode", run.vae.encoder)
+    if gan:
+        counting("decode", run.vae.decoder)
+        counting("vision", parts.see)
+        counting("heads", parts.discriminator.module)
+        counting("reader", parts.read)
+    for iteration in range(ratio):
+        run.step(iteration)
+    simulated = [simulated_steps(Draws(run.args.seed, i), 0.5, 4) for i in range(ratio)]
+    assert None in simulated and any(simulated), "this seed should cover both kinds of input"
+    expected = {
+        "student": ratio + sum(filter(None, simulated)) + 1,  # one per iteration, the simulation's, one for the ISG target
+        "teacher": 2,  # L_DMD and the ISG target, on the student's turn
+        "fake_score": ratio + 1,  # its own loss, and L_DMD
+        "text": ratio,
+        "encode": simulated.count(None),
+        "decode": ratio if gan else 0,
+        "vision": 3 * ratio if gan else 0,  # reference, augmented real, augmented fake
+        "heads": ratio + 1 if gan else 0,
+        "reader": ratio if gan else 0,
+    }
+    assert counts == expected
+    assert gan or run.vae.decoder is None
+
+
+def test_accumulation_trains_the_same_global_batch_alike(build):
+    results = []
+    for batch, accumulated in ((4, 1), (2, 2)):
+        sizes = ("--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulated))
+        run = build("--ttur_ratio", "1", "--gan_weight", "0", "--adam_epsilon", "1e-3", *sizes)
+        values = [run.step(iteration)[0] for iteration in range(2)]
+        results.append((values, weights(run.parts.student), weights(run.parts.fake_score)))
+    for once, twice in zip(*results):
+        torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+def test_classifier_free_guidance_where_the_teacher_embeds_none(tmp_path_factory, build, monkeypatch):
+    from tiny_pipelines import write_flux
+
+    plain = tmp_path_factory.mktemp("schnell")
+    write_flux(plain, guidance_embeds=False)
+    run = build("--pretrained_model_name_or_path", str(plain), "--gan_weight", "0")
+    x_t, t = torch.randn(2, *run.parts.latent_shape), torch.tensor([900.0, 300.0])
+    with torch.no_grad():
+        condition, empty = (run.parts.encode_prompts(prompts) for prompts in (["red", "blue"], ["", ""]))
+        conditional, unconditional = (run.parts.predict(run.parts.teacher, x_t, t, c).output for c in (condition, empty))
+        guided = run.parts.predict(run.parts.teacher, x_t, t, condition, torch.tensor([4.0, 0.5])).output
+    torch.testing.assert_close(guided[0], unconditional[0] + 4 * (conditional[0] - unconditional[0]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(guided[1], conditional[1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_student_starts_as_the_teacher_at_the_folded_guidance(build):
+    run = build("--gan_weight", "0", "--student_guidance_scale", "3.5")
+    x_t, t = torch.randn(2, *run.parts.latent_shape), torch.tensor([1000.0, 512.8])
+    with torch.no_grad():
+        condition = run.parts.encode_prompts(["red square", "blue"])
+        teacher = run.parts.predict(run.parts.teacher, x_t, t, condition, torch.full((2,), 3.5)).x0
+        other = run.parts.predict(run.parts.teacher, x_t, t, condition, torch.full((2,), 1.0)).x0
+        student = run.parts.predict(run.parts.student, x_t, t, condition).x0
+        fake = run.parts.predict(run.parts.fake_score, x_t, t, condition).x0
+    torch.testing.assert_close(student, teacher, atol=2e-5, rtol=1e-5)
+    assert torch.equal(student, fake) and not torch.allclose(other, teacher, atol=1e-3)
+    dropped = build("--gan_weight", "0", "--student_guidance_scale", "0").parts.student.module.state_dict()
+    name = "time_text_embed.timestep_embedder.linear_2.bias"
+    assert torch.equal(dropped[name], run.parts.teacher.module.state_dict()[name])
+
+
+class Adapted(torch.nn.Module):
+    """One frozen base with a low-rank addition per role, one of which is active; as an adapter library would do it."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = torch.nn.Linear(size + 1, size)
+        self.adapters = torch.nn.ModuleDict({name: torch.nn.Linear(size + 1, size) for name in ("student", "fake_score")})
+        for adapter in self.adapters.values():
+            torch.nn.init.zeros_(adapter.weight)
+            torch.nn.init.zeros_(adapter.bias)
+        self.active = None
+
+    @contextmanager
+    def adapter(self, name):
+        before, self.active = self.active, name
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def forward(self, x):
+        y = self.base(x)
+        return y if self.active is None else y + self.adapters[self.active](x)
+
+
+def test_three_roles_may_share_one_module(build):
+    """The same loop on one adapted base, and on three networks of their own: the same training. The loop does not know."""
+    args = build("--gan_weight", "0", "--ttur_ratio", "1", "--backward_simulation_prob", "1", "--learning_rate", "1e-2").args
+    schedule = FlowSchedule(torch.arange(1, 1001), [1000, 500])
+
+    def predict(role, x_t, t, condition, guidance=None):
+        output = role(torch.cat([x_t, t.view(-1, 1).float() / 1000], 1))
+        return schedule.split(x_t, output if guidance is None else output * guidance.view(-1, 1), t)
+
+    def train(shared: bool):
+        runtime, networks = Runtime(args), [Adapted() for _ in range(1 if shared else 3)]
+        student, fake, teacher = networks * 3 if shared else networks
+        roles = {}
+        for name, network in (("student", student), ("fake_score", fake)):
+            own = {key: p for key, p in network.named_parameters() if f"adapters.{name}." in key}
+            roles[name] = runtime.trained_role(name, network, 1e-2, parameters=own, select=partial(network.adapter, name))
+        roles["teacher"] = runtime.frozen_role("teacher", teacher, select=partial(teacher.adapter, None))
+        parts = Parts(**roles, discriminator=None, predict=predict, encode_prompts=list, encode_pictures=None, latent_shape=(6,))
+        for iteration in range(4):
+            train_iteration(iteration, [{"slots": [0, 1, 2], "prompts": ["a"] * 3}], parts, schedule, args, "cpu")
+        if shared:
+            assert student.active is None
+        return [torch.cat([p.detach().flatten() for p in roles[name].parameters.values()]) for name in ("student", "fake_score")]
+
+    apart, together = train(shared=False), train(shared=True)
+    for a, b in zip(apart, together):
+        assert torch.equal(a, b) and a.abs().sum() > 0
