@@ -28,6 +28,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     LoggerType,
     ProjectConfiguration,
@@ -120,8 +121,8 @@ def require_package(name: str, flag: str) -> None:
         raise UserError(f"{flag} needs {name}, which is not installed: pip install {name}, or drop the flag", exit_code=2)
 
 
-def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str] = None) -> dict:
-    """Reads model_index.json of a folder or Hub id; refuses (exit code 2) an unknown one and another pipeline class."""
+def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str] = None) -> None:
+    """Refuses (exit code 2) an unknown folder or Hub id, and one that holds another pipeline class."""
     if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
         raise UserError(f"{flag} {path}: no such folder; give a diffusers pipeline folder or a Hub id", exit_code=2)
     try:
@@ -129,14 +130,11 @@ def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str]
         index = Path(path) / name if local else hf_hub_download(path, name, revision=revision)
         index = json.loads(Path(index).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{flag} {path}: neither a folder with model_index.json nor a Hub id that can be reached", exit_code=2
-        ) from error
+        message = f"{flag} {path}: neither a folder with model_index.json nor a Hub id that can be reached"
+        raise UserError(message, exit_code=2) from error
     if index.get("_class_name") != pipeline_class.__name__:
-        raise UserError(
-            f"{flag} {path}: holds a {index.get('_class_name')}, this script trains a {pipeline_class.__name__}", exit_code=2
-        )
-    return index
+        message = f"{flag} {path}: holds a {index.get('_class_name')}, this script trains a {pipeline_class.__name__}"
+        raise UserError(message, exit_code=2)
 
 
 def check_common_args(args) -> None:
@@ -179,6 +177,8 @@ def check_common_args(args) -> None:
         require_package("bitsandbytes", "--use_8bit_adam")
     if args.enable_xformers_memory_efficient_attention:
         require_package("xformers", "--enable_xformers_memory_efficient_attention")
+        if not torch.cuda.is_available():
+            raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: drop the flag", exit_code=2)
     if args.report_to != "none":
         if args.report_to not in [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]:
             refuse("report_to", "is no tracker of accelerate; give tensorboard, wandb, ... or none")
@@ -355,6 +355,7 @@ class Runtime:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=k, sync_with_dataloader=False),
             log_with=log_with,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir)),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of the gradients
         )
 
     def frozen_role(self, name: str, module: torch.nn.Module, select: Callable[[], ContextManager] = nullcontext) -> Role:
@@ -385,9 +386,7 @@ class Runtime:
         module.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        role = Role(
-            name, module, self.weight_dtype, select, accelerator, parameters, args.max_grad_norm, subfolder
-        )  # fmt: skip
+        role = Role(name, module, self.weight_dtype, select, accelerator, parameters, args.max_grad_norm, subfolder)
         optimizer = self._optimizer_class()(
             list(parameters.values()),
             lr=learning_rate,

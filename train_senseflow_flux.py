@@ -272,9 +272,7 @@ def without_guidance_embedder(transformer: FluxTransformer2DModel, scale: float)
 def stock_sigmas(scheduler, steps: int, tokens: int) -> list[float]:
     """The noise levels that a stock FluxPipeline call visits, without the final 0; `tokens` is (height / 16) * (width / 16)."""
     config = scheduler.config
-    mu = calculate_shift(
-        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-    )  # fmt: skip
+    mu = calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
     retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler.sigmas[:-1].tolist()
 
@@ -415,9 +413,8 @@ def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     runtime_tools.check_common_args(args)
     checked = check_data_args(args)
-    runtime_tools.check_pipeline(
-        FluxPipeline, "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision
-    )
+    path = args.pretrained_model_name_or_path
+    runtime_tools.check_pipeline(FluxPipeline, "--pretrained_model_name_or_path", path, args.revision)
     if args.student_model_name_or_path:
         check_student(args)
     if args.gan_weight > 0:
@@ -436,9 +433,8 @@ def check_student(args) -> None:
     except (OSError, ValueError) as error:
         message = f"--student_model_name_or_path {path}: neither a FLUX transformer or pipeline folder nor a Hub id in reach"
         raise UserError(message, exit_code=2) from error
-    teacher = FluxTransformer2DModel.load_config(
-        args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
-    )  # fmt: skip
+    path_of_teacher = args.pretrained_model_name_or_path
+    teacher = FluxTransformer2DModel.load_config(path_of_teacher, subfolder="transformer", revision=args.revision)
     for name in ("_class_name", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
         if student.get(name) != teacher.get(name):
             message = f"--student_model_name_or_path {path}: its {name} is {student.get(name)}, the teacher's {teacher.get(name)}"
@@ -484,10 +480,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, O
 
     @torch.no_grad()
     def encode_prompts(prompts):
-        embeds, pooled, _ = text.encode_prompt(
-            prompt=prompts, prompt_2=None, device=device, max_sequence_length=args.max_sequence_length
-        )  # fmt: skip
-        return embeds, pooled
+        return text.encode_prompt(prompts, None, device=device, max_sequence_length=args.max_sequence_length)[:2]
 
     guided = max(*args.dmd_guidance_scale, *args.isg_guidance_scale) > 1 and not transformer.config.guidance_embeds
     predict = partial(flux_predict, schedule, encode_prompts([""]) if guided else None)
@@ -496,7 +489,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, O
     fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
-            network.enable_xformers_memory_efficient_attention()
+            network.set_attention_backend("xformers")
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
@@ -616,18 +609,13 @@ def export(runtime: Runtime, args, student: Role, scheduler, sigmas: list[float]
     if runtime.main.is_main_process:
         dtype = runtime_tools.DTYPES[args.export_dtype]
         aside = Path(args.output_dir) / "export.incomplete"
-        pipeline = FluxPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            transformer=None,
-            scheduler=scheduler,
-            revision=args.revision,
-            variant=args.variant,
-            dtype=dtype,
-        )
+        source = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
+        path = args.pretrained_model_name_or_path
+        pipeline = FluxPipeline.from_pretrained(path, transformer=None, scheduler=scheduler, **source)
         pipeline.register_modules(transformer=student.module.to("cpu", dtype))  # the run is over
         pipeline.save_pretrained(aside)
         record = write_usage(aside, args, scheduler, sigmas, iteration)
-        license_name = runtime_tools.license_of(args.pretrained_model_name_or_path)
+        license_name = runtime_tools.license_of(path)
         runtime_tools.write_model_card(aside, "FluxPipeline", record, args, license_name)
         runtime_tools.publish_folder(aside, Path(args.output_dir), last="model_index.json")
         logger.info(f"the pipeline is in {args.output_dir}")
@@ -656,18 +644,10 @@ def main(argv=None):
             role.load(checkpoint)
     runtime_tools.check_disk(args, runtime.trained)
     iteration, samples_seen = state["iteration"], state["samples_seen"]
-    data = iter(
-        make_dataloader(
-            args,
-            rows,
-            runtime.main.process_index,
-            runtime.main.num_processes,
-            iteration,
-            samples_seen,
-            partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob),
-        )
-    )
-    per_iteration = args.train_batch_size * args.gradient_accumulation_steps * runtime.main.num_processes
+    rank, world_size = runtime.main.process_index, runtime.main.num_processes
+    wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
+    data = iter(make_dataloader(args, rows, rank, world_size, iteration, samples_seen, wanted))
+    per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
     runtime.start_trackers("senseflow-flux")
     logger.info(f"anchors {', '.join(f'{1000 * sigma:.1f}' for sigma in sigmas)}; {per_iteration} samples per iteration")
 
