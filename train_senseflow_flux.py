@@ -253,19 +253,18 @@ def without_guidance_embedder(transformer: FluxTransformer2DModel, scale: float)
     The copy then equals the original at that guidance. `scale` 0 drops the embedder and nothing makes up for it, as the original
     release does. A transformer without the embedder is copied as it is.
     """
-    config = {**transformer.config, "guidance_embeds": False}
-    state = {name: tensor.float() for name, tensor in transformer.state_dict().items()}
-    embed = transformer.time_text_embed
+    # Copies, also where the dtype is float32 already: the teacher's own tensors must not be trained.
+    state = {name: tensor.to(torch.float32, copy=True) for name, tensor in transformer.state_dict().items()}
     if transformer.config.guidance_embeds and scale > 0:
+        embed = transformer.time_text_embed
+        embedder = copy.deepcopy(embed.guidance_embedder).float()
         with torch.no_grad():
-            embedder = copy.deepcopy(embed.guidance_embedder).float()
-            parameter = next(embedder.parameters())
-            folded = embedder(embed.time_proj(torch.tensor([1000.0 * scale], device=parameter.device)).float())[0]
-        bias = "time_text_embed.timestep_embedder.linear_2.bias"
-        state[bias] = state[bias] + folded  # not in place: it may be the teacher's own tensor
+            projected = embed.time_proj(torch.tensor([1000.0 * scale], device=transformer.device)).float()
+            state["time_text_embed.timestep_embedder.linear_2.bias"] += embedder(projected)[0]
     state = {name: tensor for name, tensor in state.items() if ".guidance_embedder." not in name}
-    student = FluxTransformer2DModel.from_config(config)
-    student.load_state_dict(state)
+    with torch.device("meta"):  # no time for random weights that are replaced at once
+        student = FluxTransformer2DModel.from_config({**transformer.config, "guidance_embeds": False})
+    student.load_state_dict(state, assign=True)
     return student
 
 
