@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
+from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, Dinov2Model
 
 from senseflow_runtime import UserError
 from senseflow_utils import Draws
@@ -37,21 +37,14 @@ def default_layers(blocks: int) -> list[int]:
 
 
 def check_discriminator_args(args) -> None:
-    """Refuses (UserError, exit code 2) an unknown backbone or text encoder and layers that it does not have; loads no weights."""
-    path = args.discriminator_text_encoder
-    try:
-        CLIPTextModelWithProjection.config_class.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        message = f"--discriminator_text_encoder {path}: neither a CLIP folder nor a Hub id that can be reached"
-        raise UserError(message, exit_code=2) from error
+    """Looks at the configurations alone, no weights.
+
+    Raises:
+        UserError: exit code 2; a backbone or text encoder that is not there or of another kind, layers that it does not have.
+    """
+    _config("--discriminator_text_encoder", args.discriminator_text_encoder, "CLIP", ("clip", "clip_text_model"))
     path, layers = args.discriminator_backbone, args.discriminator_layers
-    try:
-        config = Dinov2Config.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        message = f"--discriminator_backbone {path}: neither a DINOv2 folder nor a Hub id that can be reached"
-        raise UserError(message, exit_code=2) from error
-    if config.model_type != "dinov2":
-        raise UserError(f"--discriminator_backbone {path}: is a {config.model_type}, give a DINOv2", exit_code=2)
+    config = _config("--discriminator_backbone", path, "DINOv2", ("dinov2",))
     if args.resolution < config.patch_size:
         raise UserError(f"--resolution {args.resolution}: below the patch size {config.patch_size} of {path}", exit_code=2)
     if layers is not None and (layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers):
@@ -61,8 +54,26 @@ def check_discriminator_args(args) -> None:
         raise UserError(message, exit_code=2)
 
 
-class VisionFeatures(nn.Module):
-    """Maps of a frozen DINOv2.
+def _config(flag: str, path: str, kind: str, model_types: Sequence[str]):
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        message = f"{flag} {path}: neither a {kind} folder nor a Hub id that can be reached"
+        raise UserError(message, exit_code=2) from error
+    if config.model_type not in model_types:
+        raise UserError(f"{flag} {path}: is a {config.model_type}, give a {kind}", exit_code=2)
+    return config
+
+
+class _Frozen(nn.Module):
+    """A network that stays in eval mode; its owner clears requires_grad once the weights are there."""
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+
+class VisionFeatures(_Frozen):
+    """Maps of a frozen DINOv2, in eval mode whatever `train` says.
 
     Args:
         path: folder or Hub id.
@@ -87,7 +98,7 @@ class VisionFeatures(nn.Module):
         Each is the patch tokens plus the CLS token. h and w are height and width over the patch size, rounded down.
 
         Args:
-            pictures: (B, 3, H, W) in [-1, 1], any size; gradient flows back to them.
+            pictures: (B, 3, H, W) in [-1, 1], at least a patch high and wide; gradient flows back to them.
         """
         pictures = ((pictures.float() + 1) / 2 - self.mean) / self.std
         patches = self.embeddings.patch_embeddings.projection(pictures.to(self.embeddings.cls_token.dtype))
@@ -112,7 +123,7 @@ class VisionFeatures(nn.Module):
         return grid.flatten(2).transpose(1, 2)
 
 
-class TextFeatures(nn.Module):
+class TextFeatures(_Frozen):
     """The projected, L2-normalised text embedding of a frozen CLIP (folder or Hub id)."""
 
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
@@ -236,7 +247,7 @@ class Discriminator(nn.Module):
         return tuple(torch.cat(own, 1) for own in logits)
 
     def _normalise_weights(self, device_type: str) -> None:
-        """Power iteration and division of every convolution, in float32 also under autocast; `parametrize.cached` keeps them."""
+        """Power iteration and division of every convolution, in float32 under autocast too; kept by `parametrize.cached`."""
         with torch.autocast(device_type, enabled=False):
             for module in self.modules():
                 if parametrize.is_parametrized(module):

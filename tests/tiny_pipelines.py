@@ -23,19 +23,27 @@ from transformers import (
 )
 
 
-# Words get ids of their own, anything else falls apart into characters: different prompts have different ids.
+# Words get ids of their own; anything else falls apart into characters (T5) or bytes (CLIP), so that prompts differ where
+# they should: a byte that CLIP lacked would be read as its end of text, and hide what follows from the pooled embedding.
 WORDS = (
-    "a an the of on in at and with two three red green blue yellow black white dark light small large square circle triangle star "
-    "ring cat dog house tree car left right number"
+    "a an the of on in at and with under over near two three red green blue yellow orange purple pink brown grey black white "
+    "dark light small large big old new square circle triangle star ring cat dog bird horse car tree house flower mountain "
+    "river city sky sea man woman child photo painting picture left right above below number"
 ).split()
-CHARACTERS = string.ascii_lowercase + string.digits
+T5_CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 WIDTH = 32
 
 
+def byte_letters() -> list[str]:
+    """The 256 letters in which CLIP's byte-level BPE writes bytes: itself if printable, else one from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + rest) for rest in range(256 - len(printable))]
+
+
 def clip_tokenizer() -> CLIPTokenizer:
-    """Character level, with merges that build WORDS."""
+    """Bytes, with merges that build WORDS."""
     tokens = ["<|startoftext|>", "<|endoftext|>"]
-    tokens += list(CHARACTERS) + [f"{character}</w>" for character in CHARACTERS]
+    tokens += byte_letters() + [f"{letter}</w>" for letter in byte_letters()]
     merges = []
     for word in WORDS:
         parts = [*word[:-1], f"{word[-1]}</w>"]
@@ -64,8 +72,9 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def t5_tokenizer() -> T5TokenizerFast:
+    """Unigram pieces: transformers does not restore a T5 tokenizer of any other kind."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    pieces += [(f"\u2581{word}", -2.0) for word in WORDS if len(word) > 1] + [(character, -4.0) for character in CHARACTERS]
+    pieces += [(f"\u2581{word}", -2.0) for word in WORDS if len(word) > 1] + [(character, -4.0) for character in T5_CHARACTERS]
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
@@ -107,7 +116,12 @@ def write_flux(path, guidance_embeds: bool = True, seed: int = 0) -> None:
     t5 = T5Config(vocab_size=len(tokenizer_2), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=1, num_heads=2)
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+            use_dynamic_shifting=True,
+            shift=3.0,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
         ),
         vae=vivid(vae),
         transformer=vivid(transformer),
