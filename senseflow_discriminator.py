@@ -65,6 +65,13 @@ def _config(flag: str, path: str, kind: str, model_types: Sequence[str]):
     return config
 
 
+def _refuse_missing(info: dict) -> None:
+    """The libraries fill missing weights with random numbers and only warn; ValueError here."""
+    missing = sorted(set(info["missing_keys"]) - {"embeddings.mask_token"})  # the mask token is for pretraining
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
+
+
 class _Frozen(nn.Module):
     """A network that stays in eval mode; its owner clears requires_grad once the weights are there."""
 
@@ -83,7 +90,8 @@ class VisionFeatures(_Frozen):
 
     def __init__(self, path: str, layers: Optional[Sequence[int]] = None, dtype: torch.dtype = torch.float32):
         super().__init__()
-        model = Dinov2Model.from_pretrained(path, dtype=dtype)
+        model, info = Dinov2Model.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        _refuse_missing(info)
         self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
         self.embeddings = model.embeddings
         self.blocks = model.encoder.layer[: self.layers[-1] + 1]
@@ -129,7 +137,8 @@ class TextFeatures(_Frozen):
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = CLIPTextModelWithProjection.from_pretrained(path, dtype=dtype)
+        self.model, info = CLIPTextModelWithProjection.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        _refuse_missing(info)
         self.channels = self.model.config.projection_dim
         self.requires_grad_(False).eval()
 

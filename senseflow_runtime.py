@@ -1,30 +1,31 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """What stands behind the four roles of a training loop (student, teacher, fake_score, discriminator), and what every script
-does around it: checkpoints, resume, logging, panels, the model card, errors.
+does around it: arguments and errors, logging, panels, the model card. Checkpoints are senseflow_checkpoints'.
 
 A loop speaks to a `Role` and never to what is behind it. That a role is a plain module, wrapped by DDP, or a part of a module
 that other roles share (`parameters`, `select`) is decided here alone.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import logging
 import math
 import os
+import pickle
 import re
-import shutil
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Callable, ContextManager, Iterable, Optional, Sequence
+from typing import Callable, ContextManager, Optional, Sequence
 
+import datasets
 import diffusers
 import numpy as np
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
@@ -74,7 +75,8 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action):
         if action.default in (None, False, argparse.SUPPRESS):
             return action.help
-        return f"{action.help} [%(default)s]"
+        shown = " ".join(f"{value:g}" for value in action.default) if isinstance(action.default, list) else action.default
+        return f"{action.help} [{shown}]".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +92,7 @@ class Parser(argparse.ArgumentParser):
 def quiet_libraries() -> None:
     """Keeps the libraries' notes and bars from stderr, where a user looks for this project's one line."""
     hub_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -101,7 +104,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if error.exit_code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks find a bad argument; one says so
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -110,7 +114,7 @@ def loading(flag: str, value):
     """Turns what a library raises over missing or damaged weights into a UserError (exit code 1) that names the flag."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{flag} {value}: cannot load the weights ({first_line}); download or copy them again") from error
 
@@ -129,6 +133,8 @@ def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str]
         name, local = "model_index.json", os.path.isdir(path)
         index = Path(path) / name if local else hf_hub_download(path, name, revision=revision)
         index = json.loads(Path(index).read_text())
+        if not isinstance(index, dict):
+            raise ValueError("no index")
     except (OSError, ValueError) as error:
         message = f"{flag} {path}: neither a folder with model_index.json nor a Hub id that can be reached"
         raise UserError(message, exit_code=2) from error
@@ -137,12 +143,29 @@ def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str]
         raise UserError(message, exit_code=2)
 
 
+def config_of(kind, flag: str, path: str, subfolder: Optional[str] = None, revision: Optional[str] = None) -> dict:
+    """A component's configuration, no weights; UserError (exit code 2) where it cannot be read or is of another class."""
+    where = f"{flag} {path}" + (f" ({subfolder})" if subfolder else "")
+    try:
+        config = kind.load_config(path, subfolder=subfolder, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: no readable {kind.__name__}; download or copy it again", exit_code=2) from error
+    found = config.get("_class_name", kind.__name__)
+    if found != kind.__name__:
+        raise UserError(f"{where}: is a {found}, this script takes a {kind.__name__}", exit_code=2)
+    return config
+
+
 def check_common_args(args) -> None:
     """What every script's arguments must satisfy; UserError (exit code 2) for the first that does not."""
 
     def refuse(name: str, fix: str):
         raise UserError(f"--{name} {getattr(args, name)}: {fix}", exit_code=2)
 
+    for name, value in vars(args).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            refuse(name, "must be a finite number")
     for name in (
         "resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "ttur_ratio", "checkpointing_steps",
         "checkpoints_total_limit", "validation_steps", "num_validation_images", "teacher_num_inference_steps",
@@ -152,13 +175,22 @@ def check_common_args(args) -> None:
             refuse(name, "must be 1 or more")
     for name in (
         "gan_weight", "isg_weight", "isg_margin", "learning_rate", "learning_rate_fake", "learning_rate_disc", "lr_warmup_steps",
-        "adam_epsilon", "adam_weight_decay", "max_grad_norm", "student_guidance_scale", "dataloader_num_workers", "seed",
+        "adam_epsilon", "adam_weight_decay", "student_guidance_scale", "dataloader_num_workers", "seed",
     ):  # fmt: skip
         if getattr(args, name, 0) < 0:
             refuse(name, "must not be negative")
-    for name in ("ida_decay", "backward_simulation_prob", "lr_warmup_start", "adam_beta1", "adam_beta2"):
+    for name in ("ida_decay", "backward_simulation_prob", "lr_warmup_start"):
         if not 0 <= getattr(args, name) <= 1:
             refuse(name, "must lie in [0, 1]")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            refuse(name, "must lie in [0, 1)")
+    if args.max_grad_norm <= 0:
+        refuse("max_grad_norm", "must be above 0; a large number clips nothing")
+    if args.seed >= 2**32:
+        refuse("seed", "must be below 2**32")
+    if args.lr_scheduler == "polynomial" and min(args.learning_rate, args.learning_rate_fake, args.learning_rate_disc) <= 1e-7:
+        refuse("lr_scheduler", "decays to 1e-7, which is not below every learning rate; choose another")
     for name in ("dmd_guidance_scale", "isg_guidance_scale"):
         low, high = getattr(args, name)
         if low > high:
@@ -190,13 +222,14 @@ def absolute_if_local(path: str) -> str:
     return str(Path(path).resolve()) if os.path.isdir(path) else path
 
 
-def license_of(path: str) -> str:
-    """The licence that a model's card names, "other" where there is no card or it names none."""
+def license_of(path: str) -> dict[str, str]:
+    """The licence entries of a model's card (license, license_name, license_link); {"license": "other"} where it has none."""
     try:
-        card = ModelCard.load(Path(path) / "README.md" if os.path.isdir(path) else path)
-    except (OSError, ValueError, HfHubHTTPError):
-        return "other"
-    return card.data.license or "other"
+        card = ModelCard.load(Path(path) / "README.md" if os.path.isdir(path) else path).data
+    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError):
+        return {"license": "other"}
+    entries = {name: getattr(card, name, None) for name in ("license", "license_name", "license_link")}
+    return {name: str(value) for name, value in entries.items() if value} or {"license": "other"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,15 +486,15 @@ class Runtime:
 class Metrics:
     """Scalars of the iterations to the trackers and the progress bar, read one iteration late: the device never waits for the host.
 
-    Stops the run (UserError) when `patience` student turns in a row have non-finite values, DMD gradients among them; those are
-    counted as `dmd_non_finite`, samples per iteration and process.
+    Stops the run (UserError) when values are not finite `patience` times in a row, with no sound student's turn between. Samples
+    whose DMD gradient was not finite are counted as `dmd_non_finite`, the mean over micro-batches and processes.
     """
 
     shown = ("dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss")
 
     def __init__(self, runtime: Runtime, student: Role, samples: int, progress, patience: int = 3):
         self.runtime, self.student, self.samples, self.progress, self.patience = runtime, student, samples, progress, patience
-        self.pending: Optional[tuple[int, list[str], torch.Tensor]] = None
+        self.pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
         self.bad_in_a_row, self.since, self.postfix = 0, time.monotonic(), {}
 
     def push(self, iteration: int, values: dict[str, torch.Tensor]) -> None:
@@ -469,18 +502,18 @@ class Metrics:
         self.flush()
         names = sorted(values)
         stacked = torch.stack([values[name].detach().float().reshape(()) for name in names])
-        self.pending = (iteration, names, self.runtime.mean(stacked))
+        self.pending = (iteration, self.student.learning_rate, names, self.runtime.mean(stacked))
 
     def flush(self) -> None:
         """Logs the last iteration pushed, if that has not been done."""
         if self.pending is None:
             return
-        iteration, names, stacked = self.pending
+        iteration, rate, names, stacked = self.pending
         self.pending = None
         numbers = dict(zip(names, stacked.tolist()))
         self._check(iteration, numbers)
         now = time.monotonic()
-        numbers |= {"lr": self.student.learning_rate, "samples_per_second": self.samples / max(now - self.since, 1e-9)}
+        numbers |= {"lr": rate, "samples_per_second": self.samples / max(now - self.since, 1e-9)}
         self.since = now
         self.runtime.main.log(numbers, step=iteration)
         self.postfix |= {name: f"{numbers[name]:.4g}" for name in self.shown if name in numbers}
@@ -504,151 +537,6 @@ class Metrics:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-def checkpoints(output_dir: str) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in folders if (p / "state.json").is_file()), key=lambda p: int(p.name.split("-")[1]))
-
-
-def find_checkpoint(args) -> Optional[Path]:
-    """The checkpoint that `--resume_from_checkpoint` names, None without the flag; before any model loads.
-
-    Raises:
-        UserError: exit code 2: nothing to resume from, or an output folder that holds another run.
-    """
-    output_dir, wanted = args.output_dir, args.resume_from_checkpoint
-    if wanted is None:
-        if checkpoints(output_dir) or (Path(output_dir) / "model_index.json").exists():
-            raise UserError(
-                f"--output_dir {output_dir} holds another run: choose an empty folder, or --resume_from_checkpoint latest",
-                exit_code=2,
-            )
-        return None
-    if wanted == "latest":
-        if not checkpoints(output_dir):
-            raise UserError(
-                f"--resume_from_checkpoint latest: no complete checkpoint in --output_dir {output_dir}; drop the flag to start",
-                exit_code=2,
-            )
-        return checkpoints(output_dir)[-1]
-    if not (Path(wanted) / "state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {wanted}: not a complete checkpoint folder (no state.json)", exit_code=2)
-    return Path(wanted)
-
-
-def read_state(checkpoint: Path) -> dict:
-    """state.json of a checkpoint: iteration, samples_seen, args, fingerprint. UserError (exit code 2) where it is cut."""
-    try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except ValueError as error:
-        raise UserError(f"--resume_from_checkpoint {checkpoint}: state.json is damaged; use another one", exit_code=2) from error
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """A short hash of a network's shapes and of a few values of every weight: another teacher has another one."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def compare_with_checkpoint(checkpoint: Path, state: dict, args, prints: dict, roles: Sequence[Role]) -> None:
-    """Refuses stored state that this run cannot use; lists every other changed flag in one log line.
-
-    Raises:
-        UserError: another teacher, another optimiser, or a network that the checkpoint does not hold.
-    """
-    for name, value in prints.items():
-        if state["fingerprint"].get(name) != value:
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: made with another {name}; give the {name} it was made with, "
-                "or start in a new --output_dir"
-            )
-    for role in roles:
-        if not (checkpoint / role.subfolder).is_dir():
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: holds no {role.name}, which --gan_weight {args.gan_weight} needs; "
-                "resume with --gan_weight 0 or start anew"
-            )
-    ignored = {"resume_from_checkpoint", "output_dir"}
-    changed = [
-        f"--{name} {state['args'].get(name)} -> {value}"
-        for name, value in vars(args).items()
-        if name not in ignored and state["args"].get(name) != value
-    ]
-    logger.info(f"resuming from {checkpoint} at iteration {state['iteration']}; changed: {', '.join(changed) or 'nothing'}")
-
-
-def check_disk(args, roles: Iterable[Role]) -> None:
-    """Before training: refuses a run whose next checkpoint does not fit on the disk of --output_dir (exit code 1)."""
-    size = 0
-    for role in roles:
-        weights = sum(p.numel() * p.element_size() for p in role.module.state_dict().values())
-        trained = sum(p.numel() for p in role.parameters.values())
-        size += weights + trained * (2 if args.use_8bit_adam else 8)  # two Adam moments
-    free = shutil.disk_usage(args.output_dir).free
-    if free < size:
-        raise UserError(
-            f"--output_dir {args.output_dir}: a checkpoint takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-            "free some space or choose another disk"
-        )
-
-
-def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, prints: dict, extras: Callable[[Path], None]) -> None:
-    """Writes checkpoint-{iteration}/ aside and renames it when complete, then drops what --checkpoints_total_limit allows.
-
-    Args:
-        iteration: iterations done.
-        samples_seen: the position in the data.
-        prints: fingerprints of the frozen networks and the optimiser, checked on resume.
-        extras: writes what makes the student usable as it stands (scheduler, senseflow.json); main process only.
-    """
-    args, main = runtime.args, runtime.main
-    final = Path(args.output_dir) / f"checkpoint-{iteration}"
-    aside = final.with_name(final.name + ".incomplete")
-    if main.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    main.wait_for_everyone()
-    for role in runtime.trained:
-        role.save(aside)
-    main.wait_for_everyone()
-    if main.is_main_process:
-        extras(aside)
-        state = {"iteration": iteration, "samples_seen": samples_seen, "args": vars(args), "fingerprint": prints}
-        (aside / "state.json").write_text(json.dumps(state, indent=1))
-        replace_folder(aside, final)
-        if args.checkpoints_total_limit is not None:
-            for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    main.wait_for_everyone()
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Renames `new` to `final`; what stood there before is removed only after."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.rename(final, old)
-    os.rename(new, final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def publish_folder(aside: Path, final: Path, last: str) -> None:
-    """Moves every entry of `aside` into the existing folder `final`, `last` (the file that makes it count) at the end."""
-    for entry in sorted(aside.iterdir(), key=lambda p: p.name == last):
-        target = final / entry.name
-        if entry.is_dir():
-            replace_folder(entry, target)
-        else:
-            os.replace(entry, target)
-    aside.rmdir()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Pictures and the model card
 # ---------------------------------------------------------------------------------------------------------------------
 def picture_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -661,26 +549,29 @@ def picture_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return grid
 
 
-def write_model_card(folder: Path, pipeline_class: str, record: dict, args, license_name: str) -> None:
+def write_model_card(folder: Path, pipeline_class: str, record: dict, args, teacher_license: dict[str, str]) -> None:
     """README.md of the exported pipeline: three-line usage with the exact call, levels, training arguments, licence.
 
     Args:
         record: what senseflow.json holds; `pipeline_call` are the arguments of the stock call.
+        teacher_license: what `license_of` found.
     """
+    teacher = record["teacher"]
+    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **teacher_license}
+    if not os.path.isdir(teacher):
+        front["base_model"] = teacher
     call = ", ".join(f"{name}={value!r}" for name, value in record["pipeline_call"].items())
     arguments = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
     levels = ", ".join(f"{sigma:.4f}" for sigma in record["sigmas"])
+    license_name = teacher_license.get("license_name", teacher_license["license"])
     (folder / "README.md").write_text(
         f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-base_model: {record["teacher"]}
-license: {license_name}
+{yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {Path(record["teacher"]).name} in {record["num_inference_steps"]} steps
+# {Path(teacher).name} in {record["num_inference_steps"]} steps
 
-Distilled from `{record["teacher"]}` with SenseFlow (arXiv 2506.00523), {record["iteration"]} iterations.
+Distilled from `{teacher}` with SenseFlow (arXiv 2506.00523), {record["iteration"]} iterations.
 
 ```python
 from diffusers import {pipeline_class}

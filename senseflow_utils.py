@@ -317,7 +317,8 @@ def hinge_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, weight: tor
 @torch.no_grad()
 def ida_update(fake_parameters: Sequence[torch.Tensor], student_parameters: Sequence[torch.Tensor], decay: float) -> None:
     """Implicit distribution alignment (SenseFlow, section 3.2): fake <- decay * fake + (1 - decay) * student, in place."""
-    torch._foreach_lerp_(list(fake_parameters), list(student_parameters), 1 - decay)
+    for fake, student in zip(fake_parameters, student_parameters, strict=True):
+        fake.lerp_(student, 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +352,7 @@ def fit_flow_scheduler(sigmas: Sequence[float], visit, sampler: str, tolerance: 
 
     plain = scheduler_with(shift=1.0)
     candidates = [plain]
-    if 0 < wanted[-1] < 1:
+    if len(wanted) > 1 and wanted[-1] < 1:
         base = visit(plain)[-1]
         last = wanted[-1].item()
         candidates.append(scheduler_with(shift=last * (1 - base) / (base * (1 - last))))

@@ -31,6 +31,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from tqdm.auto import tqdm
 
+import senseflow_checkpoints as checkpoint_tools
 import senseflow_runtime as runtime_tools
 from senseflow_data import check_data_args, load_rows, make_dataloader
 from senseflow_discriminator import Discriminator, TextFeatures, VisionFeatures, check_discriminator_args, diff_augment
@@ -93,10 +94,13 @@ def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, c
         predict = partial(parts.predict, parts.student, condition=condition)
         x_t = backward_simulation(predict, schedule, args.sampler, draws, slots, noise, steps)
         return x_t, torch.full((len(slots),), steps, device=noise.device)
-    index = draws.integers("anchor", slots, 0, count - 1)
-    x_t = schedule.add_noise(parts.encode_pictures(batch["pixel_values"], draws, slots), noise, schedule.anchors[index])
-    top = (index == 0).view((-1,) + (1,) * (noise.dim() - 1))
-    return torch.where(top, noise, x_t), index  # a sampler starts from pure noise, whatever the top anchor's level is
+    # On the host: a sample that draws the top anchor starts from pure noise, as a sampler does, and is not encoded.
+    index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, count - 1)
+    rows = index.nonzero().flatten()
+    if len(rows) > 0:
+        x0 = parts.encode_pictures(batch["pixel_values"][rows], draws, [slots[row] for row in rows.tolist()])
+        noise[rows] = schedule.add_noise(x0, noise[rows], schedule.anchors[index[rows].to(noise.device)])
+    return noise, index.to(noise.device)
 
 
 def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t, t_next, prediction, condition, args):
@@ -322,14 +326,14 @@ def parse_args(argv=None):
     add("--prompts_file",
         help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
     add("--dataset_config_name", help="of --dataset_name")
-    add("--image_column", default="image", help="of --dataset_name and --train_data_dir")
-    add("--caption_column", default="text", help="of --dataset_name and --train_data_dir")
+    add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
+    add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
     add("--resolution", type=int, default=1024,
         help="px, a multiple of 16 for FLUX's VAE: the shorter side, then a square crop (release)")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")
     add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
     add("--max_train_samples", type=int, help="use the first so many rows")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures, per rank")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures, per rank (diffusers)")
 
     add = parser.add_argument_group("senseflow").add_argument
     add("--anchors", type=float, nargs="+",
@@ -371,13 +375,13 @@ def parse_args(argv=None):
     add("--adam_epsilon", type=float, default=1e-8, help="(release)")
     add("--adam_weight_decay", type=float, default=0.0, help="(release)")
     add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release)")
-    add("--seed", type=int, default=0, help="of every random draw")
+    add("--seed", type=int, default=0, help="of every random draw (ours)")
 
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         help="bf16: frozen networks in bf16, trained ones in fp32 under autocast (default: accelerate's configuration)")
     add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
-    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (release)")
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release uses it; off here)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
 
@@ -389,8 +393,8 @@ def parse_args(argv=None):
     add("--export_dtype", choices=list(runtime_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
 
     add = parser.add_argument_group("logging and validation").add_argument
-    add("--report_to", default="tensorboard", help="a tracker of accelerate, or none")
-    add("--logging_dir", default="logs", help="below --output_dir")
+    add("--report_to", default="tensorboard", help="a tracker of accelerate, or none (diffusers)")
+    add("--logging_dir", default="logs", help="below --output_dir (diffusers)")
     add("--validation_prompts", nargs="+", help="draw these with the teacher once and with the student each time")
     add("--validation_steps", type=int, default=500, help="iterations (ours)")
     add("--num_validation_images", type=int, default=1, help="per prompt (ours)")
@@ -414,29 +418,30 @@ def check_args(args):
     checked = check_data_args(args)
     path = args.pretrained_model_name_or_path
     runtime_tools.check_pipeline(FluxPipeline, "--pretrained_model_name_or_path", path, args.revision)
+    if args.max_sequence_length > 512:
+        raise UserError(f"--max_sequence_length {args.max_sequence_length}: FluxPipeline takes 512 at most", exit_code=2)
+    flag = "--pretrained_model_name_or_path"
+    for kind, subfolder in ((AutoencoderKL, "vae"), (FlowMatchEulerDiscreteScheduler, "scheduler")):
+        runtime_tools.config_of(kind, flag, path, subfolder, args.revision)
+    transformer = runtime_tools.config_of(FluxTransformer2DModel, flag, path, "transformer", args.revision)
     if args.student_model_name_or_path:
-        check_student(args)
+        check_student(args, transformer)
     if args.gan_weight > 0:
         check_discriminator_args(args)
     scale = 2 * vae_scale_of(load_vae_config(args))
     if args.resolution % scale:
         raise UserError(f"--resolution {args.resolution} is not divisible by {scale}, as this teacher's latents need", exit_code=2)
+    make_schedule(args, scale // 2, "cpu")
     return load_rows(args, checked)
 
 
-def check_student(args) -> None:
+def check_student(args, teacher: dict) -> None:
     """Refuses (exit code 2) a warm start that is not there, or that speaks of other latents or prompts than the teacher."""
-    path = args.student_model_name_or_path
-    try:
-        student = FluxTransformer2DModel.load_config(path, subfolder=transformer_folder(path))
-    except (OSError, ValueError) as error:
-        message = f"--student_model_name_or_path {path}: neither a FLUX transformer or pipeline folder nor a Hub id in reach"
-        raise UserError(message, exit_code=2) from error
-    path_of_teacher = args.pretrained_model_name_or_path
-    teacher = FluxTransformer2DModel.load_config(path_of_teacher, subfolder="transformer", revision=args.revision)
-    for name in ("_class_name", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
+    flag, path = "--student_model_name_or_path", args.student_model_name_or_path
+    student = runtime_tools.config_of(FluxTransformer2DModel, flag, path, transformer_folder(path))
+    for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
         if student.get(name) != teacher.get(name):
-            message = f"--student_model_name_or_path {path}: its {name} is {student.get(name)}, the teacher's {teacher.get(name)}"
+            message = f"{flag} {path}: its {name} is {student.get(name)}, the teacher's {teacher.get(name)}"
             raise UserError(message + "; give one that was distilled from this teacher", exit_code=2)
 
 
@@ -460,7 +465,11 @@ def vae_scale_of(config: dict) -> int:
 def load_transformer(flag: str, path: str, **source) -> FluxTransformer2DModel:
     """The transformer of a pipeline, or one by itself."""
     with runtime_tools.loading(flag, path):
-        return FluxTransformer2DModel.from_pretrained(path, subfolder=transformer_folder(path), **source)
+        source = {"subfolder": transformer_folder(path), "output_loading_info": True, **source}
+        transformer, info = FluxTransformer2DModel.from_pretrained(path, **source)
+        if info["missing_keys"]:
+            raise ValueError(f"{len(info['missing_keys'])} weights are missing, {sorted(info['missing_keys'])[0]} among them")
+        return transformer
 
 
 def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, Optional[AutoencoderKL], FluxPipeline]:
@@ -473,7 +482,8 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, O
     with runtime_tools.loading("--pretrained_model_name_or_path", path):
         text = FluxPipeline.from_pretrained(path, transformer=None, vae=None, **source)
         vae_config = load_vae_config(args)
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source) if needs_vae(args) else None
+        wanted = args.gan_weight > 0 or args.backward_simulation_prob < 1 or args.validation_prompts
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source) if wanted else None
     for encoder in (text.text_encoder, text.text_encoder_2):
         encoder.requires_grad_(False).eval().to(device)
 
@@ -508,10 +518,6 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, O
     if args.gan_weight > 0:
         add_discriminator(parts, args, runtime)
     return parts, vae, text
-
-
-def needs_vae(args) -> bool:
-    return args.gan_weight > 0 or args.backward_simulation_prob < 1 or bool(args.validation_prompts)
 
 
 def prepare_vae(vae: AutoencoderKL, args, device) -> None:
@@ -614,9 +620,8 @@ def export(runtime: Runtime, args, student: Role, scheduler, sigmas: list[float]
         pipeline.register_modules(transformer=student.module.to("cpu", dtype))  # the run is over
         pipeline.save_pretrained(aside)
         record = write_usage(aside, args, scheduler, sigmas, iteration)
-        license_name = runtime_tools.license_of(path)
-        runtime_tools.write_model_card(aside, "FluxPipeline", record, args, license_name)
-        runtime_tools.publish_folder(aside, Path(args.output_dir), last="model_index.json")
+        runtime_tools.write_model_card(aside, "FluxPipeline", record, args, runtime_tools.license_of(path))
+        checkpoint_tools.publish_folder(aside, Path(args.output_dir), last="model_index.json")
         logger.info(f"the pipeline is in {args.output_dir}")
     runtime.main.wait_for_everyone()
 
@@ -627,21 +632,20 @@ def export(runtime: Runtime, args, student: Role, scheduler, sigmas: list[float]
 def main(argv=None):
     args = parse_args(argv)
     rows = check_args(args)
-    checkpoint = runtime_tools.find_checkpoint(args)
-    state = runtime_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
+    checkpoint = checkpoint_tools.find_checkpoint(args)
+    state = checkpoint_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     runtime = Runtime(args)
     schedule, scheduler, sigmas = make_schedule(args, vae_scale_of(load_vae_config(args)), runtime.device)
     parts, vae, text = load_parts(args, runtime, schedule)
-    prints = {
-        "teacher": runtime_tools.fingerprint(parts.teacher.module),
-        "optimizer": type(parts.student.optimizer.optimizer).__name__,
-    }
+    prints = checkpoint_tools.fingerprints_of(parts)
     if checkpoint:
-        runtime_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
+        checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
         for role in runtime.trained:
             role.load(checkpoint)
-    runtime_tools.check_disk(args, runtime.trained)
+    if runtime.main.is_main_process:
+        checkpoint_tools.clear_leftovers(args.output_dir)
+        checkpoint_tools.check_disk(args, runtime.trained)
     iteration, samples_seen = state["iteration"], state["samples_seen"]
     rank, world_size = runtime.main.process_index, runtime.main.num_processes
     wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
@@ -649,20 +653,19 @@ def main(argv=None):
     per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
     runtime.start_trackers("senseflow-flux")
     logger.info(f"anchors {', '.join(f'{1000 * sigma:.1f}' for sigma in sigmas)}; {per_iteration} samples per iteration")
-
     call = pipeline_call(args, scheduler, sigmas)
-
-    def pipeline_of(role: Role, scheduler) -> FluxPipeline:
-        pipeline = FluxPipeline(**{**text.components, "vae": vae, "transformer": role.module, "scheduler": scheduler})
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
 
     def validate(role: Role, scheduler, name: str, **call) -> None:
         scheduler = type(scheduler).from_config(scheduler.config)
-        runtime.log_picture(f"validation/{name}", draw_grid(runtime, pipeline_of(role, scheduler), args, **call), iteration)
+        pipeline = FluxPipeline(**{**text.components, "vae": vae, "transformer": role.module, "scheduler": scheduler})
+        pipeline.set_progress_bar_config(disable=True)
+        runtime.log_picture(f"validation/{name}", draw_grid(runtime, pipeline, args, **call), iteration)
 
     if args.validation_prompts:
-        many_steps = {"num_inference_steps": args.teacher_num_inference_steps, "guidance_scale": args.student_guidance_scale}
+        guidance = args.student_guidance_scale or 3.5  # FluxPipeline's default
+        many_steps = {"num_inference_steps": args.teacher_num_inference_steps, "guidance_scale": guidance}
+        if not parts.teacher.module.config.guidance_embeds:
+            many_steps |= {"true_cfg_scale": guidance, "negative_prompt": ""}
         validate(parts.teacher, text.scheduler, "teacher", **{**call, **many_steps, "sigmas": None})
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.main.is_local_main_process)
     metrics = Metrics(runtime, parts.student, per_iteration, progress)
@@ -678,8 +681,9 @@ def main(argv=None):
             if seen:
                 runtime.log_picture("panel/" + " ".join(seen), panel(parts, seen), iteration)
         if iteration % args.checkpointing_steps == 0:
+            metrics.flush()  # a diverged student does not replace a sound one
             usage = partial(write_usage, args=args, scheduler=scheduler, sigmas=sigmas, iteration=iteration)
-            runtime_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
+            checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
     metrics.flush()
     progress.close()
     export(runtime, args, parts.student, scheduler, sigmas, iteration)

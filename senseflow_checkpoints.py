@@ -1,0 +1,206 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints: complete or absent, found, compared with the run that resumes from them, and removed when there are too many."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Callable, Iterable, Optional, Sequence
+
+import torch
+from accelerate.logging import get_logger
+
+from senseflow_runtime import Role, Runtime, UserError
+
+
+logger = get_logger(__name__)
+
+
+def checkpoints(output_dir: str) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted((p for p in folders if (p / "state.json").is_file()), key=number_of)
+
+
+def number_of(checkpoint: Path) -> int:
+    """The iteration in a checkpoint's name."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def find_checkpoint(args) -> Optional[Path]:
+    """The checkpoint that `--resume_from_checkpoint` names, None without the flag; before any model loads.
+
+    Raises:
+        UserError: exit code 2: nothing to resume from, or an output folder that holds another run.
+    """
+    output_dir, wanted = args.output_dir, args.resume_from_checkpoint
+    here = checkpoints(output_dir)
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; give a folder", exit_code=2)
+    if wanted is None:
+        if here or (Path(output_dir) / "model_index.json").exists():
+            fix = "choose an empty folder" + (", or --resume_from_checkpoint latest" if here else "")
+            raise UserError(f"--output_dir {output_dir} holds another run: {fix}", exit_code=2)
+        return None
+    if wanted == "latest":
+        if not here:
+            raise UserError(
+                f"--resume_from_checkpoint latest: no complete checkpoint in --output_dir {output_dir}; drop the flag to start",
+                exit_code=2,
+            )
+        return here[-1]
+    if not (Path(wanted) / "state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {wanted}: not a complete checkpoint folder (no state.json)", exit_code=2)
+    later = [path.name for path in here if number_of(path) > read_state(Path(wanted))["iteration"]]
+    if later:
+        # They would be "latest" before this run's own, and --checkpoints_total_limit would keep them instead.
+        message = f"--resume_from_checkpoint {wanted}: --output_dir {output_dir} holds later ones ({', '.join(later)})"
+        raise UserError(message + "; move them away, or choose another --output_dir", exit_code=2)
+    return Path(wanted)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """state.json of a checkpoint: iteration, samples_seen, args, fingerprint. UserError (exit code 2) where it is cut."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+        if not {"iteration", "samples_seen", "args", "fingerprint"} <= set(state):
+            raise ValueError("incomplete")
+        return state
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: state.json is damaged; use another one", exit_code=2) from error
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short hash of a network's shapes and of a few values of every weight: another teacher has another one.
+
+    Values are rounded to bfloat16, so that it is the same in whatever precision the network was loaded.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprints_of(parts) -> dict[str, str]:
+    """What stored state belongs to, of a script's `Parts`: the frozen networks and the kind of optimiser."""
+    prints = {"teacher": fingerprint(parts.teacher.module), "optimizer": type(parts.student.optimizer.optimizer).__name__}
+    if parts.discriminator is not None:
+        prints["discriminator_backbone"] = f"{fingerprint(parts.see)} {parts.see.layers}"
+        prints["discriminator_text_encoder"] = fingerprint(parts.read)
+    return prints
+
+
+def compare_with_checkpoint(checkpoint: Path, state: dict, args, prints: dict, roles: Sequence[Role]) -> None:
+    """Refuses stored state that this run cannot use; lists every other changed flag in one log line.
+
+    Raises:
+        UserError: another teacher, another optimiser, or a network that the checkpoint does not hold.
+    """
+    for role in roles:
+        if not (checkpoint / role.subfolder).is_dir():
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: holds no {role.name}, which --gan_weight {args.gan_weight} needs; "
+                "resume with --gan_weight 0 or start anew"
+            )
+    for name, value in prints.items():
+        if state["fingerprint"].get(name) != value:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: made with another {name}; give the {name} it was made with, "
+                "or start in a new --output_dir"
+            )
+    ignored = {"resume_from_checkpoint", "output_dir"}
+    # The stored student is what goes on: how this run's would have started does not matter any more.
+    ignored |= {"student_model_name_or_path", "student_guidance_scale"}
+    changed = [
+        f"--{name} {state['args'].get(name)} -> {value}"
+        for name, value in vars(args).items()
+        if name not in ignored and state["args"].get(name) != value
+    ]
+    logger.info(f"resuming from {checkpoint} at iteration {state['iteration']}; changed: {', '.join(changed) or 'nothing'}")
+
+
+def check_disk(args, roles: Iterable[Role]) -> None:
+    """Before training: refuses a run whose next checkpoint does not fit on the disk of --output_dir (exit code 1)."""
+    size = 0
+    for role in roles:
+        weights = sum(p.numel() * p.element_size() for p in role.module.state_dict().values())
+        trained = sum(p.numel() for p in role.parameters.values())
+        size += weights + trained * (2 if args.use_8bit_adam else 8)  # two Adam moments
+    free = shutil.disk_usage(args.output_dir).free
+    if free < size:
+        raise UserError(
+            f"--output_dir {args.output_dir}: a checkpoint takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+            "free some space or choose another disk"
+        )
+
+
+def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, prints: dict, extras: Callable[[Path], None]) -> None:
+    """Writes checkpoint-{iteration}/ aside and renames it when complete, then drops what --checkpoints_total_limit allows.
+
+    Args:
+        iteration: iterations done.
+        samples_seen: the position in the data.
+        prints: fingerprints of the frozen networks and the optimiser, checked on resume.
+        extras: writes what makes the student usable as it stands (scheduler, senseflow.json); main process only.
+    """
+    args, main = runtime.args, runtime.main
+    final = Path(args.output_dir) / f"checkpoint-{iteration}"
+    aside = final.with_name(final.name + ".incomplete")
+    if main.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    main.wait_for_everyone()
+    for role in runtime.trained:
+        role.save(aside)
+    main.wait_for_everyone()
+    if main.is_main_process:
+        extras(aside)
+        state = {"iteration": iteration, "samples_seen": samples_seen, "args": vars(args), "fingerprint": prints}
+        (aside / "state.json").write_text(json.dumps(state, indent=1))
+        replace_folder(aside, final)
+        if args.checkpoints_total_limit is not None:
+            for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                discard(old)
+    main.wait_for_everyone()
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder; renamed first, so that half of it is never taken for the whole."""
+    aside = folder.with_name(folder.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
+
+
+def clear_leftovers(output_dir: str) -> None:
+    """Removes what a killed run left half-written, and puts back what it had moved aside for a successor that never came."""
+    for old in Path(output_dir).glob("*.old"):
+        if not re.fullmatch(r"checkpoint-\d+", old.stem) and not old.with_suffix("").exists():
+            os.rename(old, old.with_suffix(""))
+    for pattern in ("*.incomplete", "*.old"):
+        for folder in Path(output_dir).glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Renames `new` to `final`; what stood there before is removed only after."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(new, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_folder(aside: Path, final: Path, last: str) -> None:
+    """Moves every entry of `aside` into the existing folder `final`, `last` (the file that makes it count) at the end."""
+    for entry in sorted(aside.iterdir(), key=lambda p: p.name == last):
+        target = final / entry.name
+        if entry.is_dir():
+            replace_folder(entry, target)
+        else:
+            os.replace(entry, target)
+    aside.rmdir()
