@@ -1,0 +1,37 @@
+"""The picture the demo ends with: rows of samples under the captions they share."""
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+CELL = 128  # px; samples are enlarged to this
+GAP = 6
+LEFT = 110  # room for the rows' labels
+TOP = 64  # room for the captions
+
+
+def draw_comparison(rows, captions):
+    """Lay out samples in a grid.
+
+    Args:
+        rows: dict label -> uint8 array [columns, H, W, 3]; a label may hold line breaks.
+        captions: one caption a column.
+
+    Returns:
+        An RGB `PIL.Image`.
+    """
+    width = LEFT + len(captions) * (CELL + GAP)
+    height = TOP + len(rows) * (CELL + GAP)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, caption in enumerate(captions):
+        x = LEFT + column * (CELL + GAP)
+        words = caption.split()
+        lines = "\n".join((" ".join(words[:2]), " ".join(words[2:4]), " ".join(words[4:])))
+        pen.multiline_text((x, 6), lines, fill="black", font=ImageFont.load_default(14))
+    for row, (label, pictures) in enumerate(rows.items()):
+        y = TOP + row * (CELL + GAP)
+        pen.multiline_text((8, y + CELL // 2 - 20), label, fill="black", font=ImageFont.load_default(18))
+        for column, picture in enumerate(pictures):
+            cell = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.BICUBIC)
+            sheet.paste(cell, (LEFT + column * (CELL + GAP), y))
+    return sheet

@@ -1,0 +1,71 @@
+"""The teacher at few steps, over guidance and schedule shift: how good is the baseline the student is compared with?
+
+    python demo/few_step_grid.py --steps 2 3 4 --guidance 1 1.5 2 3 --shift 1 2 3
+
+Prints one line a setting: Frechet distance to the teacher at 28 steps, captions right, diversity.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from components import MAX_SEQUENCE_LENGTH
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from measure import OUT, load_judge, measure
+from scenes import RESOLUTION, all_captions
+
+
+@torch.no_grad()
+def sample(pipeline, captions, steps, guidance, shift, seed, batch_size=120):
+    """Pictures of `captions` as uint8 [N, 64, 64, 3]; picture i's noise comes from (seed, i)."""
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = []
+    for start in range(0, len(captions), batch_size):
+        batch = captions[start : start + batch_size]
+        pictures += pipeline(
+            batch,
+            height=RESOLUTION,
+            width=RESOLUTION,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            generator=[torch.Generator().manual_seed(seed * 100_000 + start + index) for index in range(len(batch))],
+        ).images
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parent / "teacher")
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--shift", type=float, nargs="+", default=[1.0, 2.0, 3.0])
+    parser.add_argument("--reference_guidance", type=float, default=2.0, help="of the teacher at 28 steps")
+    parser.add_argument("--pictures_per_caption", type=int, default=4, help="at least 2, for the diversity")
+    args = parser.parse_args()
+
+    judge = load_judge(OUT / "judge.pt")
+    pipeline = FluxPipeline.from_pretrained(args.model)
+    captions = all_captions() * args.pictures_per_caption
+    reference = sample(pipeline, captions, 28, args.reference_guidance, 1.0, seed=1)
+
+    def report(steps, guidance, shift, seed):
+        pictures = sample(pipeline, captions, steps, guidance, shift, seed)
+        result = measure(judge, pictures, captions, reference)
+        print(
+            f"steps {steps:2d}  guidance {guidance:.2f}  shift {shift:.2f}  fd {result['fd']:7.2f}  "
+            f"captions right {result['accuracy']:.3f}  diversity {result['diversity']:.2f}",
+            flush=True,
+        )
+
+    print("floor: the teacher at 28 steps, other seeds")
+    report(28, args.reference_guidance, 1.0, seed=2)
+    for steps, guidance, shift in itertools.product(args.steps, args.guidance, args.shift):
+        report(steps, guidance, shift, seed=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The demo: distil the bundled teacher to a few steps, sample it, measure it. `make demo` calls this.
+
+    python demo/run.py              # about five minutes on two cores
+    python demo/run.py --seed 1     # the same with another training seed
+
+It drives the repository's own scripts, train_senseflow_flux.py through `accelerate launch` and infer.py, and leaves
+in demo/out: comparison.png, report.json and student, a diffusers pipeline. A stage whose inputs have not changed since
+it last ran is not run again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from comparison import draw_comparison
+from components import MAX_SEQUENCE_LENGTH
+from measure import load_judge, load_pictures, measure
+from scenes import RESOLUTION, all_captions, sample_scenes
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+OUT = HERE / "out"
+TEACHER = HERE / "teacher"
+SCRIPTS = sorted(ROOT.glob("*.py"))
+
+PICTURES_PER_CAPTION = 12  # x 96 captions = 1152 pictures a row of the report
+SCENES_TO_TRAIN_ON = 960
+TEACHER_STEPS = 28
+STEPS = 2
+TEACHER_GUIDANCE = 2.0
+# The teacher's best setting at STEPS steps, found by few_step_grid.py; README.md has the table.
+TEACHER_FEW_GUIDANCE, TEACHER_FEW_SHIFT = 2.0, 3.0
+# infer.py draws picture i with seed + i: far enough apart to share none.
+PICTURE_SEED, OTHER_PICTURE_SEED = 0, 1_000_000
+
+TRAINING_FLAGS = {
+    "max_train_steps": 500,
+    "train_batch_size": 32,
+    "resolution": RESOLUTION,
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    "anchors": [1000, 750],  # what shift 3 visits in two steps: the student starts from the teacher's best
+    "sampler": "euler",
+    "learning_rate": 1e-4,
+    "learning_rate_fake": 2e-4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 10,
+    "adam_beta1": 0.0,
+    "adam_beta2": 0.99,
+    "ttur_ratio": 2,
+    "ida_decay": 0.97,
+    "isg_weight": 1.0,
+    "isg_margin": 20,
+    "gan_weight": 0,  # pictures this simple need no discriminator, and it would cost more than all the rest
+    "backward_simulation_prob": 1.0,
+    "dmd_guidance_scale": TEACHER_GUIDANCE,
+    "isg_guidance_scale": TEACHER_GUIDANCE,
+    "student_guidance_scale": TEACHER_GUIDANCE,
+    "mixed_precision": "no",
+    "export_dtype": "fp32",
+    "report_to": "tensorboard",
+}
+
+
+class Stages:
+    """Runs named stages, and reuses one whose stamp, a hash of its inputs, is that of its last complete run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name, inputs, output, action):
+        """Run `action()` unless `output` stands from the same inputs.
+
+        Args:
+            name: of the stage and of its stamp.
+            inputs: what decides the output: files or folders (Path, hashed by content) and anything JSON can hold.
+            output: Path, deleted before the stage runs.
+            action: makes `output`.
+
+        Returns:
+            Seconds the stage took when it ran.
+        """
+        stamp = digest(inputs)
+        record = self.folder / f"{name}.json"
+        if record.exists() and output.exists():
+            last = json.loads(record.read_text())
+            if last["stamp"] == stamp:
+                print(f"{name}: unchanged", flush=True)
+                return last["seconds"]
+        record.unlink(missing_ok=True)
+        if output.is_dir():
+            shutil.rmtree(output)
+        output.unlink(missing_ok=True)
+        print(f"{name}: started", flush=True)
+        start = time.monotonic()
+        action()
+        seconds = time.monotonic() - start
+        record.write_text(json.dumps({"stamp": stamp, "seconds": seconds}))
+        print(f"{name}: {seconds:.0f} s", flush=True)
+        return seconds
+
+
+def digest(inputs):
+    """Hash of a list of Paths (by content, folders file by file) and JSON values."""
+    hasher = hashlib.sha256()
+    for value in inputs:
+        if isinstance(value, Path):
+            files = sorted(path for path in value.rglob("*") if path.is_file()) if value.is_dir() else [value]
+            for file in files:
+                hasher.update(str(file.relative_to(value.parent)).encode() + file.read_bytes())
+        else:
+            hasher.update(json.dumps(value).encode())
+    return hasher.hexdigest()
+
+
+def call(name, command, log):
+    """Run a command from the repository's root with half of the cores; ends the demo in one line if it fails."""
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    with open(log, "w") as stream:
+        code = subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        ).returncode
+    if code != 0:
+        raise DemoError(f"{name} failed with exit code {code}; its output is in {log}")
+
+
+class DemoError(Exception):
+    """A stage failed; the message says which and where to look."""
+
+
+def flags(values):
+    """{"a": 1, "b": [2, 3]} -> ["--a", 1, "--b", 2, 3]."""
+    return [part for name, value in values.items() for part in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+
+
+def write_data(folder):
+    """The training scenes as `--dataset_json` wants them: data.json and the pictures it names."""
+    (folder / "pictures").mkdir(parents=True)
+    table = {"keys": [], "image_paths": [], "prompts": []}
+    for index, (caption, picture) in enumerate(sample_scenes(SCENES_TO_TRAIN_ON, seed=7)):
+        picture.save(folder / "pictures" / f"{index:04d}.png")
+        table["keys"].append(f"{index:04d}")
+        table["image_paths"].append(f"pictures/{index:04d}.png")
+        table["prompts"].append(caption)
+    (folder / "data.json").write_text(json.dumps(table))
+
+
+def write_shifted_teacher(folder):
+    """The teacher with a scheduler of shift TEACHER_FEW_SHIFT, for the samples at few steps."""
+    shutil.copytree(TEACHER, folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": TEACHER_FEW_SHIFT}, indent=2) + "\n")
+
+
+class Demo:
+    """The stages of the demo in two lanes, each on half of the cores, and the report."""
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.stages = Stages(OUT / "stamps")
+        self.logs = OUT / "logs"
+        self.logs.mkdir(exist_ok=True)
+        self.captions = all_captions() * PICTURES_PER_CAPTION
+        self.prompts_file = OUT / "prompts.txt"
+        self.prompts_file.write_text("\n".join(self.captions) + "\n")
+        self.seconds = {}
+
+    def train(self):
+        data, student = OUT / "data", OUT / "student"
+        self.stages.run("data", [HERE / "scenes.py", SCENES_TO_TRAIN_ON], data, lambda: write_data(data))
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", ROOT / "accelerate_configs" / "single.yaml", ROOT / "train_senseflow_flux.py"]
+        command += ["--pretrained_model_name_or_path", TEACHER, "--dataset_json", data / "data.json"]
+        command += ["--output_dir", student, "--seed", self.seed, *flags(TRAINING_FLAGS)]
+        self.seconds["training"] = self.stages.run(
+            "training",
+            [TEACHER, data, *SCRIPTS, [str(part) for part in command]],
+            student,
+            lambda: call("training", command, self.logs / "training.log"),
+        )
+
+    def sample(self, name, model, steps, seed, guidance=None):
+        """Draw one picture per line of the prompts file with infer.py; Euler steps."""
+        folder = OUT / "pictures" / name
+        settings = {
+            "prompts_file": str(self.prompts_file),
+            "batch_size": 100,
+            "num_inference_steps": steps,
+            "sampler": "euler",
+            "seed": seed,
+            "height": RESOLUTION,
+            "width": RESOLUTION,
+            "dtype": "float32",
+            "device": "cpu",
+        }
+        if guidance is not None:
+            settings["guidance_scale"] = guidance
+        command = [sys.executable, ROOT / "infer.py", "--model", model, "--output_dir", folder, *flags(settings)]
+        self.seconds[name] = self.stages.run(
+            name,
+            [model, self.prompts_file, ROOT / "infer.py", settings],
+            folder,
+            lambda: call(name, command, self.logs / f"{name}.log"),
+        )
+
+    def student_lane(self):
+        self.train()
+        self.sample("student", OUT / "student", STEPS, PICTURE_SEED)
+        shifted = OUT / "teacher_shifted"
+        self.stages.run("teacher_shifted", [TEACHER, TEACHER_FEW_SHIFT], shifted, lambda: write_shifted_teacher(shifted))
+        self.sample("teacher_few", shifted, STEPS, PICTURE_SEED, TEACHER_FEW_GUIDANCE)
+
+    def teacher_lane(self):
+        judge = OUT / "judge.pt"
+        inputs = [HERE / "scenes.py", HERE / "measure.py"]
+        self.stages.run("judge", inputs, judge, lambda: load_judge(judge))
+        self.sample("teacher_28", TEACHER, TEACHER_STEPS, PICTURE_SEED, TEACHER_GUIDANCE)
+        self.sample("floor", TEACHER, TEACHER_STEPS, OTHER_PICTURE_SEED, TEACHER_GUIDANCE)
+
+    def report(self):
+        """Measure all pictures; writes report.json and comparison.png and returns the report."""
+        judge = load_judge(OUT / "judge.pt")
+        rows = {"floor": TEACHER_STEPS, "teacher_28": TEACHER_STEPS, "teacher_few": STEPS, "student": STEPS}
+        pictures = {name: load_pictures(OUT / "pictures" / name, len(self.captions)) for name in rows}
+        report = {}
+        for name, nfe in rows.items():
+            report[name] = measure(judge, pictures[name], self.captions, pictures["teacher_28"])
+            report[name] |= {"nfe": nfe, "seconds": round(self.seconds[name], 1)}
+        few, floor = report["teacher_few"]["fd"], report["floor"]["fd"]
+        report["gap_closed"] = (few - report["student"]["fd"]) / (few - floor)
+        report["training"] = {"seconds": round(self.seconds["training"], 1), "seed": self.seed, **TRAINING_FLAGS}
+        report["note"] = "The adversarial term is off (gan_weight 0); DMD, IDA and ISG train the student."
+        (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+        labels = {
+            "teacher_28": f"teacher\n{TEACHER_STEPS} steps",
+            "teacher_few": f"teacher\n{STEPS} steps",
+            "student": f"student\n{STEPS} steps",
+        }
+        columns = np.linspace(3, len(all_captions()) - 4, 9).astype(int)
+        draw_comparison(
+            {label: pictures[name][columns] for name, label in labels.items()},
+            [self.captions[column] for column in columns],
+        ).save(OUT / "comparison.png")
+        return report
+
+
+def print_report(report):
+    print(f"\n{'':12} {'FD':>8} {'captions right':>15} {'diversity':>10} {'steps':>6} {'seconds':>8}")
+    for name in ("floor", "teacher_28", "teacher_few", "student"):
+        row = report[name]
+        print(f"{name:12} {row['fd']:8.2f} {row['accuracy']:15.3f} {row['diversity']:10.2f} {row['nfe']:6d} {row['seconds']:8.0f}")
+    print(f"\nThe student closes {report['gap_closed']:.0%} of the distance between the teacher's {STEPS} and 28 steps.")
+    print(report["note"])
+    print(f"Look at {OUT / 'comparison.png'}; the student is {OUT / 'student'}, the numbers are in {OUT / 'report.json'}.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the distillation; the pictures keep theirs")
+    args = parser.parse_args()
+
+    start = time.monotonic()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    OUT.mkdir(exist_ok=True)
+    demo = Demo(args.seed)
+    with ThreadPoolExecutor(2) as lanes:
+        running = [lanes.submit(demo.student_lane), lanes.submit(demo.teacher_lane)]
+    try:
+        for lane in running:
+            lane.result()
+    except DemoError as error:
+        sys.exit(f"demo: {error}")
+    print_report(demo.report())
+    print(f"Took {time.monotonic() - start:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+#!/usr/bin/env python
+"""Breaks one thing at a time in a copy of the repository and asks whether a test notices.
+
+    python tests/mutants.py [part of a mutant's name ...]
+
+A mutant is a text that occurs exactly once in its file, and what replaces it. It is caught if one of its test files fails.
+Exit code 1 unless all are caught, 2 if a mutant no longer fits the code or the tests fail without any.
+"""
+
+import importlib
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+
+# Imported once, here: a mutant's process is forked with the heavy libraries in it.
+for library in ("accelerate", "transformers.models.clip", "transformers.models.t5", "diffusers.pipelines.flux"):
+    importlib.import_module(library)
+
+ROOT = Path(__file__).resolve().parents[1]
+UTILS, LOOP, RUNTIME = "senseflow_utils.py", "train_senseflow_flux.py", "senseflow_runtime.py"
+MATH, LOOP_TESTS = "tests/test_math.py", "tests/test_loop.py"
+HAND = "tests/test_toy.py::test_an_iteration_is_the_one_written_by_hand"
+TTUR = "tests/test_toy.py::test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_each"
+ADVERSARIAL = "tests/test_toy.py::test_the_adversarial_turns_are_the_ones_written_by_hand"
+REAL = "tests/test_toy.py::test_without_simulation_real_latents_are_noised_to_an_anchor_per_sample"
+GAN = f"{LOOP_TESTS}::test_each_backward_reaches_only_the_network_of_the_turn"
+LEAK = f"{LOOP_TESTS}::test_a_frozen_discriminator_does_not_change_the_students_turn"
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    tests: str  # a file, or one test where a whole file would take long
+    old: str
+    new: str
+    old_too: str = ""  # a second place in the same file, for what moves
+    new_too: str = ""
+
+
+# fmt: off
+MUTANTS = [
+    # Schedules
+    Mutant("x0 from velocity: sign", UTILS, MATH,
+        "(x_t - sigma * output).float(), (x_t + alpha",
+        "(x_t + sigma * output).float(), (x_t + alpha"),
+    Mutant("x0 from epsilon: not divided by alpha", UTILS, MATH,
+        "((x_t - sigma * output) / alpha).float()",
+        "(x_t - sigma * output).float()"),
+    Mutant("velocity target: sign", UTILS, MATH,
+        "return noise - x0",
+        "return x0 - noise"),
+    Mutant("DDPM levels: abar instead of its root", UTILS, MATH,
+        "return abar.sqrt(), (1 - abar).sqrt()",
+        "return abar, 1 - abar"),
+    Mutant("solver step renoises with x0", UTILS, MATH,
+        "prediction.x0, prediction.noise, t_next)",
+        "prediction.x0, prediction.x0, t_next)"),
+    Mutant("anchors: each followed by itself", UTILS, MATH,
+        "[*list(anchors)[1:], final]",
+        "list(anchors)"),
+    Mutant("table upside down", UTILS, MATH,
+        "self.table[size - 1 - from_top]",
+        "self.table[from_top]"),
+    Mutant("uniform timesteps miss their last", UTILS, MATH,
+        "slots, low, high + 1))",
+        "slots, low, high))"),
+    Mutant("ISG margin only below", UTILS, MATH,
+        "torch.floor(t - margin))",
+        "torch.floor(t))"),
+    # Guidance and samplers
+    Mutant("guidance: off by one scale", UTILS, MATH,
+        "unconditional + scale * (cond",
+        "conditional + scale * (cond"),
+    Mutant("guidance: below one interpolates", UTILS, MATH,
+        "scale.clamp(min=1).to",
+        "scale.to"),
+    Mutant("stochastic and Euler swapped", UTILS, MATH,
+        'if sampler == "euler":',
+        'if sampler != "euler":'),
+    Mutant("backward simulation: anchors from the last", UTILS, MATH,
+        "predict(x_t, schedule.anchors[i].expand",
+        "predict(x_t, schedule.anchors[-1 - i].expand"),
+    Mutant("backward simulation: one step too many", UTILS, MATH,
+        "for i in range(steps):",
+        "for i in range(min(steps + 1, len(schedule.anchors) - 1)):"),
+    Mutant("backward simulation: the same noise each time", UTILS, MATH,
+        'draws.normal(f"renoise_{i}", slots, noise.shape[1:])',
+        "noise"),
+    # Losses
+    Mutant("DMD gradient: sign", UTILS, MATH,
+        "gradient = (fake_x0 - teacher_x0) / normaliser",
+        "gradient = (teacher_x0 - fake_x0) / normaliser"),
+    Mutant("DMD normaliser dropped", UTILS, MATH,
+        "gradient = (fake_x0 - teacher_x0) / normaliser",
+        "gradient = fake_x0 - teacher_x0"),
+    Mutant("DMD normaliser over the batch", UTILS, MATH,
+        "(x0 - teacher_x0).abs().flatten(1).mean(1).view(",
+        "(x0 - teacher_x0).abs().mean().expand(len(x0)).view("),
+    Mutant("DMD normaliser from the fake score", UTILS, MATH,
+        "normaliser = (x0 - teacher_x0)",
+        "normaliser = (x0 - fake_x0)"),
+    Mutant("DMD: non-finite gradients pass", UTILS, MATH,
+        "gradient = torch.where(finite, gradient, torch.zeros_like(gradient))",
+        "pass"),
+    Mutant("ISG: the student before the teacher", UTILS, MATH,
+        "schedule.step(teacher_predict(x_t, t), t_mid)",
+        "schedule.step(student_predict(x_t, t), t_mid)"),
+    Mutant("ISG: the second step starts at t", UTILS, MATH,
+        "schedule.step(student_predict(x_mid, t_mid), t_next)",
+        "schedule.step(student_predict(x_mid, t), t_next)"),
+    Mutant("ISG: gradient into the target", UTILS, MATH,
+        "direct.float() - target.detach().float()",
+        "direct.float() - target.float()"),
+    Mutant("ISG: squared error", UTILS, MATH,
+        "(torch.sqrt(difference**2 + c**2) - c).mean()",
+        "(difference**2).mean()"),
+    Mutant("adversarial loss: sign", UTILS, MATH,
+        "return -(weight * fake_logits",
+        "return (weight * fake_logits"),
+    Mutant("hinge: signs swapped", UTILS, MATH,
+        "F.relu(1 - real_logits.float()).mean(1) + F.relu(1 + fake",
+        "F.relu(1 + real_logits.float()).mean(1) + F.relu(1 - fake"),
+    Mutant("hinge: omega forgotten", UTILS, MATH,
+        "return (weight * per_picture).mean()",
+        "return per_picture.mean()"),
+    Mutant("IDA: direction", UTILS, MATH,
+        "fake.lerp_(student, 1 - decay)",
+        "fake.lerp_(student, decay)"),
+    # Draws
+    Mutant("draws ignore the slot", UTILS, MATH,
+        "{'shared' if slot is None else slot}",
+        "{'shared' if slot is None else 0}"),
+    Mutant("draws ignore the iteration", UTILS, MATH,
+        "{self.seed}/{self.iteration}/{name}",
+        "{self.seed}/{name}"),
+    # The iteration
+    Mutant("fake score's target: sign", LOOP, HAND,
+        "denoising_loss(output, schedule.target(x0, noise))",
+        "denoising_loss(output, -schedule.target(x0, noise))"),
+    Mutant("fake score's target: another noise", LOOP, HAND,
+        "denoising_loss(output, schedule.target(x0, noise))",
+        "denoising_loss(output, schedule.target(x0, noise.roll(1, 0)))"),
+    Mutant("fake score told another timestep", LOOP, HAND,
+        "schedule.add_noise(x0, noise, t), t, condition).output",
+        "schedule.add_noise(x0, noise, t), t / 2, condition).output"),
+    Mutant("fake score learns through the student", LOOP, HAND,
+        "drawn.append((slots, prediction.x0.detach(), condition))",
+        "drawn.append((slots, prediction.x0, condition))"),
+    Mutant("L_DMD: teacher and fake score swapped", LOOP, HAND,
+        'dmd_loss(student_x0, seen["fake_x0"], seen["teacher_x0"])',
+        'dmd_loss(student_x0, seen["teacher_x0"], seen["fake_x0"])'),
+    Mutant("L_DMD: the scores look at other noise levels than was noised", LOOP, HAND,
+        "noised, t_dmd, condition).x0",
+        "noised, t_dmd.flip(0), condition).x0"),
+    Mutant("L_DMD: the teacher's guidance dropped", LOOP, HAND,
+        "noised, t_dmd, condition, guidance).x0",
+        "noised, t_dmd, condition).x0"),
+    Mutant("ttur ignored", LOOP, TTUR,
+        "(iteration + 1) % args.ttur_ratio == 0",
+        "(iteration + 1) % 1 == 0"),
+    Mutant("ttur inverted", LOOP, TTUR,
+        "(iteration + 1) % args.ttur_ratio == 0",
+        "(iteration + 1) % args.ttur_ratio != 0"),
+    Mutant("backward simulation: always to the last anchor", LOOP, HAND,
+        'return draws.shared_integer("simulated_steps", anchors)',
+        "return anchors - 1"),
+    Mutant("the student is told the anchor before its input's", LOOP, HAND,
+        "torch.full((len(slots),), steps, device",
+        "torch.full((len(slots),), max(steps - 1, 0), device"),
+    Mutant("real latents: the top anchor is not pure noise", LOOP, REAL,
+        "rows = index.nonzero().flatten()",
+        "rows = torch.arange(len(index))"),
+    Mutant("IDA forgotten", LOOP, HAND,
+        "if args.ida_decay < 1:",
+        "if args.ida_decay > 1:"),
+    Mutant("IDA the wrong way round", LOOP, HAND,
+        "fake_score.align_with(student, args.ida_decay)",
+        "student.align_with(fake_score, args.ida_decay)"),
+    Mutant("IDA after the fake score's turn", LOOP, HAND,
+        "        if args.ida_decay < 1:\n            fake_score.align_with(student, args.ida_decay)\n",
+        "",
+        '    totals["fake_score_grad_norm"] = fake_score.step()\n',
+        '    totals["fake_score_grad_norm"] = fake_score.step()\n'
+        "    if student_turn and args.ida_decay < 1:\n"
+        "        fake_score.align_with(student, args.ida_decay)\n"),
+    Mutant("ISG: weight ignored", LOOP, HAND,
+        'loss + args.isg_weight * losses["isg_loss"]',
+        'loss + losses["isg_loss"]'),
+    Mutant("ISG: the roles swapped", LOOP, HAND,
+        "isg_target(guided, unguided, schedule",
+        "isg_target(unguided, guided, schedule"),
+    Mutant("the discriminator learns in the student's turn", LOOP, LEAK,
+        "                    (logits,) = discriminator((fake,), reference, text)\n",
+        "                    discriminator._set_learning(True)\n"
+        "                    (logits,) = discriminator((fake,), reference, text)\n"),
+    Mutant("the student's GAN gradient cut", LOOP, ADVERSARIAL,
+        'losses["adversarial_loss"] = adversarial_loss(logits, omega)',
+        'losses["adversarial_loss"] = adversarial_loss(logits.detach(), omega)'),
+    Mutant("GAN weight ignored", LOOP, ADVERSARIAL,
+        'loss + args.gan_weight * losses["adversarial_loss"]',
+        'loss + losses["adversarial_loss"]'),
+    Mutant("the discriminator takes its fakes for real", LOOP, ADVERSARIAL,
+        "discriminator((real, fake), reference, text)",
+        "discriminator((fake, real), reference, text)"),
+    Mutant("the discriminator's hinge reaches the student", LOOP, GAN,
+        "fake = [features.detach() for features in fake]",
+        "fake = [features for features in fake]"),
+    # Roles
+    Mutant("a role goes on learning after its turn", RUNTIME, HAND,
+        "                self._set_learning(False)\n",
+        "                pass\n"),
+    Mutant("gradients are not cleared", RUNTIME, HAND,
+        "        self.optimizer.zero_grad(set_to_none=True)\n",
+        ""),
+    Mutant("IDA on half of the parameters", RUNTIME, HAND,
+        "ida_update(list(self.parameters.values()), list(other",
+        "ida_update(list(self.parameters.values())[:1], list(other"),
+]
+# fmt: on
+
+
+def mutate(mutant: Mutant, folder: Path) -> None:
+    """Applies a mutant to a copy; SystemExit if its text is not there exactly once."""
+    text = (folder / mutant.file).read_text()
+    for old, new in ((mutant.old, mutant.new), (mutant.old_too, mutant.new_too)):
+        if old and text.count(old) != 1:
+            sys.exit(f'error: mutant "{mutant.name}": its text occurs {text.count(old)} times in {mutant.file}, not once:\n{old}')
+        text = text.replace(old, new) if old else text
+    (folder / mutant.file).write_text(text)
+
+
+def copy_repository(folder: Path) -> None:
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("tests", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+
+
+def run_tests(folder: Path, tests: list[str], log: Path) -> None:
+    """In a process of its own: pytest in the copy; exits with its code."""
+    with open(log, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        os.chdir(folder)
+        sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
+        torch.set_num_threads(1)
+        code = pytest.main(["-x", "-q", "--durations=0", "-p", "no:cacheprovider", *tests])
+        sys.stdout.flush()
+        os._exit(int(code))
+
+
+def ask(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
+    """(exit code of pytest in a mutated copy, its output); 0 = the tests pass, 1 = one fails."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, log = Path(temporary) / "copy", Path(temporary) / "log"
+        folder.mkdir()
+        copy_repository(folder)
+        if mutant:
+            mutate(mutant, folder)
+        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests, log))
+        process.start()
+        process.join(timeout=300)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        return process.exitcode, log.read_text()
+
+
+def main() -> int:
+    chosen = [m for m in MUTANTS if not sys.argv[1:] or any(part in m.name for part in sys.argv[1:])]
+    with tempfile.TemporaryDirectory() as temporary:  # all of them must fit before the first runs
+        for number, mutant in enumerate(chosen):
+            folder = Path(temporary) / str(number)
+            folder.mkdir()
+            shutil.copy(ROOT / mutant.file, folder)
+            mutate(mutant, folder)
+    code, output = ask(None, sorted({mutant.tests for mutant in chosen}))
+    if code != 0:
+        print(f"{output}\nerror: the tests fail without any mutant", file=sys.stderr)
+        return 2
+
+    def judge(mutant: Mutant) -> bool:
+        since = time.monotonic()
+        code, output = ask(mutant, [mutant.tests])
+        verdict = {0: "SURVIVED", 1: "caught"}.get(code, f"ERROR: pytest ended with {code}")
+        first = next((line for line in output.splitlines() if line.startswith("FAILED") or line.startswith("ERROR")), "")
+        print(f"{verdict:8s} {time.monotonic() - since:5.1f} s  {mutant.name}  {first.split('::')[-1].split(' - ')[0]}", flush=True)
+        return code == 1
+
+    with ThreadPoolExecutor(int(os.environ.get("MUTANT_JOBS", "2"))) as pool:
+        caught = list(pool.map(judge, chosen))
+    print(f"caught {sum(caught)}/{len(chosen)}")
+    return 0 if all(caught) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
