@@ -17,6 +17,9 @@ from senseflow_runtime import Role, Runtime, UserError
 
 logger = get_logger(__name__)
 
+# What is being written, and what its successor is about to replace. Names that nobody gives a folder of his own.
+INCOMPLETE, REPLACED = ".senseflow-incomplete", ".senseflow-replaced"
+
 
 def checkpoints(output_dir: str) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
@@ -148,7 +151,7 @@ def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, prints:
     """
     args, main = runtime.args, runtime.main
     final = Path(args.output_dir) / f"checkpoint-{iteration}"
-    aside = final.with_name(final.name + ".incomplete")
+    aside = final.with_name(final.name + INCOMPLETE)
     if main.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -169,7 +172,7 @@ def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, prints:
 
 def discard(folder: Path) -> None:
     """Removes a folder; renamed first, so that half of it is never taken for the whole."""
-    aside = folder.with_name(folder.name + ".old")
+    aside = folder.with_name(folder.name + REPLACED)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
     shutil.rmtree(aside)
@@ -177,17 +180,18 @@ def discard(folder: Path) -> None:
 
 def clear_leftovers(output_dir: str) -> None:
     """Removes what a killed run left half-written, and puts back what it had moved aside for a successor that never came."""
-    for old in Path(output_dir).glob("*.old"):
-        if not re.fullmatch(r"checkpoint-\d+", old.stem) and not old.with_suffix("").exists():
-            os.rename(old, old.with_suffix(""))
-    for pattern in ("*.incomplete", "*.old"):
-        for folder in Path(output_dir).glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+    for old in Path(output_dir).glob(f"*{REPLACED}"):
+        final = old.with_name(old.name.removesuffix(REPLACED))
+        if not re.fullmatch(r"checkpoint-\d+", final.name) and not final.exists():
+            os.rename(old, final)
+    for suffix in (INCOMPLETE, REPLACED):
+        for folder in Path(output_dir).glob(f"*{suffix}"):
+            shutil.rmtree(folder)
 
 
 def replace_folder(new: Path, final: Path) -> None:
     """Renames `new` to `final`; what stood there before is removed only after."""
-    old = final.with_name(final.name + ".old")
+    old = final.with_name(final.name + REPLACED)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.rename(final, old)

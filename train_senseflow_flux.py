@@ -67,7 +67,7 @@ class Parts:
     student: Role
     teacher: Role
     fake_score: Role
-    discriminator: Optional[Role]  # None with --gan_weight 0, and then the four functions below are not called
+    discriminator: Optional[Role]  # None with --gan_weight 0, and then neither `see`, `read` nor `gan_weight_at` is called
     predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None)
     encode_prompts: Callable[[list[str]], Any]  # prompts -> condition
     encode_pictures: Callable[..., torch.Tensor]  # (pictures in [-1, 1], draws, slots) -> x0
@@ -416,11 +416,10 @@ def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     runtime_tools.check_common_args(args)
     checked = check_data_args(args)
-    path = args.pretrained_model_name_or_path
-    runtime_tools.check_pipeline(FluxPipeline, "--pretrained_model_name_or_path", path, args.revision)
+    flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    runtime_tools.check_pipeline(FluxPipeline, flag, path, args.revision)
     if args.max_sequence_length > 512:
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: FluxPipeline takes 512 at most", exit_code=2)
-    flag = "--pretrained_model_name_or_path"
     for kind, subfolder in ((AutoencoderKL, "vae"), (FlowMatchEulerDiscreteScheduler, "scheduler")):
         runtime_tools.config_of(kind, flag, path, subfolder, args.revision)
     transformer = runtime_tools.config_of(FluxTransformer2DModel, flag, path, "transformer", args.revision)
@@ -428,10 +427,11 @@ def check_args(args):
         check_student(args, transformer)
     if args.gan_weight > 0:
         check_discriminator_args(args)
-    scale = 2 * vae_scale_of(load_vae_config(args))
-    if args.resolution % scale:
-        raise UserError(f"--resolution {args.resolution} is not divisible by {scale}, as this teacher's latents need", exit_code=2)
-    make_schedule(args, scale // 2, "cpu")
+    vae_scale = vae_scale_of(load_vae_config(args))
+    if args.resolution % (2 * vae_scale):
+        message = f"--resolution {args.resolution} is not divisible by {2 * vae_scale}, as this teacher's latents need"
+        raise UserError(message, exit_code=2)
+    make_schedule(args, vae_scale, "cpu")
     return load_rows(args, checked)
 
 
@@ -613,7 +613,7 @@ def export(runtime: Runtime, args, student: Role, scheduler, sigmas: list[float]
     """The whole pipeline in --output_dir, with senseflow.json and the model card; written aside, then moved."""
     if runtime.main.is_main_process:
         dtype = runtime_tools.DTYPES[args.export_dtype]
-        aside = Path(args.output_dir) / "export.incomplete"
+        aside = Path(args.output_dir) / f"export{checkpoint_tools.INCOMPLETE}"
         source = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
         path = args.pretrained_model_name_or_path
         pipeline = FluxPipeline.from_pretrained(path, transformer=None, scheduler=scheduler, **source)

@@ -1,10 +1,12 @@
 """The discriminator against hand computations, and what must not happen in it."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from transformers import Dinov2Model
 
@@ -161,6 +163,17 @@ def test_text_is_a_unit_vector_of_the_prompt_alone(vision):
     torch.testing.assert_close(both.norm(dim=-1), torch.ones(2))
     torch.testing.assert_close(both[:1], read(["a red square"]), atol=1e-5, rtol=1e-5)
     assert (both[0] - both[1]).norm() > 0.01
+
+
+def test_missing_weights_are_refused_not_drawn_at_random(vision, tmp_path):
+    """transformers fills them with random numbers and only warns: a CLIP saved without its projection, a backbone cut short."""
+    for name, kind in (("clip", TextFeatures), ("dinov2", VisionFeatures)):
+        shutil.copytree(vision / name, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        dropped = next(key for key in weights if "text_projection" in key or "layer.0.norm1.weight" in key)
+        save_file({key: weights[key] for key in weights if key != dropped}, tmp_path / name / "model.safetensors")
+        with pytest.raises(ValueError, match="weights are missing"):
+            kind(tmp_path / name)
 
 
 def test_augmentation_of_a_sample_is_its_own():

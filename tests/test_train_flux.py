@@ -1,5 +1,6 @@
 """The real FLUX script on a tiny pipeline: everything on, resume, export, DDP, prompts only, warm start, bad input."""
 
+import copy
 import json
 import os
 import shutil
@@ -280,6 +281,44 @@ def test_another_run_another_pipeline_and_cut_weights(flags, teacher, tmp_path, 
     weights.write_bytes(weights.read_bytes()[:5000])
     flag = "--pretrained_model_name_or_path"
     refused(1, flag, "--output_dir", str(tmp_path / "b"), flag, str(other))
+
+
+def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
+    def folder(name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+
+    for name in ("logs", "logs.old", "checkpoint-2", "checkpoint-2.incomplete", "vae"):
+        folder(name)
+    made = senseflow_checkpoints.INCOMPLETE, senseflow_checkpoints.REPLACED
+    for name in (f"checkpoint-4{made[0]}", f"export{made[0]}", f"checkpoint-1{made[1]}", f"vae{made[1]}", f"transformer{made[1]}"):
+        folder(name)
+    senseflow_checkpoints.clear_leftovers(str(tmp_path))
+    kept = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
+    users = {name: name for name in ("logs", "logs.old", "checkpoint-2", "checkpoint-2.incomplete", "vae")}
+    # The transformer had been moved aside and its successor never came; a checkpoint that was being removed does not come back.
+    assert kept == {**users, "transformer": f"transformer{made[1]}"}
+
+
+@pytest.mark.parametrize(
+    "card, found",
+    [
+        ("license: other\nlicense_name: flux-dev", {"license": "other", "license_name": "flux-dev"}),
+        ("license: apache-2.0", {"license": "apache-2.0"}),
+        ("tags: [a", {"license": "other"}),
+        ("tags: [a]", {"license": "other"}),
+    ],
+)
+def test_the_teachers_licence_is_named(card, found, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
+    assert senseflow_runtime.license_of(str(tmp_path)) == found
+
+
+def test_a_fingerprint_is_the_networks_and_not_its_precisions():
+    network = torch.nn.Linear(4, 4)
+    print_ = senseflow_checkpoints.fingerprint(network)
+    assert senseflow_checkpoints.fingerprint(copy.deepcopy(network).bfloat16()) == print_
+    assert senseflow_checkpoints.fingerprint(torch.nn.Linear(4, 4)) != print_
 
 
 def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):
