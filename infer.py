@@ -31,6 +31,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from senseflow_pipeline import left_out
 from senseflow_runtime import Parser, UserError, loading, run_script
 from senseflow_utils import SAMPLERS
 
@@ -264,7 +265,8 @@ def load_pipeline(model: Model, sampler: Optional[str], device: torch.device, dt
     """The whole pipeline on its device. UserError (1) where weights are missing or damaged."""
     with loading("--model", model.name):
         parts = {name: load_component(model, name, dtype) for name in model.replaced}
-        pipeline = DiffusionPipeline.from_pretrained(model.base, dtype=dtype, **parts).to(device)
+        absent = left_out(getattr(diffusers, model.index["_class_name"], DiffusionPipeline), model.index)
+        pipeline = DiffusionPipeline.from_pretrained(model.base, dtype=dtype, **absent, **parts).to(device)
     if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
         config, stochastic = pipeline.scheduler.config, sampler == "stochastic"
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=stochastic)

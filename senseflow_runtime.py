@@ -8,24 +8,21 @@ that other roles share (`parameters`, `select`) is decided here alone.
 
 import argparse
 import importlib.util
-import json
 import logging
 import math
 import os
 import pickle
-import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Callable, ContextManager, Optional, Sequence
+from typing import Callable, ContextManager, Optional
 
 import datasets
 import diffusers
 import numpy as np
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
@@ -37,8 +34,6 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import SchedulerType, get_scheduler
-from huggingface_hub import ModelCard, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 from safetensors import SafetensorError
@@ -125,35 +120,17 @@ def require_package(name: str, flag: str) -> None:
         raise UserError(f"{flag} needs {name}, which is not installed: pip install {name}, or drop the flag", exit_code=2)
 
 
-def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str] = None) -> None:
-    """Refuses (exit code 2) an unknown folder or Hub id, and one that holds another pipeline class."""
-    if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
-        raise UserError(f"{flag} {path}: no such folder; give a diffusers pipeline folder or a Hub id", exit_code=2)
-    try:
-        name, local = "model_index.json", os.path.isdir(path)
-        index = Path(path) / name if local else hf_hub_download(path, name, revision=revision)
-        index = json.loads(Path(index).read_text())
-        if not isinstance(index, dict):
-            raise ValueError("no index")
-    except (OSError, ValueError) as error:
-        message = f"{flag} {path}: neither a folder with model_index.json nor a Hub id that can be reached"
-        raise UserError(message, exit_code=2) from error
-    if index.get("_class_name") != pipeline_class.__name__:
-        message = f"{flag} {path}: holds a {index.get('_class_name')}, this script trains a {pipeline_class.__name__}"
-        raise UserError(message, exit_code=2)
-
-
-def config_of(kind, flag: str, path: str, subfolder: Optional[str] = None, revision: Optional[str] = None) -> dict:
-    """A component's configuration, no weights; UserError (exit code 2) where it cannot be read or is of another class."""
-    where = f"{flag} {path}" + (f" ({subfolder})" if subfolder else "")
-    try:
-        config = kind.load_config(path, subfolder=subfolder, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: no readable {kind.__name__}; download or copy it again", exit_code=2) from error
-    found = config.get("_class_name", kind.__name__)
-    if found != kind.__name__:
-        raise UserError(f"{where}: is a {found}, this script takes a {kind.__name__}", exit_code=2)
-    return config
+def complete_args(args):
+    """Fills in what one flag takes from another; guidance scales become [MIN, MAX]. UserError (exit code 2) for more than two."""
+    for name in ("dmd_guidance_scale", "isg_guidance_scale"):
+        values = getattr(args, name)
+        if values is not None:
+            if len(values) > 2:
+                raise UserError(f"--{name} {values}: give one value, or MIN MAX", exit_code=2)
+            setattr(args, name, [values[0], values[-1]])
+    args.learning_rate_fake = args.learning_rate if args.learning_rate_fake is None else args.learning_rate_fake
+    args.learning_rate_disc = args.learning_rate if args.learning_rate_disc is None else args.learning_rate_disc
+    return args
 
 
 def check_common_args(args) -> None:
@@ -175,7 +152,8 @@ def check_common_args(args) -> None:
             refuse(name, "must be 1 or more")
     for name in (
         "gan_weight", "isg_weight", "isg_margin", "learning_rate", "learning_rate_fake", "learning_rate_disc", "lr_warmup_steps",
-        "adam_epsilon", "adam_weight_decay", "student_guidance_scale", "dataloader_num_workers", "seed",
+        "adam_epsilon", "adam_weight_decay", "student_guidance_scale", "teacher_guidance_scale",
+        "dataloader_num_workers", "seed",
     ):  # fmt: skip
         if getattr(args, name, 0) < 0:
             refuse(name, "must not be negative")
@@ -215,21 +193,6 @@ def check_common_args(args) -> None:
         if args.report_to not in [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]:
             refuse("report_to", "is no tracker of accelerate; give tensorboard, wandb, ... or none")
         require_package(args.report_to, f"--report_to {args.report_to}")
-
-
-def absolute_if_local(path: str) -> str:
-    """A folder's absolute path, so that a checkpoint finds its teacher from anywhere; a Hub id as it is."""
-    return str(Path(path).resolve()) if os.path.isdir(path) else path
-
-
-def license_of(path: str) -> dict[str, str]:
-    """The licence entries of a model's card (license, license_name, license_link); {"license": "other"} where it has none."""
-    try:
-        card = ModelCard.load(Path(path) / "README.md" if os.path.isdir(path) else path).data
-    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError):
-        return {"license": "other"}
-    entries = {name: getattr(card, name, None) for name in ("license", "license_name", "license_link")}
-    return {name: str(value) for name, value in entries.items() if value} or {"license": "other"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,59 +497,3 @@ class Metrics:
                 )
         elif "dmd_loss" in numbers:
             self.bad_in_a_row = 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and the model card
-# ---------------------------------------------------------------------------------------------------------------------
-def picture_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of equally sized pictures as one picture."""
-    width, height = rows[0][0].size
-    grid = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            grid.paste(picture, (x * width, y * height))
-    return grid
-
-
-def write_model_card(folder: Path, pipeline_class: str, record: dict, args, teacher_license: dict[str, str]) -> None:
-    """README.md of the exported pipeline: three-line usage with the exact call, levels, training arguments, licence.
-
-    Args:
-        record: what senseflow.json holds; `pipeline_call` are the arguments of the stock call.
-        teacher_license: what `license_of` found.
-    """
-    teacher = record["teacher"]
-    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **teacher_license}
-    if not os.path.isdir(teacher):
-        front["base_model"] = teacher
-    call = ", ".join(f"{name}={value!r}" for name, value in record["pipeline_call"].items())
-    arguments = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
-    levels = ", ".join(f"{sigma:.4f}" for sigma in record["sigmas"])
-    license_name = teacher_license.get("license_name", teacher_license["license"])
-    (folder / "README.md").write_text(
-        f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
-
-# {Path(teacher).name} in {record["num_inference_steps"]} steps
-
-Distilled from `{teacher}` with SenseFlow (arXiv 2506.00523), {record["iteration"]} iterations.
-
-```python
-from diffusers import {pipeline_class}
-pipeline = {pipeline_class}.from_pretrained("path/of/this/folder")
-image = pipeline("a prompt", {call}).images[0]
-```
-
-Noise levels visited: {levels} ({record["sampler"]} sampler). These are the levels that the student was trained at.
-
-The weights are a derivative of the teacher's and under the teacher's licence ({license_name}).
-
-## Training arguments
-
-| flag | value |
-|---|---|
-{arguments}
-"""
-    )

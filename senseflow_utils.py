@@ -15,6 +15,7 @@ network's output into such a pair.
 """
 
 import hashlib
+import math
 from typing import NamedTuple, Optional, Sequence, Union
 
 import torch
@@ -183,6 +184,27 @@ class FlowSchedule(Schedule):
 
     def target(self, x0, noise):
         return noise - x0
+
+
+class IndexedFlowSchedule(FlowSchedule):
+    """Rectified flow whose recipe speaks of indices into the teacher's shifted levels (SD 3.5): ISG's t_mid and its margin, and
+    the discriminator's time weight. A timestep's index is that of the table's nearest."""
+
+    def index_of(self, t: torch.Tensor) -> torch.Tensor:
+        """(B,) int64 indices into the ascending table of timesteps t (B,)."""
+        return (self.table - t.double().view(-1, 1)).abs().argmin(1)
+
+    def draw_mid_timesteps(self, draws, slots, t, t_next, margin):
+        margin = math.ceil(margin)
+        return self.table[draws.integers("mid_timestep", slots, self.index_of(t_next) + margin, self.index_of(t) - margin)]
+
+    def check_margin(self, margin):
+        room = self.index_of(self.anchors) - self.index_of(self.nexts) - 2 * math.ceil(margin)
+        return next(((t, n) for t, n, left in zip(self.anchors.tolist(), self.nexts.tolist(), room.tolist()) if left < 0), None)
+
+    def descending_sigma_squared(self, t: torch.Tensor) -> torch.Tensor:
+        """omega(t) (B,): sigma^2 of the DESCENDING table at t's index into the ascending one, as the release weighs."""
+        return ((self.table.flip(0)[self.index_of(t)] / 1000) ** 2).float()
 
 
 class DDPMSchedule(Schedule):

@@ -11,7 +11,6 @@ what stands behind a role is senseflow_runtime's business, the formulas are sens
 """
 
 import copy
-import json
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -27,14 +26,14 @@ from accelerate.logging import get_logger
 transformers.utils.logging.set_verbosity_error()  # importing a pipeline would print notes about packages that are not needed
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from tqdm.auto import tqdm
 
 import senseflow_checkpoints as checkpoint_tools
+import senseflow_pipeline as pipeline_tools
 import senseflow_runtime as runtime_tools
 from senseflow_data import check_data_args, load_rows, make_dataloader
-from senseflow_discriminator import Discriminator, TextFeatures, VisionFeatures, check_discriminator_args, diff_augment
+from senseflow_discriminator import check_discriminator_args, diff_augment
 from senseflow_runtime import Metrics, Parser, Role, Runtime, UserError
 from senseflow_utils import (
     SAMPLERS,
@@ -56,6 +55,8 @@ from senseflow_utils import (
 
 logger = get_logger(__name__)
 
+PIPELINE = FluxPipeline  # what the teacher is, and what the student is saved as
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm
@@ -67,11 +68,12 @@ class Parts:
     student: Role
     teacher: Role
     fake_score: Role
-    discriminator: Optional[Role]  # None with --gan_weight 0, and then neither `see`, `read` nor `gan_weight_at` is called
+    discriminator: Optional[Role]  # None with --gan_weight 0; what follows `latent_shape` is not called then
     predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None)
     encode_prompts: Callable[[list[str]], Any]  # prompts -> condition
-    encode_pictures: Callable[..., torch.Tensor]  # (pictures in [-1, 1], draws, slots) -> x0
+    real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
     latent_shape: tuple[int, ...]  # of one x0
+    real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
     decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
     see: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> features of the frozen vision model, with gradient
     read: Optional[Callable[[list[str]], torch.Tensor]] = None  # prompts -> text embedding for the discriminator
@@ -83,6 +85,11 @@ def simulated_steps(draws: Draws, probability: float, anchors: int) -> Optional[
     if draws.shared_uniform("simulate") < probability:
         return draws.shared_integer("simulated_steps", anchors)
     return None
+
+
+def needs_pictures(seed: int, gan_weight: float, probability: float, iteration: int) -> bool:
+    """Whether an iteration looks at real pictures at all; where not, none is read from the disk."""
+    return gan_weight > 0 or simulated_steps(Draws(seed, iteration), probability, 1) is None
 
 
 def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, condition, args):
@@ -98,7 +105,7 @@ def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, c
     index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, count - 1)
     rows = index.nonzero().flatten()
     if len(rows) > 0:
-        x0 = parts.encode_pictures(batch["pixel_values"][rows], draws, [slots[row] for row in rows.tolist()])
+        x0 = parts.real_latents(batch, rows, draws)
         noise[rows] = schedule.add_noise(x0, noise[rows], schedule.anchors[index[rows].to(noise.device)])
     return noise, index.to(noise.device)
 
@@ -157,7 +164,7 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
             x_t, index = student_input(parts, schedule, draws, batch, condition, args)
             t, t_next = schedule.anchors[index], schedule.nexts[index]
             if discriminator is not None:
-                real, text, omega = batch["pixel_values"], parts.read(batch["prompts"]), parts.gan_weight_at(t)
+                real, text, omega = parts.real_pictures(batch), parts.read(batch["prompts"]), parts.gan_weight_at(t)
                 reference = parts.see(real)
 
         # 2. What the student makes of it; with gradient on its turn only.
@@ -280,24 +287,22 @@ def stock_sigmas(scheduler, steps: int, tokens: int) -> list[float]:
     return scheduler.sigmas[:-1].tolist()
 
 
-def make_schedule(args, vae_scale: int, device) -> tuple[FlowSchedule, FlowMatchEulerDiscreteScheduler, list[float]]:
-    """(schedule to train on, scheduler to save, levels): the anchors are the levels that the saved scheduler visits."""
-    teacher = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision
-    )
-    tokens = (args.resolution // (2 * vae_scale)) ** 2
+def make_schedule(args, device) -> tuple[FlowSchedule, FlowMatchEulerDiscreteScheduler, dict]:
+    """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
+    path, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+    teacher = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler", revision=args.revision)
+    vae = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    tokens = (args.resolution // (2 * pipeline_tools.vae_scale_of(vae))) ** 2
     table = teacher.timesteps.clone()
     wanted = [t / 1000 for t in args.anchors] if args.anchors else stock_sigmas(teacher, 4, tokens)
     scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted), tokens), args.sampler)
     schedule = FlowSchedule(table, [1000 * sigma for sigma in sigmas], device=device)
-    crowded = schedule.check_margin(args.isg_margin) if args.isg_weight > 0 else None
-    if crowded:
-        raise UserError(
-            f"--isg_margin {args.isg_margin:g} leaves no timestep between anchors {crowded[0]:g} and {crowded[1]:g}: lower it, "
-            "or move the --anchors apart",
-            exit_code=2,
-        )
-    return schedule, scheduler, sigmas
+    pipeline_tools.check_margin(args, schedule)
+    call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
+    visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), tokens)
+    if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
+        call["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
+    return schedule, scheduler, {**call, "max_sequence_length": args.max_sequence_length}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,15 +405,7 @@ def parse_args(argv=None):
     add("--num_validation_images", type=int, default=1, help="per prompt (ours)")
     add("--teacher_num_inference_steps", type=int, default=28,
         help="of the teacher's validation pictures (FluxPipeline's default)")
-    args = parser.parse_args(argv)
-    for name in ("dmd_guidance_scale", "isg_guidance_scale"):
-        values = getattr(args, name)
-        if len(values) > 2:
-            raise UserError(f"--{name} {values}: give one value, or MIN MAX", exit_code=2)
-        setattr(args, name, [values[0], values[-1]])
-    args.learning_rate_fake = args.learning_rate if args.learning_rate_fake is None else args.learning_rate_fake
-    args.learning_rate_disc = args.learning_rate if args.learning_rate_disc is None else args.learning_rate_disc
-    return args
+    return runtime_tools.complete_args(parser.parse_args(argv))
 # fmt: on
 
 
@@ -417,83 +414,44 @@ def check_args(args):
     runtime_tools.check_common_args(args)
     checked = check_data_args(args)
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    runtime_tools.check_pipeline(FluxPipeline, flag, path, args.revision)
+    pipeline_tools.check_pipeline(PIPELINE, flag, path, args.revision)
     if args.max_sequence_length > 512:
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: FluxPipeline takes 512 at most", exit_code=2)
-    for kind, subfolder in ((AutoencoderKL, "vae"), (FlowMatchEulerDiscreteScheduler, "scheduler")):
-        runtime_tools.config_of(kind, flag, path, subfolder, args.revision)
-    transformer = runtime_tools.config_of(FluxTransformer2DModel, flag, path, "transformer", args.revision)
+    vae = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    pipeline_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
+    transformer = pipeline_tools.config_of(FluxTransformer2DModel, flag, path, "transformer", args.revision)
     if args.student_model_name_or_path:
-        check_student(args, transformer)
+        names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+        pipeline_tools.check_student(args, FluxTransformer2DModel, "transformer", transformer, names)
     if args.gan_weight > 0:
         check_discriminator_args(args)
-    vae_scale = vae_scale_of(load_vae_config(args))
-    if args.resolution % (2 * vae_scale):
-        message = f"--resolution {args.resolution} is not divisible by {2 * vae_scale}, as this teacher's latents need"
-        raise UserError(message, exit_code=2)
-    make_schedule(args, vae_scale, "cpu")
+    pipeline_tools.check_resolution(args, 2 * pipeline_tools.vae_scale_of(vae))
+    make_schedule(args, "cpu")
     return load_rows(args, checked)
-
-
-def check_student(args, teacher: dict) -> None:
-    """Refuses (exit code 2) a warm start that is not there, or that speaks of other latents or prompts than the teacher."""
-    flag, path = "--student_model_name_or_path", args.student_model_name_or_path
-    student = runtime_tools.config_of(FluxTransformer2DModel, flag, path, transformer_folder(path))
-    for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
-        if student.get(name) != teacher.get(name):
-            message = f"{flag} {path}: its {name} is {student.get(name)}, the teacher's {teacher.get(name)}"
-            raise UserError(message + "; give one that was distilled from this teacher", exit_code=2)
-
-
-def transformer_folder(path: str) -> Optional[str]:
-    """Where a transformer lies in a folder or Hub repository: by itself, or in a pipeline."""
-    return None if (Path(path) / "config.json").is_file() else "transformer"
-
-
-def load_vae_config(args) -> dict:
-    return AutoencoderKL.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
-
-
-def vae_scale_of(config: dict) -> int:
-    """Pixels per latent along a side."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-def load_transformer(flag: str, path: str, **source) -> FluxTransformer2DModel:
-    """The transformer of a pipeline, or one by itself."""
-    with runtime_tools.loading(flag, path):
-        source = {"subfolder": transformer_folder(path), "output_loading_info": True, **source}
-        transformer, info = FluxTransformer2DModel.from_pretrained(path, **source)
-        if info["missing_keys"]:
-            raise ValueError(f"{len(info['missing_keys'])} weights are missing, {sorted(info['missing_keys'])[0]} among them")
-        return transformer
-
-
-def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, Optional[AutoencoderKL], FluxPipeline]:
-    """All networks, as the roles and functions that the algorithm works with; (parts, vae, text pipeline)."""
-    path, device, dtype = args.pretrained_model_name_or_path, runtime.device, runtime.weight_dtype
-    source = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
-    transformer = start = load_transformer("--pretrained_model_name_or_path", path, **source)
+def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, FluxPipeline]:
+    """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
+    flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
+    source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
+    transformer = start = pipeline_tools.load_network(FluxTransformer2DModel, flag, path, "transformer", **source)
     if args.student_model_name_or_path:
-        start = load_transformer("--student_model_name_or_path", args.student_model_name_or_path)
-    with runtime_tools.loading("--pretrained_model_name_or_path", path):
-        text = FluxPipeline.from_pretrained(path, transformer=None, vae=None, **source)
-        vae_config = load_vae_config(args)
-        wanted = args.gan_weight > 0 or args.backward_simulation_prob < 1 or args.validation_prompts
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source) if wanted else None
-    for encoder in (text.text_encoder, text.text_encoder_2):
+        start_flag, start_path = "--student_model_name_or_path", args.student_model_name_or_path
+        start = pipeline_tools.load_network(FluxTransformer2DModel, start_flag, start_path, "transformer")
+    encodes, decodes = args.backward_simulation_prob < 1, args.gan_weight > 0 or bool(args.validation_prompts)
+    vae = pipeline_tools.load_vae(flag, path, args, device, encodes, decodes, **source)
+    pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         encoder.requires_grad_(False).eval().to(device)
 
     @torch.no_grad()
     def encode_prompts(prompts):
-        return text.encode_prompt(prompts, None, device=device, max_sequence_length=args.max_sequence_length)[:2]
+        return pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=args.max_sequence_length)[:2]
 
     guided = max(*args.dmd_guidance_scale, *args.isg_guidance_scale) > 1 and not transformer.config.guidance_embeds
-    predict = partial(flux_predict, schedule, encode_prompts([""]) if guided else None)
-
     student = without_guidance_embedder(start, args.student_guidance_scale)
     fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):
@@ -502,128 +460,29 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, O
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
+    config = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
     parts = Parts(
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
         teacher=runtime.frozen_role("teacher", transformer),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
-        predict=predict,
+        predict=partial(flux_predict, schedule, encode_prompts([""]) if guided else None),
         encode_prompts=encode_prompts,
-        encode_pictures=partial(encode_pictures, vae),
-        latent_shape=(vae_config["latent_channels"], *[args.resolution // vae_scale_of(vae_config)] * 2),
+        real_latents=partial(pipeline_tools.real_latents, vae),
+        latent_shape=(config["latent_channels"], *[args.resolution // pipeline_tools.vae_scale_of(config)] * 2),
     )
-    if vae is not None:
-        prepare_vae(vae, args, device)
-        parts.decode = partial(decode, vae)
     if args.gan_weight > 0:
-        add_discriminator(parts, args, runtime)
-    return parts, vae, text
+        parts.discriminator, parts.see, parts.read = pipeline_tools.load_discriminator(args, runtime)
+        parts.real_pictures, parts.decode = partial(pipeline_tools.real_pictures, vae), partial(pipeline_tools.decode, vae)
+        parts.gan_weight_at = lambda t: ((1 - t / 1000) ** 2).float()
+    return parts, pipeline
 
 
-def prepare_vae(vae: AutoencoderKL, args, device) -> None:
-    vae.requires_grad_(False).eval()
-    if args.gan_weight == 0 and not args.validation_prompts:
-        vae.decoder = None  # nothing will be decoded
-    elif args.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    vae.to(device)
-
-
-def add_discriminator(parts: Parts, args, runtime: Runtime) -> None:
-    """The VFM discriminator and what it looks through; only its heads learn."""
-    with runtime_tools.loading("--discriminator_backbone", args.discriminator_backbone):
-        vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, runtime.weight_dtype).to(runtime.device)
-    with runtime_tools.loading("--discriminator_text_encoder", args.discriminator_text_encoder):
-        parts.read = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)
-    parts.see = vision
-    heads = Discriminator(vision.channels, vision.num_maps, parts.read.channels)
-    parts.discriminator = runtime.trained_role("discriminator", heads, args.learning_rate_disc)
-    parts.gan_weight_at = lambda t: ((1 - t / 1000) ** 2).float()
-
-
-def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor, draws: Draws, slots) -> torch.Tensor:
-    """x0 of pictures (B, 3, H, W) in [-1, 1]: a sample of the VAE's posterior, float32."""
-    posterior = vae.encode(pictures.to(vae.dtype)).latent_dist
-    sample = posterior.mean + posterior.std * draws.normal("posterior", slots, posterior.mean.shape[1:])
-    return (sample.float() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-
-
-def decode(vae: AutoencoderKL, x0: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, H, W), about [-1, 1], float32; gradient flows."""
-    latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-    return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and export
-# ---------------------------------------------------------------------------------------------------------------------
-def draw_grid(runtime: Runtime, pipeline: FluxPipeline, args, **call) -> Optional[Any]:
-    """Validation pictures with a stock pipeline call, one row per prompt; each rank draws its own, the main one gets the grid."""
-    jobs = [(i, prompt) for prompt in args.validation_prompts for i in range(args.num_validation_images)]
-    pictures = []
-    for number, (i, prompt) in list(enumerate(jobs))[runtime.main.process_index :: runtime.main.num_processes]:
-        generator = torch.Generator().manual_seed(args.seed + i)
-        pipeline.scheduler.step = partial(type(pipeline.scheduler).step, pipeline.scheduler, generator=generator)
-        with torch.no_grad():
-            picture = pipeline(prompt, generator=generator, **call).images[0]
-        pictures.append((number, picture))
-    pictures = [picture for _, picture in sorted(runtime.gather_objects(pictures), key=lambda pair: pair[0])]
-    per_row = args.num_validation_images
-    return runtime_tools.picture_grid([pictures[i : i + per_row] for i in range(0, len(pictures), per_row)])
-
-
-def panel(parts: Parts, seen: dict[str, torch.Tensor], pictures: int = 4):
-    """What the last student's turn looked at, decoded: a row for each of student, teacher and fake x0, ISG direct and target."""
-    rows = []
-    for latents in seen.values():
-        with torch.no_grad():
-            decoded = parts.decode(latents[:pictures])
-        rows.append(VaeImageProcessor().postprocess(decoded.cpu(), output_type="pil"))
-    return runtime_tools.picture_grid(rows)
-
-
-def pipeline_call(args, scheduler, sigmas: list[float]) -> dict:
-    """The arguments of the stock FluxPipeline call that visits the trained levels with the saved scheduler."""
-    call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
-    tokens = (args.resolution // (2 * vae_scale_of(load_vae_config(args)))) ** 2
-    visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), tokens)
-    if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
-        call["sigmas"] = sigmas
-    return {**call, "max_sequence_length": args.max_sequence_length}
-
-
-def write_usage(folder: Path, args, scheduler, sigmas: list[float], iteration: int) -> dict:
-    """scheduler/ and senseflow.json, what infer.py and a stock call need to visit the trained levels. Returns the record."""
-    record = {
-        "sigmas": sigmas,
-        "timesteps": [1000 * sigma for sigma in sigmas],
-        "sampler": args.sampler,
-        "num_inference_steps": len(sigmas),
-        "guidance_scale": 1.0,
-        "teacher": runtime_tools.absolute_if_local(args.pretrained_model_name_or_path),
-        "iteration": iteration,
-        "pipeline_call": pipeline_call(args, scheduler, sigmas),
-    }
-    scheduler.save_pretrained(folder / "scheduler")
-    (folder / "senseflow.json").write_text(json.dumps(record, indent=1))
-    return record
-
-
-def export(runtime: Runtime, args, student: Role, scheduler, sigmas: list[float], iteration: int) -> None:
-    """The whole pipeline in --output_dir, with senseflow.json and the model card; written aside, then moved."""
-    if runtime.main.is_main_process:
-        dtype = runtime_tools.DTYPES[args.export_dtype]
-        aside = Path(args.output_dir) / f"export{checkpoint_tools.INCOMPLETE}"
-        source = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
-        path = args.pretrained_model_name_or_path
-        pipeline = FluxPipeline.from_pretrained(path, transformer=None, scheduler=scheduler, **source)
-        pipeline.register_modules(transformer=student.module.to("cpu", dtype))  # the run is over
-        pipeline.save_pretrained(aside)
-        record = write_usage(aside, args, scheduler, sigmas, iteration)
-        runtime_tools.write_model_card(aside, "FluxPipeline", record, args, runtime_tools.license_of(path))
-        checkpoint_tools.publish_folder(aside, Path(args.output_dir), last="model_index.json")
-        logger.info(f"the pipeline is in {args.output_dir}")
-    runtime.main.wait_for_everyone()
+def teacher_call(args, transformer) -> dict:
+    """What of the stock call is different where the teacher draws validation pictures with its many steps."""
+    guidance = args.student_guidance_scale or 3.5  # FluxPipeline's default
+    call = {"num_inference_steps": args.teacher_num_inference_steps, "guidance_scale": guidance, "sigmas": None}
+    return call if transformer.config.guidance_embeds else {**call, "true_cfg_scale": guidance, "negative_prompt": ""}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -636,8 +495,8 @@ def main(argv=None):
     state = checkpoint_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     runtime = Runtime(args)
-    schedule, scheduler, sigmas = make_schedule(args, vae_scale_of(load_vae_config(args)), runtime.device)
-    parts, vae, text = load_parts(args, runtime, schedule)
+    schedule, scheduler, call = make_schedule(args, runtime.device)
+    parts, pipeline = load_parts(args, runtime, schedule)
     prints = checkpoint_tools.fingerprints_of(parts)
     if checkpoint:
         checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
@@ -651,22 +510,17 @@ def main(argv=None):
     wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
     data = iter(make_dataloader(args, rows, rank, world_size, iteration, samples_seen, wanted))
     per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
-    runtime.start_trackers("senseflow-flux")
-    logger.info(f"anchors {', '.join(f'{1000 * sigma:.1f}' for sigma in sigmas)}; {per_iteration} samples per iteration")
-    call = pipeline_call(args, scheduler, sigmas)
+    runtime.start_trackers("senseflow")
+    logger.info(f"anchors {', '.join(f'{t:.1f}' for t in schedule.anchors)}; {per_iteration} samples per iteration")
 
-    def validate(role: Role, scheduler, name: str, **call) -> None:
+    def validate(role: Role, scheduler, name: str, call: dict) -> None:
         scheduler = type(scheduler).from_config(scheduler.config)
-        pipeline = FluxPipeline(**{**text.components, "vae": vae, "transformer": role.module, "scheduler": scheduler})
+        pipeline.register_modules(scheduler=scheduler, **{parts.student.subfolder: role.module})
         pipeline.set_progress_bar_config(disable=True)
-        runtime.log_picture(f"validation/{name}", draw_grid(runtime, pipeline, args, **call), iteration)
+        runtime.log_picture(f"validation/{name}", pipeline_tools.draw_grid(runtime, pipeline, args, call), iteration)
 
     if args.validation_prompts:
-        guidance = args.student_guidance_scale or 3.5  # FluxPipeline's default
-        many_steps = {"num_inference_steps": args.teacher_num_inference_steps, "guidance_scale": guidance}
-        if not parts.teacher.module.config.guidance_embeds:
-            many_steps |= {"true_cfg_scale": guidance, "negative_prompt": ""}
-        validate(parts.teacher, text.scheduler, "teacher", **{**call, **many_steps, "sigmas": None})
+        validate(parts.teacher, pipeline.scheduler, "teacher", call | teacher_call(args, parts.teacher.module))
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.main.is_local_main_process)
     metrics = Metrics(runtime, parts.student, per_iteration, progress)
     seen: dict[str, torch.Tensor] = {}
@@ -677,22 +531,19 @@ def main(argv=None):
         iteration, samples_seen = iteration + 1, samples_seen + per_iteration
         metrics.push(iteration, values)
         if args.validation_prompts and iteration % args.validation_steps == 0:
-            validate(parts.student, scheduler, "student", **call)
+            validate(parts.student, scheduler, "student", call)
             if seen:
-                runtime.log_picture("panel/" + " ".join(seen), panel(parts, seen), iteration)
+                runtime.log_picture("panel/" + " ".join(seen), pipeline_tools.draw_panel(pipeline.vae, seen), iteration)
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
-            usage = partial(write_usage, args=args, scheduler=scheduler, sigmas=sigmas, iteration=iteration)
+            record = pipeline_tools.usage_record(args, schedule, call, iteration)
+            usage = partial(pipeline_tools.write_usage, record=record, components={"scheduler": scheduler})
             checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
     metrics.flush()
     progress.close()
-    export(runtime, args, parts.student, scheduler, sigmas, iteration)
+    record = pipeline_tools.usage_record(args, schedule, call, iteration)
+    pipeline_tools.export(runtime, args, PIPELINE, parts.student, {"scheduler": scheduler}, record)
     runtime.main.end_training()
-
-
-def needs_pictures(seed: int, gan_weight: float, probability: float, iteration: int) -> bool:
-    """Whether an iteration looks at real pictures at all; where not, none is read from the disk."""
-    return gan_weight > 0 or simulated_steps(Draws(seed, iteration), probability, 1) is None
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def make_parts(args, teacher: Mixture, network: torch.nn.Module) -> Parts:
         discriminator=None,
         predict=partial(toy_predict, teacher.schedule, guided),
         encode_prompts=lambda prompts: torch.tensor([int(prompt) for prompt in prompts]),
-        encode_pictures=lambda pictures, draws, slots: pictures,
+        real_latents=lambda batch, rows, draws: batch["pixel_values"][rows],
         latent_shape=teacher.shape,
     )
 

@@ -14,9 +14,6 @@ from senseflow_utils import Draws, FlowSchedule
 from train_senseflow_flux import Parts, load_parts, make_schedule, needs_pictures, parse_args, simulated_steps, train_iteration
 
 
-LATENT_SCALE = 8
-
-
 @pytest.fixture
 def build(teacher, vision, data, tmp_path):
     """build(*flags) -> (args, parts, schedule, step(iteration) -> metrics) on the tiny teacher."""
@@ -29,8 +26,8 @@ def build(teacher, vision, data, tmp_path):
             + ["--max_sequence_length", "16", "--learning_rate", "1e-3", *flags]
         )
         runtime = Runtime(args)
-        schedule, _, _ = make_schedule(args, LATENT_SCALE, "cpu")
-        parts, vae, text = load_parts(args, runtime, schedule)
+        schedule, _, _ = make_schedule(args, "cpu")
+        parts, pipeline = load_parts(args, runtime, schedule)
         wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
         batches = iter(make_dataloader(args, load_rows(args), 0, 1, 0, 0, wanted))
 
@@ -38,7 +35,7 @@ def build(teacher, vision, data, tmp_path):
             batch = [next(batches) for _ in range(args.gradient_accumulation_steps)]
             return train_iteration(iteration, batch, parts, schedule, args, "cpu")
 
-        return SimpleNamespace(args=args, parts=parts, schedule=schedule, step=step, vae=vae, text=text)
+        return SimpleNamespace(args=args, parts=parts, schedule=schedule, step=step, pipeline=pipeline)
 
     return make
 
@@ -73,7 +70,7 @@ def test_each_backward_reaches_only_the_network_of_the_turn(build, monkeypatch):
     run.step(0)
     assert touched == [(name, [name]) for name in ("student", "discriminator", "fake_score")]
     assert all(total == 0 for total in gradients().values()), "a step leaves no gradient behind"
-    assert run.vae.decoder.conv_in.weight.grad is None and next(run.parts.see.parameters()).grad is None
+    assert run.pipeline.vae.decoder.conv_in.weight.grad is None and next(run.parts.see.parameters()).grad is None
 
 
 def test_a_frozen_discriminator_does_not_change_the_students_turn(build):
@@ -143,10 +140,10 @@ def test_passes_per_ttur_cycle_are_the_minimum(build, gan):
     parts = run.parts
     for name in ("student", "teacher", "fake_score"):
         counting(name, getattr(parts, name).module)
-    counting("text", run.text.text_encoder_2)
-    counting("encode", run.vae.encoder)
+    counting("text", run.pipeline.text_encoder_2)
+    counting("encode", run.pipeline.vae.encoder)
     if gan:
-        counting("decode", run.vae.decoder)
+        counting("decode", run.pipeline.vae.decoder)
         counting("vision", parts.see)
         counting("heads", parts.discriminator.module)
         counting("reader", parts.read)
@@ -166,7 +163,7 @@ def test_passes_per_ttur_cycle_are_the_minimum(build, gan):
         "reader": ratio if gan else 0,
     }
     assert counts == expected
-    assert gan or run.vae.decoder is None
+    assert gan or run.pipeline.vae.decoder is None
 
 
 def settle(heads: torch.nn.Module) -> None:
@@ -267,7 +264,7 @@ def test_three_roles_may_share_one_module(build):
             own = {key: p for key, p in network.named_parameters() if f"adapters.{name}." in key}
             roles[name] = runtime.trained_role(name, network, 1e-2, parameters=own, select=partial(network.adapter, name))
         roles["teacher"] = runtime.frozen_role("teacher", teacher, select=partial(teacher.adapter, None))
-        parts = Parts(**roles, discriminator=None, predict=predict, encode_prompts=list, encode_pictures=None, latent_shape=(6,))
+        parts = Parts(**roles, discriminator=None, predict=predict, encode_prompts=list, real_latents=None, latent_shape=(6,))
         for iteration in range(4):
             train_iteration(iteration, [{"slots": [0, 1, 2], "prompts": ["a"] * 3}], parts, schedule, args, "cpu")
         if shared:

@@ -231,6 +231,7 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
         parts = make_parts(args, teacher, start)
         if with_gan:
             parts.discriminator = Runtime(args).trained_role("discriminator", copy.deepcopy(critic), 0.5e6)
+            parts.real_pictures = lambda batch: batch["pixel_values"]
             parts.decode, parts.see, parts.read, parts.gan_weight_at = decode, lambda p: [p], lambda prompts: text, omega
             discriminator = parts.discriminator.module
         train_iteration(iteration, [batch], parts, teacher.schedule, args, "cpu")

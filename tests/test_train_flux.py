@@ -2,11 +2,9 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +12,26 @@ import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
-import infer
 import senseflow_checkpoints
-import senseflow_runtime
+import senseflow_pipeline
 import train_senseflow_flux as script
+from scripts import (
+    ROOT,
+    assert_same,
+    launch,
+    logged,
+    picture_of,
+    refused,
+    resume_is_the_same_run,
+    states,
+    the_cards_call_is_infers_picture,
+    without,
+)
 from senseflow_runtime import UserError
 from tiny_pipelines import write_discriminator
 
 
-ROOT = Path(__file__).parent.parent
+SCRIPT = "train_senseflow_flux.py"
 
 
 @pytest.fixture
@@ -37,47 +46,14 @@ def flags(teacher, vision, data):
     ]
 
 
-def states(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every network and optimiser of a checkpoint."""
-    tensors = {}
-    for file in sorted(checkpoint.rglob("*.safetensors")):
-        tensors |= {f"{file.parent.name}/{name}": tensor for name, tensor in load_file(file).items()}
-    for file in sorted(checkpoint.glob("*_optimizer.pt")):
-        state = torch.load(file, weights_only=True)
-        tensors[f"{file.stem}/steps"] = torch.tensor(state["steps"])
-        for index, moments in state["state"].items():
-            tensors |= {f"{file.stem}/{index}/{name}": tensor for name, tensor in moments.items()}
-    return tensors
-
-
-def assert_same(a: dict, b: dict, **tolerance):
-    assert a.keys() == b.keys() and len(a) > 100
-    for name in a:
-        if tolerance:
-            torch.testing.assert_close(a[name], b[name], msg=name, **tolerance)
-        else:
-            assert torch.equal(a[name], b[name]), name
-
-
 def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypatch):
     validation = ["--validation_prompts", "a red square", "a blue square", "--validation_steps", "2"]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    script.main([*flags, *validation, "--output_dir", str(whole)])
-
-    # 2k steps in one run = k, resume, k, in all tensors; changed flags that do not matter to stored state are taken.
-    script.main([*flags, "--output_dir", str(halves), "--max_train_steps", "2"])
-    script.main([*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"])
-    assert_same(states(whole / "checkpoint-4"), states(halves / "checkpoint-4"))
-    assert any(not torch.equal(a, states(whole / "checkpoint-2")[k]) for k, a in states(whole / "checkpoint-4").items())
+    whole = resume_is_the_same_run(script, flags, tmp_path, *validation)
+    halves = tmp_path / "halves"
     assert sorted(p.name for p in halves.glob("checkpoint-*")) == ["checkpoint-4"] and len(list(whole.glob("checkpoint-*"))) == 2
 
     # What was logged.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (folder,) = {file.parent for file in (whole / "logs").rglob("events*") if "hparams" not in file.parent.name} & set(
-        (whole / "logs").iterdir()
-    )
-    events = EventAccumulator(str(folder)).Reload()
+    events = logged(whole)
     losses = {"dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss", "D(real)", "D(fake)"}
     norms = {"student_grad_norm", "fake_score_grad_norm", "discriminator_grad_norm"}
     assert losses | norms | {"dmd_non_finite", "lr", "samples_per_second"} <= set(events.Tags()["scalars"])
@@ -88,29 +64,11 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     # The pipeline: a fresh process, the stock call of the card, the levels of training, the picture of infer.py.
     record = json.loads((whole / "senseflow.json").read_text())
     assert record["num_inference_steps"] == 4 and record["iteration"] == 4 and record["sampler"] == "stochastic"
-    card = (whole / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(whole))
-    code = code.replace('"a prompt"', '"a red square"').replace(").images", ", generator=g, output_type='np').images")
-    watch = (
-        "import torch, numpy, functools\ng = torch.Generator().manual_seed(3)\n"
-        + code.replace("image =", "pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, generator=g)\nimage =")
-        + f"\nnumpy.save({str(tmp_path / 'stock.npy')!r}, image)\n"
-        + f"numpy.save({str(tmp_path / 'sigmas.npy')!r}, pipeline.scheduler.sigmas.numpy())\n"
-    )
-    subprocess.run([sys.executable, "-c", watch], check=True, capture_output=True)
-    np.testing.assert_allclose(np.load(tmp_path / "sigmas.npy")[:-1], record["sigmas"], atol=1e-6)
-    infer.main(["--model", str(whole), "--prompt", "a red square", "--seed", "3", "--output_dir", str(tmp_path / "pictures")])
-    from PIL import Image
-
-    drawn = np.asarray(Image.open(tmp_path / "pictures" / "0000.png"))
-    assert np.array_equal(drawn, (np.load(tmp_path / "stock.npy") * 255).round().astype("uint8")) and drawn.std() > 0
+    the_cards_call_is_infers_picture(whole, "sigmas", tmp_path)
 
     # A checkpoint is usable as it stands, and the student in it is the one that was exported.
     FluxTransformer2DModel.from_pretrained(whole / "checkpoint-4", subfolder="transformer")
-    infer.main(
-        ["--model", str(whole / "checkpoint-4"), "--prompt", "a red square", "--seed", "3", "--output_dir", str(tmp_path / "c")]
-    )
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "c" / "0000.png")), drawn)
+    assert np.array_equal(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
 
     # Stored state that is of no use is refused.
     write_discriminator(tmp_path / "vision", seed=1)
@@ -138,26 +96,13 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
         script.main([*flags, "--output_dir", str(tmp_path / "full")])
 
 
-def launch(arguments, processes=1, precision="no"):
-    """The script as a user launches it."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    config = ROOT / "accelerate_configs" / ("single.yaml" if processes == 1 else "ddp.yaml")
-    command += ["--config_file", str(config), "--num_processes", str(processes), "--mixed_precision", precision]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, str(ROOT / "train_senseflow_flux.py"), *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stderr
-
-
 def test_two_processes_train_as_one(flags, tmp_path):
     """The same global batch of 16 in two processes and in one: the virtual batch of the local batch norm (8) divides both."""
     common = [*flags, "--gradient_accumulation_steps", "1", "--checkpointing_steps", "4", "--adam_epsilon", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
-    output = launch([*common, "--train_batch_size", "16", "--output_dir", str(one)])
+    output = launch(SCRIPT, [*common, "--train_batch_size", "16", "--output_dir", str(one)])
     assert "fake_loss=" in output, "the progress bar shows losses"
-    launch([*common, "--train_batch_size", "8", "--output_dir", str(two)], processes=2)
+    launch(SCRIPT, [*common, "--train_batch_size", "8", "--output_dir", str(two)], processes=2)
     a, b = states(one / "checkpoint-4"), states(two / "checkpoint-4")
     assert_same(a, b, rtol=1e-4, atol=1e-5)
     assert (two / "model_index.json").exists()
@@ -166,7 +111,7 @@ def test_two_processes_train_as_one(flags, tmp_path):
 def test_prompts_alone_train_other_anchors_and_a_warm_start(flags, teacher, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\n\na blue circle\n")
-    flags = [flag for flag in flags if flag not in ("--dataset_json", "--random_flip") and not flag.endswith("data.json")]
+    flags = without(flags, "--dataset_json", "--random_flip")
     alone = ["--prompts_file", str(prompts), "--gan_weight", "0", "--backward_simulation_prob", "1", "--max_train_steps", "2"]
     first = tmp_path / "first"
     script.main([*flags, *alone, "--output_dir", str(first), "--anchors", "1000", "900.5", "300", "120", "--sampler", "euler"])
@@ -190,7 +135,7 @@ def test_prompts_alone_train_other_anchors_and_a_warm_start(flags, teacher, tmp_
 
 def test_bf16_and_checkpointing_run(flags, tmp_path):
     """Precision comes from accelerate's configuration, as in diffusers' examples."""
-    launch([*flags, "--output_dir", str(tmp_path), "--gradient_checkpointing", "--report_to", "none"], precision="bf16")
+    launch(SCRIPT, [*flags, "--output_dir", str(tmp_path), "--gradient_checkpointing", "--report_to", "none"], precision="bf16")
     stored = states(tmp_path / "checkpoint-4")
     assert all(tensor.dtype == torch.float32 for name, tensor in stored.items() if name.startswith("transformer/"))
     assert json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())["args"]["mixed_precision"] == "bf16"
@@ -238,17 +183,11 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, flags, tmp_path, monkeypatch, capsys):
     drop, add, needle = BAD[case]
-    for flag in drop:
-        position = flags.index(flag)
-        del flags[position : position + 2]
     monkeypatch.setattr(
         script.FluxTransformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded before the check")
     )
     monkeypatch.setattr(sys, "argv", ["train_senseflow_flux.py"])
-    with pytest.raises(SystemExit) as stop:
-        senseflow_runtime.run_script(lambda: script.main([*flags, "--output_dir", str(tmp_path / "out"), *add]))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and needle in lines[0], lines
+    refused(script, [*without(flags, *drop), "--output_dir", str(tmp_path / "out"), *add], 2, needle, capsys)
 
 
 def test_a_fresh_process_says_one_line(flags, tmp_path):
@@ -260,27 +199,24 @@ def test_a_fresh_process_says_one_line(flags, tmp_path):
 
 
 def test_another_run_another_pipeline_and_cut_weights(flags, teacher, tmp_path, monkeypatch, capsys):
-    def refused(code, needle, *add):
-        with pytest.raises(SystemExit) as stop:
-            senseflow_runtime.run_script(lambda: script.main([*flags, *add]))
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == code and len(lines) == 1 and needle in lines[0], lines
+    def bad(code, needle, *add):
+        refused(script, [*flags, *add], code, needle, capsys)
 
     taken = tmp_path / "taken"
     (taken / "checkpoint-2").mkdir(parents=True)
     (taken / "checkpoint-2" / "state.json").write_text("{}")
-    refused(2, "state.json is damaged", "--output_dir", str(taken), "--resume_from_checkpoint", "latest")
-    refused(2, f"--output_dir {taken}", "--output_dir", str(taken))
+    bad(2, "state.json is damaged", "--output_dir", str(taken), "--resume_from_checkpoint", "latest")
+    bad(2, f"--output_dir {taken}", "--output_dir", str(taken))
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     index = json.loads((other / "model_index.json").read_text())
     (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusion3Pipeline"}))
-    refused(2, "StableDiffusion3Pipeline", "--output_dir", str(tmp_path / "a"), "--pretrained_model_name_or_path", str(other))
+    bad(2, "StableDiffusion3Pipeline", "--output_dir", str(tmp_path / "a"), "--pretrained_model_name_or_path", str(other))
     (other / "model_index.json").write_text(json.dumps(index))
     (weights,) = (other / "transformer").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:5000])
     flag = "--pretrained_model_name_or_path"
-    refused(1, flag, "--output_dir", str(tmp_path / "b"), flag, str(other))
+    bad(1, flag, "--output_dir", str(tmp_path / "b"), flag, str(other))
 
 
 def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
@@ -311,7 +247,7 @@ def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
 )
 def test_the_teachers_licence_is_named(card, found, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
-    assert senseflow_runtime.license_of(str(tmp_path)) == found
+    assert senseflow_pipeline.license_of(str(tmp_path)) == found
 
 
 def test_a_fingerprint_is_the_networks_and_not_its_precisions():
@@ -330,14 +266,3 @@ def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "dmd_loss", broken)
     with pytest.raises(UserError, match="dmd_gradient not finite 3 times in a row"):
         script.main([*flags, "--output_dir", str(tmp_path), "--ttur_ratio", "1", "--max_train_steps", "8", "--gan_weight", "0"])
-
-
-def test_help_is_grouped_and_every_flag_is_read():
-    text = (ROOT / "train_senseflow_flux.py").read_text() + (ROOT / "senseflow_runtime.py").read_text()
-    text += "".join((ROOT / f"senseflow_{name}.py").read_text() for name in ("data", "discriminator", "checkpoints"))
-    checks = text[text.index("def check_common_args") : text.index("def absolute_if_local")]
-    text = text.replace(checks, "")  # to be checked is not to be used
-    defaults = vars(script.parse_args(["--pretrained_model_name_or_path", "x", "--output_dir", "y"]))
-    assert len(defaults) <= 80
-    for name in defaults:
-        assert f"args.{name}" in text or f'"{name}"' in text.replace(f'add("--{name}"', ""), f"--{name} is dead"

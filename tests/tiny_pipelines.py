@@ -1,7 +1,11 @@
 """Random tiny pipelines that train at 64 px on a CPU; nothing is downloaded.
 
     python tests/tiny_pipelines.py flux DIR              a FluxPipeline with embedded guidance
+    python tests/tiny_pipelines.py sd3 DIR               a StableDiffusion3Pipeline, built as SD 3.5 Medium is
+    python tests/tiny_pipelines.py sdxl DIR              a StableDiffusionXLPipeline
     python tests/tiny_pipelines.py discriminator DIR     DIR/dinov2 and DIR/clip, for the discriminator's two flags
+
+Only widths and depths are tiny: classes, schedulers and layouts are those of the real ones.
 """
 
 import argparse
@@ -9,7 +13,17 @@ import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -86,21 +100,29 @@ def vivid(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+def tiny_t5(tokenizer: T5TokenizerFast, width: int = WIDTH) -> T5EncoderModel:
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=2 * WIDTH, num_layers=1, num_heads=2)
+    return vivid(T5EncoderModel(config))
+
+
+def tiny_vae(**config) -> AutoencoderKL:
+    """8 x, 4 latent channels."""
+    return vivid(
+        AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            **config,
+        )
+    )
+
+
 def write_flux(path, guidance_embeds: bool = True, seed: int = 0) -> None:
     """A FluxPipeline with the scheduler configuration of FLUX.1-dev; 64 px are 8 x 8 latents, 16 tokens."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.8,
-        shift_factor=0.1,
-    )
     transformer = FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -113,7 +135,6 @@ def write_flux(path, guidance_embeds: bool = True, seed: int = 0) -> None:
         axes_dims_rope=(4, 6, 6),
     )
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    t5 = T5Config(vocab_size=len(tokenizer_2), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=1, num_heads=2)
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True,
@@ -123,21 +144,83 @@ def write_flux(path, guidance_embeds: bool = True, seed: int = 0) -> None:
             base_image_seq_len=256,
             max_image_seq_len=4096,
         ),
-        vae=vivid(vae),
+        vae=tiny_vae(use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.8, shift_factor=0.1),
         transformer=vivid(transformer),
         text_encoder=vivid(CLIPTextModel(clip_config(tokenizer))),
         tokenizer=tokenizer,
-        text_encoder_2=vivid(T5EncoderModel(t5)),
+        text_encoder_2=tiny_t5(tokenizer_2),
         tokenizer_2=tokenizer_2,
+    ).save_pretrained(path)
+
+
+def write_sd3(path, t5: bool = True, layers: int = 2, seed: int = 0) -> None:
+    """A StableDiffusion3Pipeline with the scheduler of SD 3.5 and dual attention in its first block; 64 px are 16 tokens."""
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,  # both CLIPs side by side, padded to T5's width: here it is no wider
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
+    StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.8, shift_factor=0.1),
+        transformer=vivid(transformer),
+        text_encoder=vivid(CLIPTextModelWithProjection(clip_config(tokenizer))),
+        tokenizer=tokenizer,
+        text_encoder_2=vivid(CLIPTextModelWithProjection(clip_config(tokenizer))),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=tiny_t5(tokenizer_3, width=2 * WIDTH) if t5 else None,
+        tokenizer_3=tokenizer_3 if t5 else None,
+    ).save_pretrained(path)
+
+
+def write_sdxl(path, seed: int = 0) -> None:
+    """A StableDiffusionXLPipeline with the scheduler of SDXL's base; its mid-block sees 4 x 4 at 64 px."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        cross_attention_dim=2 * WIDTH,
+    )
+    tokenizer = clip_tokenizer()
+    StableDiffusionXLPipeline(
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
+        ),
+        vae=tiny_vae(scaling_factor=0.13),
+        unet=vivid(unet),
+        text_encoder=vivid(CLIPTextModel(clip_config(tokenizer))),
+        tokenizer=tokenizer,
+        text_encoder_2=vivid(CLIPTextModelWithProjection(clip_config(tokenizer))),
+        tokenizer_2=clip_tokenizer(),
     ).save_pretrained(path)
 
 
 def write_discriminator(path, seed: int = 0) -> None:
     """A DINOv2 (4 blocks, 8 px patches) and a CLIP text encoder with projection."""
     torch.manual_seed(seed)
-    config = Dinov2Config(
-        hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8
-    )
+    config = Dinov2Config(hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8)
     vivid(Dinov2Model(config)).save_pretrained(Path(path) / "dinov2")
     tokenizer = clip_tokenizer()
     vivid(CLIPTextModelWithProjection(clip_config(tokenizer))).save_pretrained(Path(path) / "clip")
@@ -146,10 +229,11 @@ def write_discriminator(path, seed: int = 0) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["flux", "discriminator"])
+    writers = {"flux": write_flux, "sd3": write_sd3, "sdxl": write_sdxl, "discriminator": write_discriminator}
+    parser.add_argument("kind", choices=writers)
     parser.add_argument("folder", metavar="DIR")
     args = parser.parse_args()
-    {"flux": write_flux, "discriminator": write_discriminator}[args.kind](args.folder)
+    writers[args.kind](args.folder)
 
 
 if __name__ == "__main__":

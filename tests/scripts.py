@@ -1,0 +1,119 @@
+"""What the tests of the three scripts have in common: launching one, reading its checkpoints, drawing with its pipeline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import infer
+import senseflow_runtime
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def states(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every network and optimiser of a checkpoint."""
+    tensors = {}
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        tensors |= {f"{file.parent.name}/{name}": tensor for name, tensor in load_file(file).items()}
+    for file in sorted(checkpoint.glob("*_optimizer.pt")):
+        state = torch.load(file, weights_only=True)
+        tensors[f"{file.stem}/steps"] = torch.tensor(state["steps"])
+        for index, moments in state["state"].items():
+            tensors |= {f"{file.stem}/{index}/{name}": tensor for name, tensor in moments.items()}
+    return tensors
+
+
+def assert_same(a: dict, b: dict, **tolerance) -> None:
+    assert a.keys() == b.keys() and len(a) > 100
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], msg=name, **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+def launch(script: str, arguments, processes: int = 1, precision: str = "no") -> str:
+    """A script as a user launches it; what it says on stderr."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    config = ROOT / "accelerate_configs" / ("single.yaml" if processes == 1 else "ddp.yaml")
+    command += ["--config_file", str(config), "--num_processes", str(processes), "--mixed_precision", precision]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
+
+
+def resume_is_the_same_run(script, flags, folder: Path, *validation) -> Path:
+    """4 iterations at once, and 2, resume, 2: the same in all tensors. Returns the output folder of the whole run."""
+    whole, halves = folder / "whole", folder / "halves"
+    script.main([*flags, *validation, "--output_dir", str(whole)])
+    script.main([*flags, "--output_dir", str(halves), "--max_train_steps", "2"])
+    script.main([*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"])
+    end = states(whole / "checkpoint-4")
+    assert_same(end, states(halves / "checkpoint-4"))
+    assert any(not torch.equal(tensor, states(whole / "checkpoint-2")[name]) for name, tensor in end.items())
+    return whole
+
+
+def the_cards_call_is_infers_picture(model: Path, levels: str, folder: Path) -> None:
+    """A fresh process with the card's three lines visits the record's levels and draws what infer.py draws.
+
+    Args:
+        levels: "sigmas" or "timesteps": what of the scheduler is compared with senseflow.json.
+    """
+    record = json.loads((model / "senseflow.json").read_text())
+    code = (model / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(model))
+    code = code.replace('"a prompt"', '"a red square"').replace(").images", ", generator=g, output_type='np').images")
+    bind = "pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, generator=g)\nimage ="
+    if "XL" in code:
+        bind = "image ="  # this pipeline hands the generator on by itself
+    watch = (
+        "import torch, numpy, functools\ng = torch.Generator().manual_seed(3)\n"
+        + code.replace("image =", bind)
+        + f"\nnumpy.save({str(folder / 'stock.npy')!r}, image)\n"
+        + f"numpy.save({str(folder / 'levels.npy')!r}, pipeline.scheduler.{levels}.numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", watch], check=True, capture_output=True)
+    np.testing.assert_allclose(np.load(folder / "levels.npy")[: len(record[levels])], record[levels], atol=1e-6)
+    drawn = picture_of(model, folder / "pictures")
+    assert np.array_equal(drawn, (np.load(folder / "stock.npy") * 255).round().astype("uint8")) and drawn.std() > 0
+
+
+def picture_of(model: Path, folder: Path) -> np.ndarray:
+    """What infer.py draws with a model's own settings."""
+    infer.main(["--model", str(model), "--prompt", "a red square", "--seed", "3", "--output_dir", str(folder)])
+    return np.asarray(Image.open(folder / "0000.png"))
+
+
+def logged(output_dir: Path):
+    """The tensorboard events of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {file.parent for file in (output_dir / "logs").rglob("events*")} & set((output_dir / "logs").iterdir())
+    return EventAccumulator(str(folder)).Reload()
+
+
+def refused(script, arguments, code: int, needle: str, capsys) -> None:
+    """The script ends with this exit code and one line on stderr that holds `needle`."""
+    with pytest.raises(SystemExit) as stop:
+        senseflow_runtime.run_script(lambda: script.main(arguments))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == code and len(lines) == 1 and needle in lines[0], lines
+
+
+def without(flags: list[str], *names: str) -> list[str]:
+    """Flags without some and the values that follow them (any number)."""
+    kept, dropping = [], False
+    for part in flags:
+        dropping = part in names if part.startswith("--") else dropping
+        kept += [] if dropping else [part]
+    return kept

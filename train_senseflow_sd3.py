@@ -1,0 +1,565 @@
+#!/usr/bin/env python
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Distils an SD 3.5 teacher, Medium or Large, to few steps with SenseFlow (Ge et al., ICLR 2026, arXiv 2506.00523).
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml train_senseflow_sd3.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_json data.json --output_dir sd35-4step \
+        --mixed_precision bf16 --gradient_checkpointing
+
+`train_iteration` is the algorithm, in the paper's order. It speaks of four roles (student, teacher, fake_score, discriminator);
+what stands behind a role is senseflow_runtime's business, the formulas are senseflow_utils'. What `# Copied from` marks is the
+same in every script, and a test keeps it so.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import torch
+import transformers
+from accelerate.logging import get_logger
+
+
+transformers.utils.logging.set_verbosity_error()  # importing a pipeline would print notes about packages that are not needed
+
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
+from tqdm.auto import tqdm
+
+import senseflow_checkpoints as checkpoint_tools
+import senseflow_pipeline as pipeline_tools
+import senseflow_runtime as runtime_tools
+from senseflow_data import check_data_args, load_rows, make_dataloader
+from senseflow_discriminator import check_discriminator_args, diff_augment
+from senseflow_runtime import Metrics, Parser, Role, Runtime, UserError
+from senseflow_utils import (
+    SAMPLERS,
+    Draws,
+    IndexedFlowSchedule,
+    Prediction,
+    Schedule,
+    adversarial_loss,
+    backward_simulation,
+    denoising_loss,
+    dmd_loss,
+    fit_flow_scheduler,
+    guide,
+    hinge_loss,
+    isg_loss,
+    isg_target,
+)
+
+
+logger = get_logger(__name__)
+
+PIPELINE = StableDiffusion3Pipeline  # what the teacher is, and what the student is saved as
+
+# The recipe differs between the two sizes; `--preset auto` takes "large" above 30 transformer blocks. Flags override.
+PRESETS = {
+    "medium": {
+        "ttur_ratio": 10,
+        "ida_decay": 0.98,
+        "isg_weight": 0.5,
+        "dmd_guidance_scale": [2.0, 8.0],
+        "isg_guidance_scale": [2.0, 4.0],
+    },
+    "large": {
+        "ttur_ratio": 5,
+        "ida_decay": 0.97,
+        "isg_weight": 1.0,
+        "dmd_guidance_scale": [3.0, 10.0],
+        "isg_guidance_scale": [5.0, 5.0],
+    },
+}
+ANCHOR_INDICES = (999, 749, 499, 249)  # of 1000, into the ascending levels: sigma 1 .9 .75 .5 with the teachers' shift of 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+# ---------------------------------------------------------------------------------------------------------------------
+# Copied from train_senseflow_flux.Parts
+@dataclass
+class Parts:
+    """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning."""
+
+    student: Role
+    teacher: Role
+    fake_score: Role
+    discriminator: Optional[Role]  # None with --gan_weight 0; what follows `latent_shape` is not called then
+    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None)
+    encode_prompts: Callable[[list[str]], Any]  # prompts -> condition
+    real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
+    latent_shape: tuple[int, ...]  # of one x0
+    real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
+    decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
+    see: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> features of the frozen vision model, with gradient
+    read: Optional[Callable[[list[str]], torch.Tensor]] = None  # prompts -> text embedding for the discriminator
+    gan_weight_at: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
+
+
+# Copied from train_senseflow_flux.simulated_steps
+def simulated_steps(draws: Draws, probability: float, anchors: int) -> Optional[int]:
+    """How many anchors backward simulation runs through in this iteration; None: it noises real latents. Same on all ranks."""
+    if draws.shared_uniform("simulate") < probability:
+        return draws.shared_integer("simulated_steps", anchors)
+    return None
+
+
+# Copied from train_senseflow_flux.needs_pictures
+def needs_pictures(seed: int, gan_weight: float, probability: float, iteration: int) -> bool:
+    """Whether an iteration looks at real pictures at all; where not, none is read from the disk."""
+    return gan_weight > 0 or simulated_steps(Draws(seed, iteration), probability, 1) is None
+
+
+# Copied from train_senseflow_flux.student_input
+def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, condition, args):
+    """Step 1: x_t (B, ...) and the index (B,) of its anchor, without gradient."""
+    slots, count = batch["slots"], len(schedule.anchors)
+    noise = draws.normal("input_noise", slots, parts.latent_shape)
+    steps = simulated_steps(draws, args.backward_simulation_prob, count)
+    if steps is not None:
+        predict = partial(parts.predict, parts.student, condition=condition)
+        x_t = backward_simulation(predict, schedule, args.sampler, draws, slots, noise, steps)
+        return x_t, torch.full((len(slots),), steps, device=noise.device)
+    # On the host: a sample that draws the top anchor starts from pure noise, as a sampler does, and is not encoded.
+    index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, count - 1)
+    rows = index.nonzero().flatten()
+    if len(rows) > 0:
+        x0 = parts.real_latents(batch, rows, draws)
+        noise[rows] = schedule.add_noise(x0, noise[rows], schedule.anchors[index[rows].to(noise.device)])
+    return noise, index.to(noise.device)
+
+
+# Copied from train_senseflow_flux.student_losses
+def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t, t_next, prediction, condition, args):
+    """Step 3, without the adversarial term: ({name: loss}, {name: tensors that people look at})."""
+    predict, student_x0 = parts.predict, prediction.x0
+    losses, seen = {}, {"student_x0": student_x0}
+
+    # L_DMD: both scores look at the noised x0 of the student.
+    t_dmd = schedule.draw_dmd_timesteps(draws, slots)
+    with torch.no_grad():
+        noised = schedule.add_noise(student_x0, draws.normal("dmd_noise", slots, student_x0.shape[1:]), t_dmd)
+        guidance = draws.uniform("dmd_guidance", slots, *args.dmd_guidance_scale)
+        seen["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
+        seen["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
+    losses["dmd_loss"], losses["dmd_non_finite"] = dmd_loss(student_x0, seen["fake_x0"], seen["teacher_x0"])
+
+    # L_ISG: the student's own step should end where teacher, then student arrive over an intermediate timestep.
+    if args.isg_weight > 0:
+        t_mid = schedule.draw_mid_timesteps(draws, slots, t, t_next, args.isg_margin)
+        guidance = draws.uniform("isg_guidance", slots, *args.isg_guidance_scale)
+        guided = partial(predict, parts.teacher, condition=condition, guidance=guidance)
+        unguided = partial(predict, parts.student, condition=condition)
+        seen["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
+        seen["isg_direct"] = schedule.step(prediction, t_next)
+        losses["isg_loss"] = isg_loss(seen["isg_direct"], seen["isg_target"])
+    return losses, {name: tensor.detach() for name, tensor in seen.items()}
+
+
+# Copied from train_senseflow_flux.train_iteration
+def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule: Schedule, args, device):
+    """One iteration of SenseFlow over the micro-batches of one global batch (paper, algorithm 1).
+
+    Args:
+        iteration: from 0; the student learns in every `args.ttur_ratio`-th.
+        batches: `gradient_accumulation_steps` micro-batches as senseflow_data.collate makes them.
+    Returns:
+        ({name: device scalar}, {name: latents (B, ...) that people look at, from the last micro-batch of a student's turn}).
+    """
+    student, fake_score, discriminator = parts.student, parts.fake_score, parts.discriminator
+    draws = Draws(args.seed, iteration, device)
+    student_turn = (iteration + 1) % args.ttur_ratio == 0
+    totals: dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
+    drawn = []  # what the student drew, for the fake score to learn
+
+    def count(values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+
+    for batch in batches:
+        # 1. The student's input: its own first steps from noise (backward simulation), or noised real latents.
+        slots = batch["slots"]
+        with torch.no_grad():
+            condition = parts.encode_prompts(batch["prompts"])
+            x_t, index = student_input(parts, schedule, draws, batch, condition, args)
+            t, t_next = schedule.anchors[index], schedule.nexts[index]
+            if discriminator is not None:
+                real, text, omega = parts.real_pictures(batch), parts.read(batch["prompts"]), parts.gan_weight_at(t)
+                reference = parts.see(real)
+
+        # 2. What the student makes of it; with gradient on its turn only.
+        with student.turn() if student_turn else torch.no_grad():
+            prediction = parts.predict(student, x_t, t, condition)
+            if discriminator is not None:
+                fake = parts.see(diff_augment(parts.decode(prediction.x0), draws, slots, "fake"))
+
+            # 3. The student's turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
+            if student_turn:
+                losses, seen = student_losses(parts, schedule, draws, slots, x_t, t, t_next, prediction, condition, args)
+                loss = losses["dmd_loss"]
+                if "isg_loss" in losses:
+                    loss = loss + args.isg_weight * losses["isg_loss"]
+                if discriminator is not None:
+                    (logits,) = discriminator((fake,), reference, text)
+                    losses["adversarial_loss"] = adversarial_loss(logits, omega)
+                    loss = loss + args.gan_weight * losses["adversarial_loss"]
+                student.backward(loss)
+                count(losses)
+        drawn.append((slots, prediction.x0.detach(), condition))
+
+        # 5. The discriminator's turn, here because it shares the decoded picture and its features: hinge loss.
+        if discriminator is not None:
+            fake = [features.detach() for features in fake]
+            with torch.no_grad():
+                real = parts.see(diff_augment(real, draws, slots, "real"))
+            with discriminator.turn():
+                real_logits, fake_logits = discriminator((real, fake), reference, text)
+                loss = hinge_loss(real_logits, fake_logits, omega)
+                discriminator.backward(loss)
+            count({"discriminator_loss": loss, "D(real)": real_logits.mean(), "D(fake)": fake_logits.mean()})
+
+    # 3, ended: the student's step, then implicit distribution alignment, before the fake score learns.
+    if student_turn:
+        totals["student_grad_norm"] = student.step()
+        if args.ida_decay < 1:
+            fake_score.align_with(student, args.ida_decay)
+
+    # 4. The fake score's turn: it learns to denoise what the student drew before its step.
+    for slots, x0, condition in drawn:
+        t = schedule.draw_fake_timesteps(draws, slots)
+        noise = draws.normal("fake_noise", slots, x0.shape[1:])
+        with fake_score.turn():
+            output = parts.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
+            loss = denoising_loss(output, schedule.target(x0, noise))
+            fake_score.backward(loss)
+        count({"fake_loss": loss})
+    totals["fake_score_grad_norm"] = fake_score.step()
+    if discriminator is not None:
+        totals["discriminator_grad_norm"] = discriminator.step()
+    return totals, seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SD 3.5: the network call, the levels
+# ---------------------------------------------------------------------------------------------------------------------
+def sd3_predict(schedule: Schedule, empty: Optional[tuple], role: Role, x_t, t, condition, guidance=None) -> Prediction:
+    """Asks a role about latents x_t (B, C, H, W) at timesteps t (B,).
+
+    Args:
+        empty: condition of the empty prompt, batch 1, for classifier-free guidance; None where no guidance scale is above 1: the
+            pass for the empty prompt is not run then.
+        condition: (prompt_embeds (B, L, D), pooled (B, P)).
+        guidance: (B,) scales, for the teacher only.
+    """
+    embeds, pooled = condition
+    twice = guidance is not None and empty is not None
+    latents, steps = x_t, t
+    if twice:
+        latents, steps = torch.cat([x_t, x_t]), torch.cat([t, t])
+        embeds = torch.cat([empty[0].expand_as(embeds), embeds])
+        pooled = torch.cat([empty[1].expand_as(pooled), pooled])
+    output = role(
+        hidden_states=latents.to(role.dtype),
+        timestep=steps.float(),
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0]
+    if twice:
+        output = guide(*output.float().chunk(2), guidance)
+    return schedule.split(x_t, output, t)
+
+
+def stock_sigmas(scheduler, steps: int, tokens: int) -> list[float]:
+    """The noise levels that a stock StableDiffusion3Pipeline call visits, without the final 0; `tokens` as the network has them."""
+    config, shift = scheduler.config, {}
+    if config.use_dynamic_shifting:
+        lengths, shifts = (config.base_image_seq_len, config.max_image_seq_len), (config.base_shift, config.max_shift)
+        shift = {"mu": calculate_shift(tokens, *lengths, *shifts)}
+    retrieve_timesteps(scheduler, steps, "cpu", **shift)
+    return scheduler.sigmas[:-1].tolist()
+
+
+def make_schedule(args, device) -> tuple[IndexedFlowSchedule, FlowMatchEulerDiscreteScheduler, dict]:
+    """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
+    path, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+    table = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler", revision=args.revision).timesteps.flip(0)
+    vae = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    transformer = pipeline_tools.config_of(SD3Transformer2DModel, flag, path, "transformer", args.revision)
+    tokens = (args.resolution // (transformer["patch_size"] * pipeline_tools.vae_scale_of(vae))) ** 2
+    wanted = [t / 1000 for t in args.anchors or table[list(ANCHOR_INDICES)].tolist()]
+    scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted), tokens), args.sampler)
+    schedule = IndexedFlowSchedule(table, [1000 * sigma for sigma in sigmas], dmd_range=(20, 980), device=device)
+    pipeline_tools.check_margin(args, schedule)
+    call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
+    visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), tokens)
+    if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
+        call["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
+    return schedule, scheduler, {**call, "max_sequence_length": args.max_sequence_length}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before anything loads: arguments
+# ---------------------------------------------------------------------------------------------------------------------
+# fmt: off
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=runtime_tools.HelpFormatter)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="the teacher: a StableDiffusion3Pipeline, Hub id or folder")
+    add("--revision", help="of the teacher on the Hub")
+    add("--variant", help="of the teacher's weight files, e.g. fp16")
+    add("--student_model_name_or_path",
+        help="warm start of student and fake score: an SD 3.5 transformer or pipeline, Hub id or folder")
+    add("--preset", choices=["auto", *PRESETS], default="auto",
+        help="defaults of the flags marked (preset): medium / large; auto: large above 30 transformer blocks")
+    add("--max_sequence_length", type=int, default=77, help="T5 tokens (release)")
+
+    add = parser.add_argument_group("data: exactly one of the first four").add_argument
+    add("--dataset_json",
+        help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
+    add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
+    add("--train_data_dir", help="an imagefolder with metadata")
+    add("--prompts_file",
+        help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
+    add("--dataset_config_name", help="of --dataset_name")
+    add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
+    add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
+    add("--resolution", type=int, default=1024,
+        help="px, a multiple of 16 for SD 3.5: the shorter side, then a square crop (release)")
+    add("--center_crop", action="store_true", help="crop the centre instead of a random square")
+    add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
+    add("--max_train_samples", type=int, help="use the first so many rows")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures, per rank (diffusers)")
+
+    add = parser.add_argument_group("senseflow").add_argument
+    add("--anchors", type=float, nargs="+",
+        help="decreasing timesteps in (0, 1000] at which the student is run (default: indices 999 749 499 249 "
+        "of the teacher's ascending levels, 1000 900 750 500; release)")
+    add("--sampler", choices=SAMPLERS, default="stochastic",
+        help="how backward simulation and the saved pipeline go from anchor to "
+        "anchor (paper: stochastic)")
+    add("--ttur_ratio", type=int, help="iterations per step of the student (preset: 10 / 5; release)")
+    add("--ida_decay", type=float,
+        help="fake <- decay fake + (1 - decay) student after its step; 1 = off (preset: 0.98 / 0.97; release)")
+    add("--isg_weight", type=float, help="of intra-segment guidance; 0 = off (preset: 0.5 / 1; release)")
+    add("--isg_margin", type=float, default=50,
+        help="indices of the teacher's 1000 levels that t_mid keeps from both ends of its segment (release)")
+    add("--gan_weight", type=float, default=0.1, help="of the adversarial loss; 0 = off, no discriminator is loaded (release)")
+    add("--backward_simulation_prob", type=float, default=0.5, help="else real latents are noised (release)")
+    add("--dmd_guidance_scale", type=float, nargs="+",
+        help="the teacher's in L_DMD: a value or MIN MAX (preset: 2 8 / 3 10; release)")
+    add("--isg_guidance_scale", type=float, nargs="+",
+        help="the teacher's in L_ISG: a value or MIN MAX (preset: 2 4 / 5; release)")
+    add("--discriminator_backbone", default="facebook/dinov2-large", help="a DINOv2, Hub id or folder (release)")
+    add("--discriminator_layers", type=int, nargs="+",
+        help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
+        "the same depths of any other; release)")
+    add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14", help="a CLIP with projection (release)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release)")
+    add("--max_train_steps", type=int, default=12000, help="iterations = fake-score updates (ours)")
+    add("--learning_rate", type=float, default=1e-6, help="of the student (release)")
+    add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate)")
+    add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate)")
+    add("--lr_scheduler", default="constant", choices=runtime_tools.LR_SCHEDULERS,
+        help="as in diffusers (release)")
+    add("--lr_warmup_steps", type=int, default=0, help="in iterations (release)")
+    add("--lr_warmup_start", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
+    add("--adam_beta1", type=float, default=0.9, help="(release)")
+    add("--adam_beta2", type=float, default=0.999, help="(release)")
+    add("--adam_epsilon", type=float, default=1e-8, help="(release)")
+    add("--adam_weight_decay", type=float, default=0.0, help="(release)")
+    add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release)")
+    add("--seed", type=int, default=0, help="of every random draw (ours)")
+
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        help="bf16: frozen networks in bf16, trained ones in fp32 under autocast (default: accelerate's configuration)")
+    add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release uses it for Large)")
+    add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
+
+    add = parser.add_argument_group("checkpointing").add_argument
+    add("--output_dir", required=True, help="checkpoints, logs, and in the end the pipeline")
+    add("--checkpointing_steps", type=int, default=3000, help="iterations (release)")
+    add("--checkpoints_total_limit", type=int, help="keep the newest so many")
+    add("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
+    add("--export_dtype", choices=list(runtime_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
+
+    add = parser.add_argument_group("logging and validation").add_argument
+    add("--report_to", default="tensorboard", help="a tracker of accelerate, or none (diffusers)")
+    add("--logging_dir", default="logs", help="below --output_dir (diffusers)")
+    add("--validation_prompts", nargs="+", help="draw these with the teacher once and with the student each time")
+    add("--validation_steps", type=int, default=500, help="iterations (ours)")
+    add("--num_validation_images", type=int, default=1, help="per prompt (ours)")
+    add("--teacher_num_inference_steps", type=int, default=28,
+        help="of the teacher's validation pictures (StableDiffusion3Pipeline's default)")
+    add("--teacher_guidance_scale", type=float, default=4.5,
+        help="of the teacher's validation pictures (SD 3.5 Medium's model card)")
+    return runtime_tools.complete_args(parser.parse_args(argv))
+# fmt: on
+
+
+def check_args(args):
+    """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
+    flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    pipeline_tools.check_pipeline(PIPELINE, flag, path, args.revision)
+    transformer = pipeline_tools.config_of(SD3Transformer2DModel, flag, path, "transformer", args.revision)
+    apply_preset(args, transformer["num_layers"])
+    runtime_tools.check_common_args(args)
+    checked = check_data_args(args)
+    if args.max_sequence_length > 512:
+        raise UserError(f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2)
+    vae = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    pipeline_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
+    if args.student_model_name_or_path:
+        names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+        pipeline_tools.check_student(args, SD3Transformer2DModel, "transformer", transformer, names)
+    if args.gan_weight > 0:
+        check_discriminator_args(args)
+    pipeline_tools.check_resolution(args, transformer["patch_size"] * pipeline_tools.vae_scale_of(vae))
+    largest = transformer["pos_embed_max_size"] * transformer["patch_size"] * pipeline_tools.vae_scale_of(vae)
+    if args.resolution > largest:
+        raise UserError(f"--resolution {args.resolution}: this teacher knows positions up to {largest} px", exit_code=2)
+    make_schedule(args, "cpu")
+    return load_rows(args, checked)
+
+
+def apply_preset(args, blocks: int) -> None:
+    """Fills every flag of PRESETS that was not given, for the size that `--preset` names or the number of blocks tells."""
+    if args.preset == "auto":
+        args.preset = "large" if blocks > 30 else "medium"
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[Parts, StableDiffusion3Pipeline]:
+    """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
+    flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
+    source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
+    transformer = pipeline_tools.load_network(SD3Transformer2DModel, flag, path, "transformer", **source)
+    start_flag, start, where = flag, path, {"revision": args.revision, "variant": args.variant}
+    if args.student_model_name_or_path:
+        start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {}
+    student = pipeline_tools.load_network(SD3Transformer2DModel, start_flag, start, "transformer", dtype=torch.float32, **where)
+    fake_score = copy.deepcopy(student)
+    encodes, decodes = args.backward_simulation_prob < 1, args.gan_weight > 0 or bool(args.validation_prompts)
+    vae = pipeline_tools.load_vae(flag, path, args, device, encodes, decodes, **source)
+    pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
+    for encoder in filter(None, (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)):
+        encoder.requires_grad_(False).eval().to(device)
+
+    @torch.no_grad()
+    def encode_prompts(prompts):
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": args.max_sequence_length}
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device=device, **options)
+        return embeds, pooled
+
+    guided = max(*args.dmd_guidance_scale, *args.isg_guidance_scale) > 1
+    for network in (transformer, student, fake_score):
+        if args.enable_xformers_memory_efficient_attention:
+            network.set_attention_backend("xformers")
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+        fake_score.enable_gradient_checkpointing()
+    config = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    parts = Parts(
+        student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
+        teacher=runtime.frozen_role("teacher", transformer),
+        fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
+        discriminator=None,
+        predict=partial(sd3_predict, schedule, encode_prompts([""]) if guided else None),
+        encode_prompts=encode_prompts,
+        real_latents=partial(pipeline_tools.real_latents, vae),
+        latent_shape=(config["latent_channels"], *[args.resolution // pipeline_tools.vae_scale_of(config)] * 2),
+    )
+    if args.gan_weight > 0:
+        parts.discriminator, parts.see, parts.read = pipeline_tools.load_discriminator(args, runtime)
+        parts.real_pictures, parts.decode = partial(pipeline_tools.real_pictures, vae), partial(pipeline_tools.decode, vae)
+        parts.gan_weight_at = schedule.descending_sigma_squared
+    return parts, pipeline
+
+
+def teacher_call(args, transformer) -> dict:
+    """What of the stock call is different where the teacher draws validation pictures with its many steps."""
+    steps, guidance = args.teacher_num_inference_steps, args.teacher_guidance_scale
+    return {"num_inference_steps": steps, "guidance_scale": guidance, "sigmas": None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+# Copied from train_senseflow_flux.main
+def main(argv=None):
+    args = parse_args(argv)
+    rows = check_args(args)
+    checkpoint = checkpoint_tools.find_checkpoint(args)
+    state = checkpoint_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    runtime = Runtime(args)
+    schedule, scheduler, call = make_schedule(args, runtime.device)
+    parts, pipeline = load_parts(args, runtime, schedule)
+    prints = checkpoint_tools.fingerprints_of(parts)
+    if checkpoint:
+        checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
+        for role in runtime.trained:
+            role.load(checkpoint)
+    if runtime.main.is_main_process:
+        checkpoint_tools.clear_leftovers(args.output_dir)
+        checkpoint_tools.check_disk(args, runtime.trained)
+    iteration, samples_seen = state["iteration"], state["samples_seen"]
+    rank, world_size = runtime.main.process_index, runtime.main.num_processes
+    wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
+    data = iter(make_dataloader(args, rows, rank, world_size, iteration, samples_seen, wanted))
+    per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
+    runtime.start_trackers("senseflow")
+    logger.info(f"anchors {', '.join(f'{t:.1f}' for t in schedule.anchors)}; {per_iteration} samples per iteration")
+
+    def validate(role: Role, scheduler, name: str, call: dict) -> None:
+        scheduler = type(scheduler).from_config(scheduler.config)
+        pipeline.register_modules(scheduler=scheduler, **{parts.student.subfolder: role.module})
+        pipeline.set_progress_bar_config(disable=True)
+        runtime.log_picture(f"validation/{name}", pipeline_tools.draw_grid(runtime, pipeline, args, call), iteration)
+
+    if args.validation_prompts:
+        validate(parts.teacher, pipeline.scheduler, "teacher", call | teacher_call(args, parts.teacher.module))
+    progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.main.is_local_main_process)
+    metrics = Metrics(runtime, parts.student, per_iteration, progress)
+    seen: dict[str, torch.Tensor] = {}
+    while iteration < args.max_train_steps:
+        batches = [runtime.to_device(next(data)) for _ in range(args.gradient_accumulation_steps)]
+        values, new = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
+        seen = new or seen
+        iteration, samples_seen = iteration + 1, samples_seen + per_iteration
+        metrics.push(iteration, values)
+        if args.validation_prompts and iteration % args.validation_steps == 0:
+            validate(parts.student, scheduler, "student", call)
+            if seen:
+                runtime.log_picture("panel/" + " ".join(seen), pipeline_tools.draw_panel(pipeline.vae, seen), iteration)
+        if iteration % args.checkpointing_steps == 0:
+            metrics.flush()  # a diverged student does not replace a sound one
+            record = pipeline_tools.usage_record(args, schedule, call, iteration)
+            usage = partial(pipeline_tools.write_usage, record=record, components={"scheduler": scheduler})
+            checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
+    metrics.flush()
+    progress.close()
+    record = pipeline_tools.usage_record(args, schedule, call, iteration)
+    pipeline_tools.export(runtime, args, PIPELINE, parts.student, {"scheduler": scheduler}, record)
+    runtime.main.end_training()
+
+
+if __name__ == "__main__":
+    runtime_tools.run_script(main)
