@@ -1,8 +1,9 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Prompts and pictures: the four kinds of data set, the transform, and a batch order that needs no state.
+"""Prompts and pictures: the five kinds of data set, the transform, and a batch order that needs no state.
 
     checked = check_data_args(args)           # before any weight loads
     rows = load_rows(args, checked)           # columns in Arrow; pictures stay files or bytes until they are read
+    check_latents(args, rows, shape)          # if the pictures were encoded beforehand: do they fit the teacher?
     for batch in make_dataloader(args, rows, rank, world_size, iteration, samples_seen, needs_pictures):
         ...                                   # one micro-batch of this rank; endless
 
@@ -27,13 +28,15 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from senseflow_runtime import UserError
+from senseflow_lmdb import LatentRows
+from senseflow_runtime import UserError, require_package
 from senseflow_utils import Draws
 
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("dataset_name", "train_data_dir", "dataset_json", "prompts_file")
+SOURCES = ("dataset_name", "train_data_dir", "dataset_json", "prompts_file", "dataset_lmdb")
+FIELDS = ("pixel_values", "latents")  # a batch has one of them
 JSON_KEYS = ("keys", "image_paths", "prompts")
 LOOKED_AT = 256  # rows at the start, and as many at random, whose pictures must be there before a run starts
 SHARE_FROM = 1000  # rows from which on the share of unreadable pictures is judged
@@ -48,7 +51,7 @@ def _refusal(flag: str, value: Any, problem: str, fix: str) -> UserError:
 
 # Rows ----------------------------------------------------------------------------------------------------------------
 class Rows:
-    """Prompts and pictures as Arrow columns; `len(rows)` is their number.
+    """Prompts and pictures as Arrow columns; `len(rows)` is their number. `senseflow_lmdb.LatentRows` is its like for latents.
 
     Args:
         origin: the flag and its value that the rows came from, for messages.
@@ -56,6 +59,8 @@ class Rows:
         pictures: one column of paths, or of `datasets.Image(decode=False)`; None if no picture is ever read.
         folder: what relative paths are relative to.
     """
+
+    field = "pixel_values"
 
     def __init__(self, origin: str, prompts: datasets.Dataset, pictures: Optional[datasets.Dataset] = None, folder: str = ""):
         self.origin, self.prompts, self.pictures, self.folder = origin, prompts, pictures, folder
@@ -66,7 +71,7 @@ class Rows:
     def prompt(self, row: int) -> str:
         return next(iter(self.prompts[row].values()))
 
-    def picture(self, row: int) -> tuple[str, Optional[Image.Image]]:
+    def read(self, row: int) -> tuple[str, Optional[Image.Image]]:
         """(name for messages, upright RGB picture), the latter None if it cannot be read."""
         (cell,) = self.pictures[row].values()
         if isinstance(cell, str):
@@ -81,11 +86,14 @@ class Rows:
             return name, None
 
 
-def check_data_args(args) -> Optional[Rows]:
+AnyRows = Union[Rows, LatentRows]
+
+
+def check_data_args(args) -> Optional[AnyRows]:
     """Checks the data flags before any weight loads.
 
     Returns:
-        The rows of `--dataset_json` and `--prompts_file`, which had to be read for it (hand them to `load_rows`); else None.
+        The rows of a file, and of `--dataset_lmdb`, which had to be read for it (hand them to `load_rows`); else None.
     Raises:
         UserError: exit code 2.
     """
@@ -108,6 +116,8 @@ def check_data_args(args) -> Optional[Rows]:
             fix = "give --gan_weight 0 --backward_simulation_prob 1, or a data set with pictures"
             raise _refusal(flag, path, f"has no pictures, and {asked} needs them", fix)
         return _read_prompts(args)
+    if flag == "dataset_lmdb":
+        return _read_lmdb(args)
     # A Hub id has one slash at most and begins with a name.
     local = flag == "train_data_dir" or path.startswith((".", "/", "~")) or path.count("/") > 1
     if local and not os.path.isdir(path):
@@ -115,7 +125,7 @@ def check_data_args(args) -> Optional[Rows]:
     return None
 
 
-def load_rows(args, checked: Optional[Rows] = None) -> Rows:
+def load_rows(args, checked: Optional[AnyRows] = None) -> AnyRows:
     """The rows of the data set, cut to `--max_train_samples`.
 
     Args:
@@ -123,8 +133,9 @@ def load_rows(args, checked: Optional[Rows] = None) -> Rows:
     Raises:
         UserError: exit code 2: the data set cannot be loaded, is empty, or has no such column.
     """
-    if checked is not None or args.dataset_json is not None or args.prompts_file is not None:
-        return checked or check_data_args(args)
+    checked = checked or check_data_args(args)
+    if checked is not None:
+        return checked
     flag = "dataset_name" if args.dataset_name is not None else "train_data_dir"
     path = getattr(args, flag)
     dataset = _load_dataset(flag, path, args.dataset_config_name).with_format(None)
@@ -148,6 +159,22 @@ def load_rows(args, checked: Optional[Rows] = None) -> Rows:
     pictures = column("image_column", lambda kind: isinstance(kind, datasets.Image), "pictures")
     # Decoding is left to `Rows`: a broken picture is to be passed over, not to end the run.
     return Rows(f"--{flag} {path}", prompts, pictures.cast_column(args.image_column, datasets.Image(decode=False)))
+
+
+def check_latents(args, rows: AnyRows, shape: tuple[int, int, int]) -> None:
+    """Refuses (exit code 2) stored latents that do not fit the teacher; nothing to do where none are stored, or none are read.
+
+    Args:
+        shape: (channels, height, width) of the teacher's latents at `--resolution`.
+    """
+    if not isinstance(rows, LatentRows) or rows.shape == tuple(shape) or not _pictures_needed(args):
+        return
+    found, wanted = (" x ".join(map(str, sizes)) for sizes in (rows.shape, shape))
+    fix = "give latents of this teacher's VAE at this resolution"
+    if rows.shape[0] == shape[0] and rows.shape[1] == rows.shape[2]:
+        fix = f"give --resolution {rows.shape[1] * args.resolution // shape[1]}, or {fix.removeprefix('give ')}"
+    problem = f"holds latents of {found}, this teacher's are {wanted} at --resolution {args.resolution}"
+    raise _refusal("dataset_lmdb", rows.folder, problem, fix)
 
 
 def _pictures_needed(args) -> bool:
@@ -223,36 +250,51 @@ def _read_json(args) -> Rows:
     return Rows(f"--{flag} {path}", columns["prompts"], columns["image_paths"], folder)
 
 
+def _read_lmdb(args) -> LatentRows:
+    flag, path = "dataset_lmdb", args.dataset_lmdb
+    require_package("lmdb", f"--{flag}")
+    for other in ("center_crop", "random_flip"):
+        if getattr(args, other):
+            # Not even a flip: mirrored latents are not the latents of a mirrored picture.
+            raise UserError(f"--{other}: the latents of --{flag} {path} are taken as they are; leave it out", exit_code=2)
+    rows = LatentRows(path, args.max_train_samples)
+    sample = random.Random(args.seed).sample(range(len(rows)), min(LOOKED_AT, len(rows)))
+    rows.check(sorted({0, len(rows) - 1, *sample}), latents=_pictures_needed(args))
+    return rows
+
+
 # Samples -------------------------------------------------------------------------------------------------------------
 class PromptPictures(Dataset):
     """`dataset[(row, iteration, slot)]` is a dict:
 
         pixel_values  (3, R, R) float32 in [-1, 1]; None where needs_pictures(iteration) is false: nothing is read then
+        latents       (C, H, W) float32 or None, instead of pixel_values where `rows` holds latents: nothing is transformed then
         prompt        str
         row           the row used in the end: an unreadable picture, and its prompt, gives way to the next readable row
         slot          as asked for
-        unreadable    names of the pictures passed over, in order
+        unreadable    names of the pictures or latents passed over, in order
 
     Args:
         resolution: R in pixels. The shorter side is scaled to it (Lanczos), the longer one cropped.
         center_crop, random_flip: crop in the middle instead of anywhere; mirror half of the samples. Drawn from `seed`.
         needs_pictures: `needs_pictures(iteration) -> bool`, picklable. `rows` must have pictures where it says yes.
     Raises:
-        UserError: no readable picture in all rows, or in 1,000 that follow each other.
+        UserError: nothing readable in all rows, or in 1,000 that follow each other; no prompt in a row of latents.
     """
 
-    def __init__(self, rows: Rows, resolution: int, center_crop: bool, random_flip: bool, seed: int, needs_pictures):
+    def __init__(self, rows: AnyRows, resolution: int, center_crop: bool, random_flip: bool, seed: int, needs_pictures):
         self.rows, self.resolution, self.center_crop, self.random_flip = rows, resolution, center_crop, random_flip
         self.seed, self.needs_pictures = seed, needs_pictures
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         row, iteration, slot = key
-        unreadable, pixel_values = [], None
+        unreadable, value = [], None
         if self.needs_pictures(iteration):
-            row, picture, unreadable = self._next_readable(row)
-            pixel_values = self._transform(picture, Draws(self.seed, iteration), slot)
+            row, value, unreadable = self._next_readable(row)
+            if self.rows.field == "pixel_values":
+                value = self._transform(value, Draws(self.seed, iteration), slot)
         prompt = self.rows.prompt(row)
-        return {"pixel_values": pixel_values, "prompt": prompt, "row": row, "slot": slot, "unreadable": unreadable}
+        return {self.rows.field: value, "prompt": prompt, "row": row, "slot": slot, "unreadable": unreadable}
 
     def __getitems__(self, keys: list[Key]) -> list[Union[dict[str, Any], UserError]]:
         """What a DataLoader calls. A UserError is returned: raised in a worker, it would reach the user as a traceback."""
@@ -261,16 +303,16 @@ class PromptPictures(Dataset):
         except UserError as error:
             return [error]
 
-    def _next_readable(self, row: int) -> tuple[int, Image.Image, list[str]]:
+    def _next_readable(self, row: int) -> tuple[int, Union[Image.Image, torch.Tensor], list[str]]:
         unreadable = []
         # A disk that went away must not send one sample through a million rows.
         tries = min(len(self.rows), SHARE_FROM)
         for candidate in range(row, row + tries):
-            name, picture = self.rows.picture(candidate % len(self.rows))
-            if picture is not None:
-                return candidate % len(self.rows), picture, unreadable
+            name, found = self.rows.read(candidate % len(self.rows))
+            if found is not None:
+                return candidate % len(self.rows), found, unreadable
             unreadable.append(name)
-        raise UserError(f"{self.rows.origin}: none of {tries} pictures can be read, one is {unreadable[0]}; mend them")
+        raise UserError(f"{self.rows.origin}: none of {tries} rows can be read, one is {unreadable[0]}; mend them")
 
     def _transform(self, picture: Image.Image, draws: Draws, slot: int) -> torch.Tensor:
         size, shorter = self.resolution, min(picture.size)
@@ -293,17 +335,19 @@ def collate(examples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str,
     """A micro-batch of B samples; a UserError stays what it is.
 
     Returns:
-        pixel_values  (B, 3, R, R) float32 in [-1, 1], or None
+        pixel_values  (B, 3, R, R) float32 in [-1, 1], or None; or
+        latents       (B, C, H, W) float32, or None
         prompts       B strings
         slots, rows   B integers each
-        unreadable    names of all pictures passed over
-        gave_way      how many of the B samples' own pictures were unreadable
+        unreadable    names of all pictures or latents passed over
+        gave_way      how many of the B samples' own rows were unreadable
     """
     if isinstance(examples[0], UserError):
         return examples[0]
-    pixel_values = [example["pixel_values"] for example in examples]
+    field = next(field for field in FIELDS if field in examples[0])
+    values = [example[field] for example in examples]
     return {
-        "pixel_values": None if pixel_values[0] is None else torch.stack(pixel_values),
+        field: None if values[0] is None else torch.stack(values),
         "prompts": [example["prompt"] for example in examples],
         "slots": [example["slot"] for example in examples],
         "rows": [example["row"] for example in examples],
@@ -350,7 +394,7 @@ class GlobalBatchSampler(Sampler[list[Key]]):
 
 
 class UnreadableCounter:
-    """Warns of each unreadable picture once, and stops the run when they are more than 1 % of 1,000 rows or more.
+    """Warns of each unreadable row once, and stops the run when they are more than 1 % of 1,000 rows or more.
 
     It lives in the main process and is fed with batches, as workers cannot share a count. Each rank counts its own.
     """
@@ -361,18 +405,18 @@ class UnreadableCounter:
     def add(self, batch: dict[str, Any]) -> None:
         """Takes a collated batch. Raises UserError (exit code 1) when the share is too large."""
         for name in sorted(set(batch["unreadable"]) - self.warned):
-            logger.warning("unreadable picture, the next readable row is used instead: %s", name)
+            logger.warning("unreadable, the next readable row is used instead: %s", name)
         self.warned.update(batch["unreadable"])
-        if batch["pixel_values"] is not None:
+        if any(batch.get(field) is not None for field in FIELDS):
             self.rows += len(batch["rows"])
             self.gave_way += batch["gave_way"]
         if self.rows >= SHARE_FROM and self.gave_way * 100 > self.rows:
-            problem = f"{self.gave_way} of {self.rows} pictures could not be read (more than 1 %), one is {min(self.warned)}"
-            raise UserError(f"{self.origin}: {problem}; mend those files or drop their rows")
+            problem = f"{self.gave_way} of {self.rows} rows could not be read (more than 1 %), one is {min(self.warned)}"
+            raise UserError(f"{self.origin}: {problem}; mend or drop them")
 
 
 class PromptPictureLoader(DataLoader):
-    """A DataLoader over `PromptPictures` that raises a worker's UserError as such and counts unreadable pictures.
+    """A DataLoader over `PromptPictures` that raises a worker's UserError as such and counts unreadable rows.
 
     It yields one rank's share already: not for `Accelerator.prepare`, which would share it out again.
     """
@@ -387,7 +431,7 @@ class PromptPictureLoader(DataLoader):
 
 
 def make_dataloader(
-    args, rows: Rows, rank: int, world_size: int, iteration: int, samples_seen: int, needs_pictures: Callable[[int], bool]
+    args, rows: AnyRows, rank: int, world_size: int, iteration: int, samples_seen: int, needs_pictures: Callable[[int], bool]
 ) -> PromptPictureLoader:
     """Endless micro-batches (see `collate`) of this rank, `--gradient_accumulation_steps` of them an iteration.
 

@@ -10,6 +10,8 @@ Three parts, of which only the last learns:
 and DiffAugment, on what is judged, never on the reference.
 """
 
+import math
+from functools import partial
 from typing import Optional, Sequence
 
 import torch
@@ -261,6 +263,25 @@ class Discriminator(nn.Module):
             for module in self.modules():
                 if parametrize.is_parametrized(module):
                     _ = module.weight
+
+
+class LatentClassifier(nn.Sequential):
+    """DMD2's classifier: features (B, C, size, size) of a network's middle -> one logit (B,) a sample; any C and size.
+
+    Convolutions of stride 2 halve the map down to at most 4, one more takes what is left to 1 x 1, then a linear map. At 32, as
+    SDXL has it at 1024 px, these are the four convolutions of kernel 4 of the release. GroupNorm has its 32 groups where each
+    holds 8 channels or more; fewer for narrower networks, which it would silence on a 1 x 1 map.
+    """
+
+    def __init__(self, channels: int, size: int):
+        layers = []
+        while size > 4:
+            layers.append(nn.Conv2d(channels, channels, 4, stride=2, padding=1))
+            size //= 2
+        layers.append(nn.Conv2d(channels, channels, size))
+        norm = partial(nn.GroupNorm, math.gcd(32, max(1, channels // 8)), channels)
+        blocks = [part for layer in layers for part in (layer, norm(), nn.SiLU())]
+        super().__init__(*blocks, nn.Conv2d(channels, 1, 1), nn.Flatten(0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,28 +61,30 @@ def left_out(pipeline_class, index: dict) -> dict[str, None]:
     return dict.fromkeys(sorted(named - set(pipeline_class._optional_components)))
 
 
-def config_of(kind, flag: str, path: str, subfolder: Optional[str] = None, revision: Optional[str] = None) -> dict:
-    """A component's configuration, no weights; UserError (exit code 2) where it cannot be read or is of another class."""
+def config_of(
+    kind, flag: str, path: str, subfolder: Optional[str] = None, revision: Optional[str] = None, exact: bool = True
+) -> dict:
+    """A component's configuration, no weights; UserError (exit code 2) where it cannot be read or, with `exact`, is of another
+    class (a scheduler reads the configuration of any other of its family)."""
     where = f"{flag} {path}" + (f" ({subfolder})" if subfolder else "")
     try:
         config = kind.load_config(path, subfolder=subfolder, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: no readable {kind.__name__}; download or copy it again", exit_code=2) from error
     found = config.get("_class_name", kind.__name__)
-    if found != kind.__name__:
+    if exact and found != kind.__name__:
         raise UserError(f"{where}: is a {found}, this script takes a {kind.__name__}", exit_code=2)
     return config
 
 
-def check_student(args, kind, subfolder: str, teacher: dict, names: Sequence[str]) -> None:
-    """Refuses (exit code 2) a warm start that is not there, or that differs from the teacher in one of `names`, entries of the
-    configuration that say which latents and prompts it speaks of."""
-    flag, path = "--student_model_name_or_path", args.student_model_name_or_path
-    student = config_of(kind, flag, path, subfolder_of(path, subfolder))
+def check_alike(flag: str, path: str, kind, subfolder: str, teacher: dict, names: Sequence[str]) -> None:
+    """Refuses (exit code 2) a network to take the place of the teacher's own that is not there, or whose configuration differs in
+    one of `names`, the entries that say which latents and prompts it speaks of."""
+    other = config_of(kind, flag, path, subfolder_of(path, subfolder))
     for name in names:
-        if student.get(name) != teacher.get(name):
-            message = f"{flag} {path}: its {name} is {student.get(name)}, the teacher's {teacher.get(name)}"
-            raise UserError(message + "; give one that was distilled from this teacher", exit_code=2)
+        if other.get(name) != teacher.get(name):
+            message = f"{flag} {path}: its {name} is {other.get(name)}, the teacher's {teacher.get(name)}"
+            raise UserError(message + "; give one that was made for this teacher", exit_code=2)
 
 
 def check_resolution(args, multiple: int) -> None:
@@ -130,6 +132,11 @@ def load_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str] 
 def vae_scale_of(config: dict) -> int:
     """Pixels per latent along a side."""
     return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def latent_shape_of(config: dict, resolution: int) -> tuple[int, int, int]:
+    """(channels, height, width) of one x0 at this resolution; `config` is the VAE's."""
+    return (config["latent_channels"], *[resolution // vae_scale_of(config)] * 2)
 
 
 def load_vae(flag: str, path: str, args, device, encodes: bool, decodes: bool, **source) -> Optional[AutoencoderKL]:
@@ -302,7 +309,7 @@ def write_model_card(folder: Path, pipeline_class, record: dict, args, teacher_l
     absent = "".join(f", {name}=None" for name in left_out(pipeline_class, read_index(folder)))
     call = ", ".join(f"{name}={value!r}" for name, value in record["pipeline_call"].items())
     arguments = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
-    levels = ", ".join(f"{sigma:.4f}" for sigma in record["sigmas"])
+    levels = ", ".join(f"{t:g} (sigma {sigma:.4f})" for t, sigma in zip(record["timesteps"], record["sigmas"]))
     license_name = teacher_license.get("license_name", teacher_license["license"])
     (folder / "README.md").write_text(
         f"""---
@@ -319,7 +326,7 @@ pipeline = {pipeline}.from_pretrained("path/of/this/folder"{absent})
 image = pipeline("a prompt", {call}).images[0]
 ```
 
-Noise levels visited: {levels} ({record["sampler"]} sampler). These are the levels that the student was trained at.
+Timesteps visited: {levels}, {record["sampler"]} sampler. These are the levels that the student was trained at.
 
 The weights are a derivative of the teacher's and under the teacher's licence ({license_name}).
 

@@ -152,7 +152,7 @@ def check_common_args(args) -> None:
             refuse(name, "must be 1 or more")
     for name in (
         "gan_weight", "isg_weight", "isg_margin", "learning_rate", "learning_rate_fake", "learning_rate_disc", "lr_warmup_steps",
-        "adam_epsilon", "adam_weight_decay", "student_guidance_scale", "teacher_guidance_scale",
+        "adam_epsilon", "adam_weight_decay", "student_guidance_scale", "teacher_guidance_scale", "classifier_weight",
         "dataloader_num_workers", "seed",
     ):  # fmt: skip
         if getattr(args, name, 0) < 0:

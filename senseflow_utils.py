@@ -336,6 +336,16 @@ def hinge_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, weight: tor
     return (weight * per_picture).mean()
 
 
+def non_saturating_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """The student's GAN loss against DMD2's classifier: mean softplus(-logit); logits (B,)."""
+    return F.softplus(-fake_logits.float()).mean()
+
+
+def logistic_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """The loss of DMD2's classifier: mean softplus(logit of the student's) + mean softplus(-logit of the real); logits (B,)."""
+    return F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
+
+
 @torch.no_grad()
 def ida_update(fake_parameters: Sequence[torch.Tensor], student_parameters: Sequence[torch.Tensor], decay: float) -> None:
     """Implicit distribution alignment (SenseFlow, section 3.2): fake <- decay * fake + (1 - decay) * student, in place."""

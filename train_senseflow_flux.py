@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 import senseflow_checkpoints as checkpoint_tools
 import senseflow_pipeline as pipeline_tools
 import senseflow_runtime as runtime_tools
-from senseflow_data import check_data_args, load_rows, make_dataloader
+from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
 from senseflow_discriminator import check_discriminator_args, diff_augment
 from senseflow_runtime import Metrics, Parser, Role, Runtime, UserError
 from senseflow_utils import (
@@ -211,8 +211,8 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
         with fake_score.turn():
             output = parts.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise))
+            count({"fake_loss": loss})
             fake_score.backward(loss)
-        count({"fake_loss": loss})
     totals["fake_score_grad_norm"] = fake_score.step()
     if discriminator is not None:
         totals["discriminator_grad_norm"] = discriminator.step()
@@ -323,13 +323,14 @@ def parse_args(argv=None):
         "as the teacher at it; 0 drops the embedder as the release does (3.5: FluxPipeline's default)")
     add("--max_sequence_length", type=int, default=512, help="T5 tokens (release)")
 
-    add = parser.add_argument_group("data: exactly one of the first four").add_argument
+    add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json",
         help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
     add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
     add("--train_data_dir", help="an imagefolder with metadata")
     add("--prompts_file",
         help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
+    add("--dataset_lmdb", help="a folder with DMD2's LMDB of VAE latents and prompts; needs lmdb")
     add("--dataset_config_name", help="of --dataset_name")
     add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
     add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
@@ -422,12 +423,15 @@ def check_args(args):
     transformer = pipeline_tools.config_of(FluxTransformer2DModel, flag, path, "transformer", args.revision)
     if args.student_model_name_or_path:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-        pipeline_tools.check_student(args, FluxTransformer2DModel, "transformer", transformer, names)
+        start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
+        pipeline_tools.check_alike(start_flag, start, FluxTransformer2DModel, "transformer", transformer, names)
     if args.gan_weight > 0:
         check_discriminator_args(args)
     pipeline_tools.check_resolution(args, 2 * pipeline_tools.vae_scale_of(vae))
     make_schedule(args, "cpu")
-    return load_rows(args, checked)
+    rows = load_rows(args, checked)
+    check_latents(args, rows, pipeline_tools.latent_shape_of(vae, args.resolution))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,7 +445,8 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, F
     if args.student_model_name_or_path:
         start_flag, start_path = "--student_model_name_or_path", args.student_model_name_or_path
         start = pipeline_tools.load_network(FluxTransformer2DModel, start_flag, start_path, "transformer")
-    encodes, decodes = args.backward_simulation_prob < 1, args.gan_weight > 0 or bool(args.validation_prompts)
+    encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
+    decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = pipeline_tools.load_vae(flag, path, args, device, encodes, decodes, **source)
     pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
@@ -469,7 +474,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, F
         predict=partial(flux_predict, schedule, encode_prompts([""]) if guided else None),
         encode_prompts=encode_prompts,
         real_latents=partial(pipeline_tools.real_latents, vae),
-        latent_shape=(config["latent_channels"], *[args.resolution // pipeline_tools.vae_scale_of(config)] * 2),
+        latent_shape=pipeline_tools.latent_shape_of(config, args.resolution),
     )
     if args.gan_weight > 0:
         parts.discriminator, parts.see, parts.read = pipeline_tools.load_discriminator(args, runtime)
@@ -496,6 +501,7 @@ def main(argv=None):
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     runtime = Runtime(args)
     schedule, scheduler, call = make_schedule(args, runtime.device)
+    components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
     parts, pipeline = load_parts(args, runtime, schedule)
     prints = checkpoint_tools.fingerprints_of(parts)
     if checkpoint:
@@ -537,12 +543,12 @@ def main(argv=None):
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
             record = pipeline_tools.usage_record(args, schedule, call, iteration)
-            usage = partial(pipeline_tools.write_usage, record=record, components={"scheduler": scheduler})
+            usage = partial(pipeline_tools.write_usage, record=record, components=components)
             checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
     metrics.flush()
     progress.close()
     record = pipeline_tools.usage_record(args, schedule, call, iteration)
-    pipeline_tools.export(runtime, args, PIPELINE, parts.student, {"scheduler": scheduler}, record)
+    pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
     runtime.main.end_training()
 
 

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 import senseflow_checkpoints as checkpoint_tools
 import senseflow_pipeline as pipeline_tools
 import senseflow_runtime as runtime_tools
-from senseflow_data import check_data_args, load_rows, make_dataloader
+from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
 from senseflow_discriminator import check_discriminator_args, diff_augment
 from senseflow_runtime import Metrics, Parser, Role, Runtime, UserError
 from senseflow_utils import (
@@ -236,8 +236,8 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
         with fake_score.turn():
             output = parts.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise))
+            count({"fake_loss": loss})
             fake_score.backward(loss)
-        count({"fake_loss": loss})
     totals["fake_score_grad_norm"] = fake_score.step()
     if discriminator is not None:
         totals["discriminator_grad_norm"] = discriminator.step()
@@ -320,13 +320,14 @@ def parse_args(argv=None):
         help="defaults of the flags marked (preset): medium / large; auto: large above 30 transformer blocks")
     add("--max_sequence_length", type=int, default=77, help="T5 tokens (release)")
 
-    add = parser.add_argument_group("data: exactly one of the first four").add_argument
+    add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json",
         help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
     add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
     add("--train_data_dir", help="an imagefolder with metadata")
     add("--prompts_file",
         help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
+    add("--dataset_lmdb", help="a folder with DMD2's LMDB of VAE latents and prompts; needs lmdb")
     add("--dataset_config_name", help="of --dataset_name")
     add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
     add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
@@ -423,7 +424,8 @@ def check_args(args):
     pipeline_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     if args.student_model_name_or_path:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-        pipeline_tools.check_student(args, SD3Transformer2DModel, "transformer", transformer, names)
+        start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
+        pipeline_tools.check_alike(start_flag, start, SD3Transformer2DModel, "transformer", transformer, names)
     if args.gan_weight > 0:
         check_discriminator_args(args)
     pipeline_tools.check_resolution(args, transformer["patch_size"] * pipeline_tools.vae_scale_of(vae))
@@ -431,7 +433,9 @@ def check_args(args):
     if args.resolution > largest:
         raise UserError(f"--resolution {args.resolution}: this teacher knows positions up to {largest} px", exit_code=2)
     make_schedule(args, "cpu")
-    return load_rows(args, checked)
+    rows = load_rows(args, checked)
+    check_latents(args, rows, pipeline_tools.latent_shape_of(vae, args.resolution))
+    return rows
 
 
 def apply_preset(args, blocks: int) -> None:
@@ -456,7 +460,8 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
         start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {}
     student = pipeline_tools.load_network(SD3Transformer2DModel, start_flag, start, "transformer", dtype=torch.float32, **where)
     fake_score = copy.deepcopy(student)
-    encodes, decodes = args.backward_simulation_prob < 1, args.gan_weight > 0 or bool(args.validation_prompts)
+    encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
+    decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = pipeline_tools.load_vae(flag, path, args, device, encodes, decodes, **source)
     pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
     for encoder in filter(None, (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)):
@@ -484,7 +489,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
         predict=partial(sd3_predict, schedule, encode_prompts([""]) if guided else None),
         encode_prompts=encode_prompts,
         real_latents=partial(pipeline_tools.real_latents, vae),
-        latent_shape=(config["latent_channels"], *[args.resolution // pipeline_tools.vae_scale_of(config)] * 2),
+        latent_shape=pipeline_tools.latent_shape_of(config, args.resolution),
     )
     if args.gan_weight > 0:
         parts.discriminator, parts.see, parts.read = pipeline_tools.load_discriminator(args, runtime)
@@ -511,6 +516,7 @@ def main(argv=None):
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     runtime = Runtime(args)
     schedule, scheduler, call = make_schedule(args, runtime.device)
+    components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
     parts, pipeline = load_parts(args, runtime, schedule)
     prints = checkpoint_tools.fingerprints_of(parts)
     if checkpoint:
@@ -552,12 +558,12 @@ def main(argv=None):
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
             record = pipeline_tools.usage_record(args, schedule, call, iteration)
-            usage = partial(pipeline_tools.write_usage, record=record, components={"scheduler": scheduler})
+            usage = partial(pipeline_tools.write_usage, record=record, components=components)
             checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
     metrics.flush()
     progress.close()
     record = pipeline_tools.usage_record(args, schedule, call, iteration)
-    pipeline_tools.export(runtime, args, PIPELINE, parts.student, {"scheduler": scheduler}, record)
+    pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
     runtime.main.end_training()
 
 

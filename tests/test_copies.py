@@ -7,10 +7,11 @@ import re
 import pytest
 
 from scripts import ROOT
+from senseflow_runtime import Parser
 
 
 SCRIPTS = ("train_senseflow_flux", "train_senseflow_sd3", "train_senseflow_sdxl")
-MARKER = re.compile(r"^# Copied from (\w+)\.(\w+)( but for lines marked dmd2)?(?: with (.+))?$", re.MULTILINE)
+MARKER = re.compile(r"^# Copied from (\w+)\.(\w+)(?: but for lines marked (\w+))?(?: with (.+))?$", re.MULTILINE)
 # What a script may say differently about a flag of another script: its help and its default.
 SAME = ("nargs", "type", "const", "dest", "metavar", "required")
 
@@ -30,12 +31,12 @@ def copies(module: str) -> list[tuple[str, str, str]]:
     """(name, its source without what the marker allows, what the marker says it should be) of every marked block."""
     text, own, result = (ROOT / f"{module}.py").read_text(), definitions(module), []
     for marker in MARKER.finditer(text):
-        origin, name, dmd2, replaced = marker.groups()
+        origin, name, mark, replaced = marker.groups()
         line = text[: marker.start()].count("\n") + 2
         (source,) = [source for first, source in own.values() if first == line]
-        if dmd2:
-            kept = [line for line in source.splitlines() if not line.endswith("# dmd2")]
-            assert len(kept) < len(source.splitlines()), f"{module}.{name} has no line marked dmd2"
+        if mark:
+            kept = [line for line in source.splitlines() if not line.endswith(f"# {mark}")]
+            assert len(kept) < len(source.splitlines()), f"{module}.{name} has no line marked {mark}"
             source = "\n".join(kept)
         wanted = definitions(origin)[name][1]
         for pair in (replaced or "").split(", "):
@@ -56,17 +57,22 @@ def test_marked_blocks_are_what_they_were_copied_from(module):
         assert source == wanted, f"{module}.{name} has drifted"
 
 
+class Caught(Exception):
+    """A script's parser, on its way out."""
+
+
 def parsers(monkeypatch) -> dict[str, dict]:
     """{script: {flag: its argparse action}}."""
-    from senseflow_runtime import Parser
 
+    def catch(parser, argv=None):
+        raise Caught(parser)
+
+    monkeypatch.setattr(Parser, "parse_args", catch)
     found = {}
     for name in SCRIPTS:
-        script, caught = importlib.import_module(name), []
-        monkeypatch.setattr(Parser, "parse_args", lambda self, argv=None, caught=caught: caught.append(self) or self)
-        monkeypatch.setattr("senseflow_runtime.complete_args", lambda args: args)
-        script.parse_args([])
-        found[name] = {action.dest: action for action in caught[0]._actions if action.dest != "help"}
+        with pytest.raises(Caught) as caught:
+            importlib.import_module(name).parse_args([])
+        found[name] = {action.dest: action for action in caught.value.args[0]._actions if action.dest != "help"}
     return found
 
 

@@ -1,26 +1,32 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Data: order, transform, unreadable pictures, the four kinds of data set, bad input."""
+"""Data: order, transform, unreadable pictures, the five kinds of data set, bad input."""
 
 import csv
 import io
 import itertools
 import json
 import logging
+import os
 import pickle
+import runpy
+import sys
 from types import SimpleNamespace
 
 import datasets
+import lmdb
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import senseflow_data
+import senseflow_lmdb
 from senseflow_data import (
     GlobalBatchSampler,
     PromptPictures,
     UnreadableCounter,
     check_data_args,
+    check_latents,
     collate,
     load_rows,
     make_dataloader,
@@ -31,7 +37,7 @@ from senseflow_runtime import UserError
 def make_args(**changes) -> SimpleNamespace:
     args = dict(
         dataset_name=None, dataset_config_name=None, train_data_dir=None, dataset_json=None, prompts_file=None,
-        image_column="image", caption_column="text", resolution=16, center_crop=True, random_flip=False,
+        dataset_lmdb=None, image_column="image", caption_column="text", resolution=16, center_crop=True, random_flip=False,
         max_train_samples=None, train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, seed=3,
         gan_weight=1.0, backward_simulation_prob=0.5,
     )  # fmt: skip
@@ -127,7 +133,7 @@ def test_resume_inside_an_epoch_continues():
 class OnePicture:
     """Rows that all hold one picture."""
 
-    origin = "--dataset_json x"
+    origin, field = "--dataset_json x", "pixel_values"
 
     def __init__(self, picture, count=1):
         self.one, self.count = picture, count
@@ -138,7 +144,7 @@ class OnePicture:
     def prompt(self, row):
         return ""
 
-    def picture(self, row):
+    def read(self, row):
         return "x", self.one
 
 
@@ -196,7 +202,7 @@ def test_turned_and_grey_pictures_become_upright_rgb(tmp_path):
     picture.save(tmp_path / "turned.png", exif=exif)
     content = {"keys": [0], "image_paths": ["turned.png"], "prompts": ["a"]}
     (tmp_path / "data.json").write_text(json.dumps(content))
-    name, upright = check_data_args(make_args(dataset_json=str(tmp_path / "data.json"))).picture(0)
+    name, upright = check_data_args(make_args(dataset_json=str(tmp_path / "data.json"))).read(0)
     assert name == str(tmp_path / "turned.png") and upright.size == (16, 32) and upright.mode == "RGB"
     assert upright.getpixel((8, 2)) == (255, 255, 255) and upright.getpixel((8, 30)) == (0, 0, 0)
 
@@ -224,7 +230,7 @@ def test_unreadable_gives_way_to_the_next_readable_row(tmp_path, caplog):
 def test_none_readable_stops(tmp_path):
     for workers in (0, 1):
         args = make_args(dataset_json=write_json(tmp_path, 3, broken=(0, 1, 2)), dataloader_num_workers=workers)
-        with pytest.raises(UserError, match="--dataset_json .*data.json: none of 3 pictures.*png") as caught:
+        with pytest.raises(UserError, match="--dataset_json .*data.json: none of 3 rows.*png") as caught:
             take(make_dataloader(args, load_rows(args), 0, 1, 0, 0, always), 1)
         assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
 
@@ -235,11 +241,12 @@ def test_a_lost_disk_does_not_walk_through_all_rows():
         PromptPictures(rows, 16, True, False, 3, always)[5, 0, 0]
 
 
-def test_share_rule():
+@pytest.mark.parametrize("field", ["pixel_values", "latents"])
+def test_share_rule(field):
     picture = torch.zeros(3, 1, 1)
 
     def batch(bad):
-        sample = {"pixel_values": picture, "prompt": "", "row": 0, "slot": 0}
+        sample = {field: picture, "prompt": "", "row": 0, "slot": 0}
         # A bad sample passed over three rows; it counts as one.
         return collate([{**sample, "unreadable": ["lost.png"] * 3 if place < bad else []} for place in range(100)])
 
@@ -318,9 +325,9 @@ def test_kinds_of_datasets(kind, tmp_path):
     rows = pickle.loads(pickle.dumps(rows))  # as a spawned worker gets it
     for row in (0, 2, 5):
         assert rows.prompt(row) == f"prompt {row}"
-        assert rows.picture(row)[1].getpixel((3, 3)) == colour(row)
+        assert rows.read(row)[1].getpixel((3, 3)) == colour(row)
     shorter = load_rows(changed(args, max_train_samples=4))
-    assert len(shorter) == 4 and shorter.prompt(3) == "prompt 3" and shorter.picture(3)[1].getpixel((3, 3)) == colour(3)
+    assert len(shorter) == 4 and shorter.prompt(3) == "prompt 3" and shorter.read(3)[1].getpixel((3, 3)) == colour(3)
     # Prompts alone train from a data set with pictures, too; then no picture column is asked for.
     alone = load_rows(changed(args, image_column="nowhere", **PROMPTS_ONLY))
     assert alone.pictures is None and alone.prompt(5) == "prompt 5"
@@ -373,11 +380,134 @@ def test_workers_change_nothing_and_pictures_are_read_when_needed(tmp_path, monk
     assert [batch["slots"] for batch in batches[0]] == [[2, 3], [6, 7]] * 4
 
     read = []
-    picture = senseflow_data.Rows.picture
-    monkeypatch.setattr(senseflow_data.Rows, "picture", lambda self, row: read.append(row) or picture(self, row))
+    picture = senseflow_data.Rows.read
+    monkeypatch.setattr(senseflow_data.Rows, "read", lambda self, row: read.append(row) or picture(self, row))
     loader = iter(make_dataloader(args, rows, 0, 1, 4, 32, odd_only))
     assert [next(loader)["pixel_values"] for _ in range(2)] == [None, None] and read == []
     assert next(loader)["pixel_values"].shape == (2, 3, 16, 16) and len(read) >= 2
+
+
+# Latents ---------------------------------------------------------------------------------------------------------------
+SHAPE = (4, 2, 3)
+
+
+def latents(row, shape=SHAPE):
+    """Any bits that are a finite float16: signed zeros, subnormals, the largest."""
+    bits = np.random.default_rng(row).integers(0, 2**16, shape, dtype=np.uint16).view("<f2")
+    return np.where(np.isfinite(bits), bits, np.float16(65504))
+
+
+def write_lmdb(folder, count=6, shape=SHAPE, **changes):
+    """As DMD2 writes it; `changes` replaces values, or drops those that are None."""
+    values = {"latents_shape": " ".join(map(str, (count, *shape))).encode()}
+    for row in range(count):
+        values |= {f"latents_{row}_data": latents(row, shape).tobytes(), f"prompts_{row}_data": f"ein Würfel {row}".encode()}
+    with lmdb.open(str(folder / "lmdb"), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for key, value in (values | changes).items():
+            if value is not None:
+                transaction.put(key.encode(), value)
+    return str(folder / "lmdb")
+
+
+def lmdb_args(folder, **changes):
+    """A folder written with `changes`, as arguments."""
+    return dict(dataset_lmdb=write_lmdb(folder, **changes), center_crop=False)
+
+
+def test_latents_and_prompts_are_read_back_exactly_by_workers_too(tmp_path):
+    args = make_args(**lmdb_args(tmp_path), gradient_accumulation_steps=2)
+    rows = pickle.loads(pickle.dumps(load_rows(args, check_data_args(args))))  # as a spawned worker gets it
+    assert len(rows) == 6 and rows.shape == SHAPE
+    keys = take(GlobalBatchSampler(6, 3, 2, 2, 1, 2, 4, 32), 8)
+    for workers in (0, 2):  # 2: forked from a process that has read the same folder
+        loader = make_dataloader(changed(args, dataloader_num_workers=workers), rows, 1, 2, 4, 32, odd_only)
+        for batch, expected in zip(take(loader, 8), keys):
+            used = [row for row, _, _ in expected]
+            assert batch["rows"] == used and batch["slots"] == [slot for _, _, slot in expected]
+            assert batch["prompts"] == [f"ein Würfel {row}" for row in used]
+            assert "pixel_values" not in batch and batch["unreadable"] == []
+            if expected[0][1] % 2 == 0:
+                assert batch["latents"] is None
+                continue
+            assert batch["latents"].dtype == torch.float32
+            assert torch.equal(batch["latents"], torch.tensor(np.stack([latents(row) for row in used]).astype(np.float32)))
+
+
+def test_unreadable_latents_give_way(tmp_path, caplog):
+    bad = latents(0).copy()
+    bad[1, 1, 1] = np.inf
+    folder = write_lmdb(
+        tmp_path, 7, latents_2_data=bad.tobytes(), latents_3_data=bytes(4), latents_4_data=None, prompts_5_data=None,
+        latents_6_data=np.full(SHAPE, np.nan, "<f2").tobytes(),
+    )  # fmt: skip
+    dataset = PromptPictures(senseflow_lmdb.LatentRows(folder, 5), 16, False, False, 3, always)
+    sample = dataset[2, 0, 7]
+    names = [f"latents_{row}_data in {folder}" for row in (2, 3, 4)]
+    assert (sample["row"], sample["prompt"], sample["unreadable"]) == (0, "ein Würfel 0", names)
+    rows = senseflow_lmdb.LatentRows(folder)
+    assert rows.read(5)[1] is not None and rows.read(6)[1] is None
+    args = make_args(dataset_lmdb=folder, center_crop=False)
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="prompt of row 5 .*prompts_5_data is missing") as caught:
+        take(make_dataloader(args, rows, 0, 1, 0, 0, always), 7)
+    assert caught.value.exit_code == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        take(make_dataloader(args, senseflow_lmdb.LatentRows(folder, 3), 0, 1, 0, 0, always), 6)
+    assert [names[0] in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_first_and_last_row_of_those_used_are_always_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(senseflow_data, "LOOKED_AT", 0)
+    for row in (0, 4):
+        (tmp_path / str(row)).mkdir()
+        args = make_args(**lmdb_args(tmp_path / str(row), **{f"latents_{row}_data": None}))
+        for used in (5, 6):
+            if row in (0, used - 1):
+                with pytest.raises(UserError, match=f"latents_{row}_data is missing"):
+                    check_data_args(changed(args, max_train_samples=used))
+            else:
+                assert len(check_data_args(changed(args, max_train_samples=used))) == used
+        # Rows that are cut off, and latents that are never read, need not be there.
+        assert len(check_data_args(changed(args, **PROMPTS_ONLY))) == 6
+    assert len(check_data_args(changed(args, max_train_samples=4))) == 4
+
+
+def test_a_cut_lmdb_is_refused_before_it_is_read(tmp_path):
+    args = make_args(**lmdb_args(tmp_path, count=30, shape=(4, 16, 16)))
+    assert len(check_data_args(args)) == 30
+    file = os.path.join(args.dataset_lmdb, "data.mdb")
+    whole = os.path.getsize(file)
+    assert whole > 60000
+    for size in (whole - 1, whole - 4096, whole // 2, 3 * 4096, 2 * 4096, 5000, 4096, 100, 0):
+        os.truncate(file, size)
+        with pytest.raises(UserError, match="data.mdb is cut") as caught:
+            check_data_args(args)
+        assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_latents_must_fit_the_teacher(tmp_path):
+    args = make_args(**lmdb_args(tmp_path, shape=(4, 2, 2)), resolution=32)
+    rows = load_rows(args)
+    for shape, fix in [((4, 4, 4), "give --resolution 16, or"), ((16, 2, 2), "give latents of this teacher's VAE")]:
+        found = f"--dataset_lmdb {args.dataset_lmdb}: holds latents of 4 x 2 x 2, .* {shape[0]} x {shape[1]} x {shape[2]}.* {fix}"
+        with pytest.raises(UserError, match=found) as caught:
+            check_latents(args, rows, shape)
+        assert caught.value.exit_code == 2
+        check_latents(changed(args, **PROMPTS_ONLY), rows, shape)
+    check_latents(args, rows, (4, 2, 2))
+    check_latents(args, load_rows(make_args(dataset_json=write_json(tmp_path))), (4, 4, 4))
+
+
+def test_lmdb_is_needed_by_its_flag_alone(tmp_path, monkeypatch):
+    folder = write_lmdb(tmp_path)
+    monkeypatch.setitem(sys.modules, "lmdb", None)  # an import of it fails
+    for module in (senseflow_lmdb, senseflow_data):
+        runpy.run_path(module.__file__)
+    args = make_args(dataset_json=write_json(tmp_path))
+    take(make_dataloader(args, load_rows(args), 0, 1, 0, 0, always), 1)
+    with pytest.raises(UserError, match="--dataset_lmdb needs lmdb, which is not installed") as caught:
+        check_data_args(make_args(dataset_lmdb=folder, center_crop=False))
+    assert caught.value.exit_code == 2
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
@@ -396,9 +526,14 @@ def without_picture(folder, row):
     return path
 
 
+def folder_of(folder, content):
+    (folder / "data.mdb").write_bytes(content)
+    return dict(dataset_lmdb=str(folder), center_crop=False)
+
+
 NOWHERE = "no such folder"
 BAD = {  # name: (the arguments, what the message says, whose value it names where it is not the data set's)
-    "none": (lambda f: {}, "--dataset_name, --train_data_dir, --dataset_json, --prompts_file"),
+    "none": (lambda f: {}, "--dataset_name, --train_data_dir, --dataset_json, --prompts_file, --dataset_lmdb"),
     "two": (lambda f: dict(dataset_name="a", dataset_json="b.json"), "exactly one"),
     "no json": (lambda f: dict(dataset_json=str(f / "none.json")), "No such file"),
     "cut json": (lambda f: dict(dataset_json=text(f, '{"keys": [1,\n 2')), "cut"),
@@ -426,6 +561,21 @@ BAD = {  # name: (the arguments, what the message says, whose value it names whe
     "caption column": (lambda f: table(f, caption_column="number"), "column of strings", "caption_column"),
     "captions missing": (lambda f: table(f, caption_column="sparse"), "empty in some rows", "caption_column"),
     "no samples": (lambda f: dict(dataset_name="a/b", max_train_samples=0), "leaves no row", "max_train_samples"),
+    "no lmdb": (lambda f: dict(dataset_lmdb=str(f / "gone"), center_crop=False), "no data.mdb"),
+    "a file as lmdb": (lambda f: dict(dataset_lmdb=text(f, "a"), center_crop=False), "no data.mdb"),
+    "not an lmdb": (lambda f: folder_of(f, b"a" * 20000), "no LMDB"),
+    "no shape": (lambda f: lmdb_args(f, latents_shape=None), "latents_shape is missing"),
+    "three numbers as shape": (lambda f: lmdb_args(f, latents_shape=b"6 4 2"), "'6 4 2'"),
+    "no numbers as shape": (lambda f: lmdb_args(f, latents_shape=b"6 4 2 x"), "N C H W"),
+    "zero in the shape": (lambda f: lmdb_args(f, latents_shape=b"6 0 2 3"), "'6 0 2 3'"),
+    "binary shape": (lambda f: lmdb_args(f, latents_shape=b"\xff\xfe"), "N C H W"),
+    "fewer rows than promised": (lambda f: lmdb_args(f, latents_shape=b"7 4 2 3"), "prompts_6_data is missing"),
+    "latents missing": (lambda f: lmdb_args(f, latents_3_data=None), "row 3 cannot be read (latents_3_data is missing"),
+    "float32 latents": (lambda f: lmdb_args(f, latents_3_data=bytes(96)), "96 bytes, 4 x 2 x 3 in float16 has 48"),
+    "prompt missing": (lambda f: lmdb_args(f, prompts_3_data=None), "prompts_3_data is missing"),
+    "binary prompt": (lambda f: lmdb_args(f, prompts_3_data=b"\xff"), "row 3 cannot be read"),
+    "flipped latents": (lambda f: dict(lmdb_args(f), random_flip=True), "--random_flip"),
+    "cropped latents": (lambda f: dict(lmdb_args(f), center_crop=True), "--center_crop"),
     "config": (lambda f: dict(train_data_dir="a", dataset_config_name="en"), "--train_data_dir", "dataset_config_name"),
 }
 

@@ -1,0 +1,274 @@
+"""The real SDXL script on a tiny pipeline: both methods, the network call, DMD2's classifier, other levels, bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+
+import train_senseflow_sdxl as script
+from scripts import (
+    assert_same,
+    launch,
+    logged,
+    picture_of,
+    refused,
+    resume_is_the_same_run,
+    states,
+    the_cards_call_is_infers_picture,
+    without,
+)
+from senseflow_data import make_dataloader
+from senseflow_discriminator import LatentClassifier
+from senseflow_runtime import Role, Runtime
+from senseflow_utils import Prediction
+from tiny_pipelines import tiny_vae, write_sdxl
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sdxl")
+    write_sdxl(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lmdb_of_latents(tmp_path_factory):
+    """A folder with DMD2's LMDB: six latents of the tiny VAE's shape at 64 px."""
+    import lmdb
+
+    path = tmp_path_factory.mktemp("lmdb")
+    rng = np.random.default_rng(0)
+    with lmdb.open(str(path), map_size=2**20) as store, store.begin(write=True) as transaction:
+        transaction.put(b"latents_shape", b"6 4 8 8")
+        for i in range(6):
+            transaction.put(f"latents_{i}_data".encode(), rng.standard_normal((4, 8, 8)).astype(np.float16).tobytes())
+            transaction.put(f"prompts_{i}_data".encode(), f"a red square number {i}".encode())
+    return path
+
+
+@pytest.fixture
+def flags(sdxl, data):
+    """DMD2 with accumulation 2, the student in every second iteration."""
+    return [
+        *("--pretrained_model_name_or_path", str(sdxl), "--dataset_json", str(data), "--resolution", "64", "--method", "dmd2"),
+        *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--ttur_ratio", "2", "--learning_rate", "1e-3"),
+        *("--max_train_steps", "4", "--checkpointing_steps", "2", "--export_dtype", "fp32"),
+    ]
+
+
+@pytest.fixture
+def senseflow(flags, vision):
+    """SenseFlow with everything on, IDA too."""
+    vision = ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+    return [*without(flags, "--method"), *vision, "--ida_decay", "0.97"]
+
+
+@pytest.mark.parametrize("method", ["senseflow", "dmd2"])
+def test_each_method_resume_export_and_a_stock_call(method, flags, senseflow, tmp_path):
+    flags = {"dmd2": [*flags, "--classifier_weight", "1"], "senseflow": senseflow}[method]
+    whole = resume_is_the_same_run(script, flags, tmp_path, "--validation_prompts", "a red square", "--validation_steps", "2")
+    record = json.loads((whole / "senseflow.json").read_text())
+    assert record["timesteps"] == [999, 749, 499, 249] and "timesteps" not in record["pipeline_call"]
+    the_cards_call_is_infers_picture(whole, "timesteps", tmp_path)
+    assert np.array_equal(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
+    tags = logged(whole).Tags()
+    own = {"senseflow": {"isg_loss", "discriminator_loss"}, "dmd2": {"classifier_loss"}}
+    assert {"dmd_loss", "adversarial_loss", "D(real)", "D(fake)"} | own[method] <= set(tags["scalars"])
+    assert {"validation/teacher", "validation/student"} <= set(tags["images"])
+
+
+def test_latents_another_vae_other_levels_and_bf16(senseflow, lmdb_of_latents, tmp_path):
+    """LMDB latents with the discriminator, which has them decoded; a VAE of its own that is saved; levels that LCM needs told."""
+    other = tmp_path / "other_vae"
+    torch.manual_seed(7)
+    tiny_vae(scaling_factor=0.2).save_pretrained(other)
+    flags = [*without(senseflow, "--dataset_json"), "--dataset_lmdb", str(lmdb_of_latents), "--anchors", "999", "600", "300"]
+    out = tmp_path / "out"
+    arguments = [*flags, "--pretrained_vae_model_name_or_path", str(other), "--output_dir", str(out), "--gradient_checkpointing"]
+    launch("train_senseflow_sdxl.py", arguments, precision="bf16")
+    record = json.loads((out / "senseflow.json").read_text())
+    assert record["pipeline_call"]["timesteps"] == [999, 600, 300]
+    the_cards_call_is_infers_picture(out, "timesteps", tmp_path)
+    saved = AutoencoderKL.from_pretrained(out, subfolder="vae")
+    assert saved.config.scaling_factor == 0.2
+    wanted = AutoencoderKL.from_pretrained(other).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in saved.state_dict().items())
+    assert np.array_equal(picture_of(out / "checkpoint-4", tmp_path / "c"), picture_of(out, tmp_path / "pictures"))
+
+
+def test_prompts_alone_train_dmd2_and_a_warm_start(flags, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red square\na blue circle\n")
+    flags = [*without(flags, "--dataset_json", "--max_train_steps"), "--prompts_file", str(prompts), "--gan_weight", "0"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    script.main([*flags, "--output_dir", str(first), "--max_train_steps", "2"])
+    start = ["--student_model_name_or_path", str(first), "--learning_rate", "0", "--learning_rate_fake", "1e-3"]
+    script.main([*flags, *start, "--output_dir", str(second), "--max_train_steps", "2"])
+    a, b = (load_file(path / "unet" / "diffusion_pytorch_model.safetensors") for path in (first, second))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_dmd2_in_two_processes_trains_as_in_one(flags, tmp_path):
+    """The classifier is a part of the fake score: one wrapped module runs twice before its backward."""
+    common = [*without(flags, "--gradient_accumulation_steps", "--train_batch_size", "--checkpointing_steps")]
+    common += ["--checkpointing_steps", "4", "--adam_epsilon", "1e-3", "--classifier_weight", "1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch("train_senseflow_sdxl.py", [*common, "--train_batch_size", "4", "--output_dir", str(one)])
+    launch("train_senseflow_sdxl.py", [*common, "--train_batch_size", "2", "--output_dir", str(two)], processes=2)
+    assert_same(states(one / "checkpoint-4"), states(two / "checkpoint-4"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def build(flags, tmp_path):
+    """build(*flags) -> (parts, schedule, args, step(iteration))."""
+
+    def make(*add):
+        args = script.parse_args([*flags, "--output_dir", str(tmp_path), "--report_to", "none", *add])
+        rows = script.check_args(args)
+        schedule, _, _ = script.make_schedule(args, "cpu")
+        parts = script.load_parts(args, Runtime(args), schedule)[0]
+        data = iter(make_dataloader(args, rows, 0, 1, 0, 0, lambda iteration: True))
+
+        def step(iteration):
+            batches = [next(data) for _ in range(args.gradient_accumulation_steps)]
+            return script.train_iteration(iteration, batches, parts, schedule, args, "cpu"), batches
+
+        return parts, schedule, args, step
+
+    return make
+
+
+def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
+    """Guided epsilon with zero embeddings for no prompt, x0 and a DDIM step from ONE prediction, against calls written here."""
+    parts, schedule, args, _ = build("--gan_weight", "0")
+    x_t, t = torch.randn(2, *parts.latent_shape), torch.tensor([999.0, 249.0])
+    time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    with torch.no_grad():
+        condition = parts.encode_prompts(["a red square", "blue"])
+        c, u = (
+            parts.teacher.module(x_t, t, e, added_cond_kwargs={"text_embeds": p, "time_ids": time_ids}).sample
+            for e, p in (condition[:2], [torch.zeros_like(part) for part in condition[:2]])
+        )
+        guided = parts.predict(parts.teacher, x_t, t, condition, torch.tensor([8.0, 0.5]))
+        student = parts.predict(parts.student, x_t, t, condition)
+    torch.testing.assert_close(guided.output[0], u[0] + 8 * (c[0] - u[0]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(guided.output[1], c[1], atol=1e-5, rtol=1e-5)
+    ddim = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    for i, time in enumerate((999, 249)):
+        abar = ddim.alphas_cumprod[time].double()
+        x0 = (x_t[i].double() - (1 - abar).sqrt() * c[i].double()) / abar.sqrt()
+        torch.testing.assert_close(student.x0[i].double(), x0, atol=1e-4, rtol=1e-4)
+    to = torch.tensor([749.0, 0.0])
+    stepped = schedule.step(Prediction(*student), to)
+    for i, (time, next_time) in enumerate(((999, 749), (249, 0))):
+        ddim.num_inference_steps, ddim.config.num_train_timesteps = 1, time - next_time  # one step from time to next_time
+        wanted = ddim.step(c[i].double(), time, x_t[i].double()).prev_sample
+        torch.testing.assert_close(stepped[i].double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_discriminators_weight_is_the_roots_of_abar(senseflow, tmp_path):
+    args = script.parse_args([*senseflow, "--output_dir", str(tmp_path), "--report_to", "none"])
+    script.check_args(args)
+    schedule, _, _ = script.make_schedule(args, "cpu")
+    omega = script.load_parts(args, Runtime(args), schedule)[0].gan_weight_at(schedule.anchors)
+    torch.testing.assert_close(omega, torch.tensor([0.068, 0.238, 0.527, 0.822]), atol=1e-3, rtol=0)
+
+
+def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn_only(build, monkeypatch):
+    parts, schedule, args, step = build("--ttur_ratio", "1", "--gradient_accumulation_steps", "1", "--classifier_weight", "1")
+    score = parts.fake_score.module
+    features, ran = [], {"up": 0, "mid": 0}
+
+    def watch(module, inputs, output):
+        features.append(output)
+        ran["mid"] += 1
+
+    score.unet.mid_block.register_forward_hook(watch)
+    score.unet.up_blocks[0].register_forward_hook(lambda *_: ran.update(up=ran["up"] + 1))
+
+    # The features are those of the UNet's own forward.
+    x_t, t = torch.randn(2, *parts.latent_shape), torch.tensor([700.0, 3.0])
+    with torch.no_grad():
+        condition = parts.encode_prompts(["a red square", "blue"])
+        inputs = script.sdxl_inputs(parts.fake_score, x_t, t, condition)
+        score.unet(**inputs)
+        torch.testing.assert_close(script.middle(score.unet, **inputs), features[0])
+    assert ran == {"up": 1, "mid": 2}
+
+    # One iteration: L_DMD's pass and its own loss run the whole network, the classifier's three (student, real, fake) the half.
+    ran.update(up=0, mid=0)
+    turns = []
+    backward = Role.backward
+    monkeypatch.setattr(Role, "backward", lambda role, loss: (turns.append((role.name, loss.item())), backward(role, loss)))
+    head = [parameter.clone() for parameter in score.classifier.parameters()]
+    (values, _), (batch,) = step(0)
+    assert ran == {"up": 2, "mid": 5}
+    assert [name for name, _ in turns] == ["student", "fake_score"]
+    loss = values["dmd_loss"] + args.gan_weight * values["adversarial_loss"]
+    assert turns[0][1] == pytest.approx(loss.item(), rel=1e-5)
+    loss = values["fake_loss"] + values["classifier_loss"]
+    assert turns[1][1] == pytest.approx(loss.item(), rel=1e-5)
+    assert any(not torch.equal(a, b) for a, b in zip(head, score.classifier.parameters()))
+
+
+@pytest.mark.parametrize(
+    "channels, size, convolutions", [(1280, 32, 4), (64, 32, 4), (32, 4, 1), (32, 1, 1), (16, 5, 2), (32, 24, 4)]
+)
+def test_the_classifier_takes_any_middle(channels, size, convolutions):
+    """Four convolutions from SDXL's 32 to 1; and logits that depend on the whole map, at any size."""
+    with torch.device("meta" if channels > 1000 else "cpu"):
+        classifier = LatentClassifier(channels, size)
+        x = torch.randn(2, channels, size, size, requires_grad=True)
+    layers = [module for module in classifier if isinstance(module, torch.nn.Conv2d)]
+    assert len(layers) == convolutions + 1 and classifier(x).shape == (2,)
+    if channels > 1000:
+        assert [module.num_groups for module in classifier if isinstance(module, torch.nn.GroupNorm)] == [32] * 4
+        return
+    (gradient,) = torch.autograd.grad(classifier(x)[0], x)
+    assert (gradient[0].abs().sum(0) > 0).all() or size == 5, "every place of the map counts"
+    assert gradient[1].abs().sum() == 0
+
+
+BAD = {
+    "another pipeline": (["--pretrained_model_name_or_path", "{flux}"], "holds a FluxPipeline"),
+    "a discriminator for dmd2": (["--discriminator_backbone", "x"], "--discriminator_backbone x: --method dmd2 has no use for it"),
+    "its rate for dmd2": (["--learning_rate_disc", "1e-4"], "--learning_rate_disc 0.0001: --method dmd2"),
+    "its layers for dmd2": (["--discriminator_layers", "1"], "--discriminator_layers [1]: --method dmd2"),
+    "isg for dmd2": (["--isg_weight", "0.2"], "--isg_weight 0.2: --method dmd2"),
+    "ida for dmd2": (["--ida_decay", "0.9"], "--ida_decay 0.9: --method dmd2"),
+    "a classifier for senseflow": (
+        ["--method", "senseflow", "--classifier_weight", "1"],
+        "--classifier_weight 1.0: --method senseflow",
+    ),
+    "method": (["--method", "dmd3"], "--method"),
+    "fractional anchors": (["--anchors", "999", "500.5"], "--anchors 999 500.5"),
+    "anchors above": (["--anchors", "1000", "500"], "--anchors 1000 500"),
+    "classifier weight": (["--classifier_weight", "-1"], "--classifier_weight -1"),
+    "resolution": (["--resolution", "60"], "--resolution 60"),
+    "vae": (["--pretrained_vae_model_name_or_path", "/no/such/vae"], "--pretrained_vae_model_name_or_path /no/such/vae"),
+    "student": (["--student_model_name_or_path", "{flux}"], "--student_model_name_or_path"),
+    "sampler": (["--sampler", "euler"], "--sampler"),
+    "latents of another size": (["--resolution", "72"], "--dataset_lmdb"),
+    "flipped latents": (["--random_flip"], "--dataset_lmdb"),
+    "8 bit": (["--use_8bit_adam"], "--use_8bit_adam"),
+    "xformers": (["--enable_xformers_memory_efficient_attention"], "--enable_xformers"),
+    "v prediction": (["--pretrained_model_name_or_path", "{v}"], "v_prediction"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, flags, sdxl, teacher, lmdb_of_latents, tmp_path, monkeypatch, capsys):
+    add, needle = BAD[case]
+    if case == "v prediction":
+        shutil.copytree(sdxl, tmp_path / "v")
+        config = tmp_path / "v" / "scheduler" / "scheduler_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    if "latents" in case:
+        flags = [*without(flags, "--dataset_json"), "--dataset_lmdb", str(lmdb_of_latents)]
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check"))
+    add = [part.format(flux=teacher, v=tmp_path / "v") for part in add]
+    refused(script, [*flags, "--output_dir", str(tmp_path / "out"), *add], 2, needle, capsys)

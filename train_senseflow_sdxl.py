@@ -1,0 +1,672 @@
+#!/usr/bin/env python
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Distils an SDXL teacher to few steps with SenseFlow (Ge et al., ICLR 2026, arXiv 2506.00523), or with its baseline DMD2.
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml train_senseflow_sdxl.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --dataset_json data.json --output_dir sdxl-4step \
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --mixed_precision bf16 --gradient_checkpointing
+
+`train_iteration` is the algorithm, in the paper's order. It speaks of four roles (student, teacher, fake_score, discriminator);
+what stands behind a role is senseflow_runtime's business, the formulas are senseflow_utils'. What `# Copied from` marks is the
+same in every script, and a test keeps it so. With `--method dmd2` (Yin et al., 2024, arXiv 2405.14867) a classifier on the fake
+score's mid-block stands in for the discriminator; the lines marked dmd2 are its.
+"""
+
+import copy
+import math
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import torch
+import transformers
+from accelerate.logging import get_logger
+
+
+transformers.utils.logging.set_verbosity_error()  # importing a pipeline would print notes about packages that are not needed
+
+from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from tqdm.auto import tqdm
+
+import senseflow_checkpoints as checkpoint_tools
+import senseflow_pipeline as pipeline_tools
+import senseflow_runtime as runtime_tools
+from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow_discriminator import LatentClassifier, check_discriminator_args, diff_augment
+from senseflow_runtime import Metrics, Parser, Role, Runtime, UserError
+from senseflow_utils import (
+    DDPMSchedule,
+    Draws,
+    Prediction,
+    Schedule,
+    adversarial_loss,
+    backward_simulation,
+    denoising_loss,
+    dmd_loss,
+    guide,
+    hinge_loss,
+    isg_loss,
+    isg_target,
+    logistic_loss,
+    non_saturating_loss,
+)
+
+
+logger = get_logger(__name__)
+
+PIPELINE = StableDiffusionXLPipeline  # what the teacher is, and what the student is saved as
+ANCHORS = [999, 749, 499, 249]
+
+# What `--method` decides where a flag does not, and the flags that it has no use for and refuses.
+PRESETS = {
+    "senseflow": {
+        "ida_decay": 1.0,
+        "isg_weight": 0.2,
+        "isg_margin": 20.0,
+        "isg_guidance_scale": [3.0, 15.0],
+        "gan_weight": 0.5,
+        "classifier_weight": 0.0,
+        "backward_simulation_prob": 0.5,
+        "discriminator_backbone": "facebook/dinov2-large",
+        "discriminator_text_encoder": "openai/clip-vit-large-patch14",
+    },
+    "dmd2": {
+        "ida_decay": 1.0,
+        "isg_weight": 0.0,
+        "isg_margin": 0.0,
+        "isg_guidance_scale": [1.0, 1.0],
+        "gan_weight": 5e-3,
+        "classifier_weight": 1e-2,
+        "backward_simulation_prob": 1.0,
+    },
+}
+UNUSED = {
+    "senseflow": ("classifier_weight",),
+    "dmd2": (
+        "ida_decay", "isg_weight", "isg_margin", "isg_guidance_scale",
+        "learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder",
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+# ---------------------------------------------------------------------------------------------------------------------
+# Copied from train_senseflow_flux.Parts but for lines marked dmd2
+@dataclass
+class Parts:
+    """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning."""
+
+    student: Role
+    teacher: Role
+    fake_score: Role
+    discriminator: Optional[Role]  # None with --gan_weight 0; what follows `latent_shape` is not called then
+    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None)
+    encode_prompts: Callable[[list[str]], Any]  # prompts -> condition
+    real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
+    latent_shape: tuple[int, ...]  # of one x0
+    real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
+    decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
+    see: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> features of the frozen vision model, with gradient
+    read: Optional[Callable[[list[str]], torch.Tensor]] = None  # prompts -> text embedding for the discriminator
+    gan_weight_at: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
+    # (role, x0, draws, slots, name, condition) -> logits (B,); None but with --method dmd2  # dmd2
+    classify: Optional[Callable[..., torch.Tensor]] = None  # dmd2
+
+
+# Copied from train_senseflow_flux.simulated_steps
+def simulated_steps(draws: Draws, probability: float, anchors: int) -> Optional[int]:
+    """How many anchors backward simulation runs through in this iteration; None: it noises real latents. Same on all ranks."""
+    if draws.shared_uniform("simulate") < probability:
+        return draws.shared_integer("simulated_steps", anchors)
+    return None
+
+
+# Copied from train_senseflow_flux.needs_pictures
+def needs_pictures(seed: int, gan_weight: float, probability: float, iteration: int) -> bool:
+    """Whether an iteration looks at real pictures at all; where not, none is read from the disk."""
+    return gan_weight > 0 or simulated_steps(Draws(seed, iteration), probability, 1) is None
+
+
+# Copied from train_senseflow_flux.student_input
+def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, condition, args):
+    """Step 1: x_t (B, ...) and the index (B,) of its anchor, without gradient."""
+    slots, count = batch["slots"], len(schedule.anchors)
+    noise = draws.normal("input_noise", slots, parts.latent_shape)
+    steps = simulated_steps(draws, args.backward_simulation_prob, count)
+    if steps is not None:
+        predict = partial(parts.predict, parts.student, condition=condition)
+        x_t = backward_simulation(predict, schedule, args.sampler, draws, slots, noise, steps)
+        return x_t, torch.full((len(slots),), steps, device=noise.device)
+    # On the host: a sample that draws the top anchor starts from pure noise, as a sampler does, and is not encoded.
+    index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, count - 1)
+    rows = index.nonzero().flatten()
+    if len(rows) > 0:
+        x0 = parts.real_latents(batch, rows, draws)
+        noise[rows] = schedule.add_noise(x0, noise[rows], schedule.anchors[index[rows].to(noise.device)])
+    return noise, index.to(noise.device)
+
+
+# Copied from train_senseflow_flux.student_losses
+def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t, t_next, prediction, condition, args):
+    """Step 3, without the adversarial term: ({name: loss}, {name: tensors that people look at})."""
+    predict, student_x0 = parts.predict, prediction.x0
+    losses, seen = {}, {"student_x0": student_x0}
+
+    # L_DMD: both scores look at the noised x0 of the student.
+    t_dmd = schedule.draw_dmd_timesteps(draws, slots)
+    with torch.no_grad():
+        noised = schedule.add_noise(student_x0, draws.normal("dmd_noise", slots, student_x0.shape[1:]), t_dmd)
+        guidance = draws.uniform("dmd_guidance", slots, *args.dmd_guidance_scale)
+        seen["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
+        seen["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
+    losses["dmd_loss"], losses["dmd_non_finite"] = dmd_loss(student_x0, seen["fake_x0"], seen["teacher_x0"])
+
+    # L_ISG: the student's own step should end where teacher, then student arrive over an intermediate timestep.
+    if args.isg_weight > 0:
+        t_mid = schedule.draw_mid_timesteps(draws, slots, t, t_next, args.isg_margin)
+        guidance = draws.uniform("isg_guidance", slots, *args.isg_guidance_scale)
+        guided = partial(predict, parts.teacher, condition=condition, guidance=guidance)
+        unguided = partial(predict, parts.student, condition=condition)
+        seen["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
+        seen["isg_direct"] = schedule.step(prediction, t_next)
+        losses["isg_loss"] = isg_loss(seen["isg_direct"], seen["isg_target"])
+    return losses, {name: tensor.detach() for name, tensor in seen.items()}
+
+
+# Copied from train_senseflow_flux.train_iteration but for lines marked dmd2
+def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule: Schedule, args, device):
+    """One iteration of SenseFlow over the micro-batches of one global batch (paper, algorithm 1).
+
+    Args:
+        iteration: from 0; the student learns in every `args.ttur_ratio`-th.
+        batches: `gradient_accumulation_steps` micro-batches as senseflow_data.collate makes them.
+    Returns:
+        ({name: device scalar}, {name: latents (B, ...) that people look at, from the last micro-batch of a student's turn}).
+    """
+    student, fake_score, discriminator = parts.student, parts.fake_score, parts.discriminator
+    draws = Draws(args.seed, iteration, device)
+    student_turn = (iteration + 1) % args.ttur_ratio == 0
+    totals: dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
+    drawn = []  # what the student drew, for the fake score to learn
+    reals = []  # what the classifier should tell it from: latents of real pictures  # dmd2
+
+    def count(values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+
+    for batch in batches:
+        # 1. The student's input: its own first steps from noise (backward simulation), or noised real latents.
+        slots = batch["slots"]
+        with torch.no_grad():
+            condition = parts.encode_prompts(batch["prompts"])
+            if parts.classify is not None:  # dmd2
+                x0 = parts.real_latents(batch, torch.arange(len(slots)), draws)  # dmd2
+                batch = {**batch, "latents": x0}  # encoded once, whoever else wants them  # dmd2
+                reals.append(x0)  # dmd2
+            x_t, index = student_input(parts, schedule, draws, batch, condition, args)
+            t, t_next = schedule.anchors[index], schedule.nexts[index]
+            if discriminator is not None:
+                real, text, omega = parts.real_pictures(batch), parts.read(batch["prompts"]), parts.gan_weight_at(t)
+                reference = parts.see(real)
+
+        # 2. What the student makes of it; with gradient on its turn only.
+        with student.turn() if student_turn else torch.no_grad():
+            prediction = parts.predict(student, x_t, t, condition)
+            if discriminator is not None:
+                fake = parts.see(diff_augment(parts.decode(prediction.x0), draws, slots, "fake"))
+
+            # 3. The student's turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
+            if student_turn:
+                losses, seen = student_losses(parts, schedule, draws, slots, x_t, t, t_next, prediction, condition, args)
+                loss = losses["dmd_loss"]
+                if "isg_loss" in losses:
+                    loss = loss + args.isg_weight * losses["isg_loss"]
+                if discriminator is not None:
+                    (logits,) = discriminator((fake,), reference, text)
+                    losses["adversarial_loss"] = adversarial_loss(logits, omega)
+                    loss = loss + args.gan_weight * losses["adversarial_loss"]
+                if parts.classify is not None:  # dmd2
+                    logits = parts.classify(fake_score, prediction.x0, draws, slots, "student", condition)  # dmd2
+                    losses["adversarial_loss"] = non_saturating_loss(logits)  # dmd2
+                    loss = loss + args.gan_weight * losses["adversarial_loss"]  # dmd2
+                student.backward(loss)
+                count(losses)
+        drawn.append((slots, prediction.x0.detach(), condition))
+
+        # 5. The discriminator's turn, here because it shares the decoded picture and its features: hinge loss.
+        if discriminator is not None:
+            fake = [features.detach() for features in fake]
+            with torch.no_grad():
+                real = parts.see(diff_augment(real, draws, slots, "real"))
+            with discriminator.turn():
+                real_logits, fake_logits = discriminator((real, fake), reference, text)
+                loss = hinge_loss(real_logits, fake_logits, omega)
+                discriminator.backward(loss)
+            count({"discriminator_loss": loss, "D(real)": real_logits.mean(), "D(fake)": fake_logits.mean()})
+
+    # 3, ended: the student's step, then implicit distribution alignment, before the fake score learns.
+    if student_turn:
+        totals["student_grad_norm"] = student.step()
+        if args.ida_decay < 1:
+            fake_score.align_with(student, args.ida_decay)
+
+    # 4. The fake score's turn: it learns to denoise what the student drew before its step.
+    for slots, x0, condition in drawn:
+        t = schedule.draw_fake_timesteps(draws, slots)
+        noise = draws.normal("fake_noise", slots, x0.shape[1:])
+        with fake_score.turn():
+            output = parts.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
+            loss = denoising_loss(output, schedule.target(x0, noise))
+            count({"fake_loss": loss})
+            if parts.classify is not None:  # dmd2
+                real_logits = parts.classify(fake_score, reals.pop(0), draws, slots, "real", condition)  # dmd2
+                fake_logits = parts.classify(fake_score, x0, draws, slots, "fake", condition)  # dmd2
+                classifier_loss = logistic_loss(real_logits, fake_logits)  # dmd2
+                count({"classifier_loss": classifier_loss, "D(real)": real_logits.mean(), "D(fake)": fake_logits.mean()})  # dmd2
+                loss = loss + args.classifier_weight * classifier_loss  # dmd2
+            fake_score.backward(loss)
+    totals["fake_score_grad_norm"] = fake_score.step()
+    if discriminator is not None:
+        totals["discriminator_grad_norm"] = discriminator.step()
+    return totals, seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SDXL: the network call, the levels
+# ---------------------------------------------------------------------------------------------------------------------
+def sdxl_inputs(role: Role, x_t, t, condition) -> dict:
+    """The arguments of a UNet call at latents x_t (B, C, H, W) and timesteps t (B,)."""
+    embeds, pooled, time_ids = condition
+    return {
+        "sample": x_t.to(role.dtype),
+        "timestep": t,
+        "encoder_hidden_states": embeds,
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
+    }
+
+
+def sdxl_predict(schedule: Schedule, guided: bool, role: Role, x_t, t, condition, guidance=None) -> Prediction:
+    """Asks a role about latents x_t (B, C, H, W) at timesteps t (B,).
+
+    Args:
+        guided: whether any guidance scale is above 1: the pass without a prompt, which is zero embeddings, is not run else.
+        condition: (prompt_embeds (B, L, D), pooled (B, P), time_ids (B, 6)).
+        guidance: (B,) scales, for the teacher only.
+    """
+    twice = guidance is not None and guided
+    latents, steps = x_t, t
+    if twice:
+        latents, steps = torch.cat([x_t, x_t]), torch.cat([t, t])
+        embeds, pooled, time_ids = condition
+        condition = (
+            torch.cat([torch.zeros_like(embeds), embeds]),
+            torch.cat([torch.zeros_like(pooled), pooled]),
+            torch.cat([time_ids, time_ids]),
+        )
+    output = role(**sdxl_inputs(role, latents, steps, condition), return_dict=False)[0]
+    if twice:
+        output = guide(*output.float().chunk(2), guidance)
+    return schedule.split(x_t, output, t)
+
+
+class Score(torch.nn.Module):
+    """A UNet that returns a tuple, and with `classify` a classifier's logits (B,) on its mid-block (DMD2, section 4.3).
+
+    The classifier is a part of the fake score: it learns with it, and a checkpoint holds both in one place.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, classifier: LatentClassifier):
+        super().__init__()
+        self.unet, self.classifier = unet, classifier
+
+    def forward(self, classify: bool = False, return_dict: bool = False, **inputs):
+        return self.classifier(middle(self.unet, **inputs)) if classify else self.unet(**inputs, return_dict=return_dict)
+
+
+def middle(unet: UNet2DConditionModel, sample, timestep, encoder_hidden_states, added_cond_kwargs) -> torch.Tensor:
+    """Features (B, C, h, w) after the mid-block: the first half of UNet2DConditionModel.forward; the up-blocks are not run."""
+    embedding = unet.time_embedding(unet.get_time_embed(sample, timestep))
+    embedding = embedding + unet.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs)
+    sample = unet.conv_in(sample)
+    for block in (*unet.down_blocks, unet.mid_block):
+        text = {"encoder_hidden_states": encoder_hidden_states} if getattr(block, "has_cross_attention", False) else {}
+        sample = block(sample, temb=embedding, **text)
+        sample = sample[0] if isinstance(sample, tuple) else sample  # a down-block returns its skip connections, too
+    return sample
+
+
+def middle_size(unet: UNet2DConditionModel, latent_size: int) -> int:
+    """Side of the mid-block's features for latents of this side: a down-block that halves rounds up."""
+    for block in unet.down_blocks:
+        latent_size = math.ceil(latent_size / 2) if block.downsamplers else latent_size
+    return latent_size
+
+
+def classify(schedule: Schedule, role: Role, x0, draws: Draws, slots, name: str, condition) -> torch.Tensor:
+    """The classifier's logits (B,) on x0 (B, C, H, W), noised to uniform timesteps of the whole table; gradient flows to x0."""
+    t = schedule.table[draws.integers(f"{name}_classifier_timestep", slots, 0, len(schedule.table) - 1)]
+    x_t = schedule.add_noise(x0, draws.normal(f"{name}_classifier_noise", slots, x0.shape[1:]), t)
+    return role(**sdxl_inputs(role, x_t, t, condition), classify=True)
+
+
+def make_schedule(args, device) -> tuple[DDPMSchedule, LCMScheduler, dict]:
+    """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
+    path, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+    config = pipeline_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False)
+    teacher = DDPMScheduler.from_config(config)
+    count, steps = teacher.config.num_train_timesteps, len(args.anchors)
+    ranges = {"dmd_range": (round(0.02 * count), round(0.98 * count)), "fake_range": (0, count - 1)}
+    schedule = DDPMSchedule(teacher.alphas_cumprod, torch.arange(count), args.anchors, device=device, **ranges)
+    pipeline_tools.check_margin(args, schedule)
+    betas = {name: teacher.config[name] for name in ("beta_start", "beta_end", "beta_schedule", "trained_betas")}
+    scheduler = LCMScheduler(num_train_timesteps=count, original_inference_steps=steps, **betas)
+    call = {"num_inference_steps": steps, "guidance_scale": 0.0, "height": args.resolution, "width": args.resolution}
+    visiting = LCMScheduler.from_config(scheduler.config)
+    visiting.set_timesteps(steps)
+    if visiting.timesteps.tolist() != args.anchors:
+        call["timesteps"] = [int(t) for t in args.anchors]
+    return schedule, scheduler, call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before anything loads: arguments
+# ---------------------------------------------------------------------------------------------------------------------
+# fmt: off
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=runtime_tools.HelpFormatter)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="the teacher: a StableDiffusionXLPipeline, Hub id or folder")
+    add("--revision", help="of the teacher on the Hub")
+    add("--variant", help="of the teacher's weight files, e.g. fp16")
+    add("--pretrained_vae_model_name_or_path", help="another VAE, e.g. the fp16-fix one; saved with the student (diffusers)")
+    add("--student_model_name_or_path",
+        help="warm start of student and fake score: an SDXL UNet or pipeline, Hub id or folder")
+
+    add = parser.add_argument_group("data: exactly one of the first five").add_argument
+    add("--dataset_json",
+        help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
+    add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
+    add("--train_data_dir", help="an imagefolder with metadata")
+    add("--prompts_file",
+        help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
+    add("--dataset_lmdb", help="a folder with DMD2's LMDB of VAE latents and prompts; needs lmdb")
+    add("--dataset_config_name", help="of --dataset_name")
+    add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
+    add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
+    add("--resolution", type=int, default=1024,
+        help="px, a multiple of 8 for SDXL: the shorter side, then a square crop (release)")
+    add("--center_crop", action="store_true", help="crop the centre instead of a random square")
+    add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
+    add("--max_train_samples", type=int, help="use the first so many rows")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures, per rank (diffusers)")
+
+    add = parser.add_argument_group("senseflow").add_argument
+    add("--method", choices=list(PRESETS), default="senseflow",
+        help="senseflow, or its baseline dmd2: no ISG, no IDA, and a classifier on the fake score's mid-block for the "
+        "discriminator; decides the defaults marked (method: senseflow / dmd2)")
+    add("--anchors", type=float, nargs="+", default=ANCHORS,
+        help="decreasing integer timesteps in [1, 999] at which the student is run (release)")
+    add("--ttur_ratio", type=int, default=5, help="iterations per step of the student (release)")
+    add("--ida_decay", type=float,
+        help="fake <- decay fake + (1 - decay) student after its step; 1 = off, as in the released SDXL trainer; "
+        "0.97-0.98 for the other teachers (method: 1 / none)")
+    add("--isg_weight", type=float, help="of intra-segment guidance; 0 = off (method: 0.2 / none; release)")
+    add("--isg_margin", type=float, help="timesteps that t_mid keeps from both ends of its segment (method: 20 / none; release)")
+    add("--gan_weight", type=float,
+        help="of the adversarial loss; 0 = off, no discriminator is loaded (method: 0.5 / 0.005; release)")
+    add("--classifier_weight", type=float, help="of the classifier's loss beside the fake score's (method: none / 0.01; release)")
+    add("--backward_simulation_prob", type=float,
+        help="else real latents are noised (method: 0.5, release / 1, DMD2's paper; the release has 0 for dmd2)")
+    add("--dmd_guidance_scale", type=float, nargs="+", default=[8.0],
+        help="the teacher's in L_DMD: a value or MIN MAX (release)")
+    add("--isg_guidance_scale", type=float, nargs="+",
+        help="the teacher's in L_ISG: a value or MIN MAX (method: 3 15 / none; release)")
+    add("--discriminator_backbone", help="a DINOv2, Hub id or folder (method: facebook/dinov2-large / none; release)")
+    add("--discriminator_layers", type=int, nargs="+",
+        help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
+        "the same depths of any other; release)")
+    add("--discriminator_text_encoder",
+        help="a CLIP with projection (method: openai/clip-vit-large-patch14 / none; release)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release)")
+    add("--max_train_steps", type=int, default=12000, help="iterations = fake-score updates (ours)")
+    add("--learning_rate", type=float, default=1e-6, help="of the student (release)")
+    add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate)")
+    add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate)")
+    add("--lr_scheduler", default="constant", choices=runtime_tools.LR_SCHEDULERS,
+        help="as in diffusers (release)")
+    add("--lr_warmup_steps", type=int, default=0, help="in iterations (release)")
+    add("--lr_warmup_start", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
+    add("--adam_beta1", type=float, default=0.9, help="(release)")
+    add("--adam_beta2", type=float, default=0.999, help="(release)")
+    add("--adam_epsilon", type=float, default=1e-8, help="(release)")
+    add("--adam_weight_decay", type=float, default=0.0, help="(release)")
+    add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release)")
+    add("--seed", type=int, default=0, help="of every random draw (ours)")
+
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        help="bf16: frozen networks in bf16, trained ones in fp32 under autocast (default: accelerate's configuration)")
+    add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (off in the release)")
+    add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
+
+    add = parser.add_argument_group("checkpointing").add_argument
+    add("--output_dir", required=True, help="checkpoints, logs, and in the end the pipeline")
+    add("--checkpointing_steps", type=int, default=3000, help="iterations (release)")
+    add("--checkpoints_total_limit", type=int, help="keep the newest so many")
+    add("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
+    add("--export_dtype", choices=list(runtime_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
+
+    add = parser.add_argument_group("logging and validation").add_argument
+    add("--report_to", default="tensorboard", help="a tracker of accelerate, or none (diffusers)")
+    add("--logging_dir", default="logs", help="below --output_dir (diffusers)")
+    add("--validation_prompts", nargs="+", help="draw these with the teacher once and with the student each time")
+    add("--validation_steps", type=int, default=500, help="iterations (ours)")
+    add("--num_validation_images", type=int, default=1, help="per prompt (ours)")
+    add("--teacher_num_inference_steps", type=int, default=50,
+        help="of the teacher's validation pictures (StableDiffusionXLPipeline's default)")
+    add("--teacher_guidance_scale", type=float, default=5.0,
+        help="of the teacher's validation pictures (StableDiffusionXLPipeline's default)")
+    parser.set_defaults(sampler="stochastic")  # what LCMScheduler does
+    return runtime_tools.complete_args(apply_method(parser.parse_args(argv)))
+# fmt: on
+
+
+def apply_method(args):
+    """Fills every flag of PRESETS that was not given; UserError (exit code 2) for one that the method has no use for."""
+    for name in UNUSED[args.method]:
+        if getattr(args, name) is not None:
+            given = f"--{name} {getattr(args, name)}"
+            raise UserError(f"{given}: --method {args.method} has no use for it; leave it out", exit_code=2)
+    for name, value in PRESETS[args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def check_args(args):
+    """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
+    runtime_tools.check_common_args(args)
+    checked = check_data_args(args)
+    if any(t != int(t) or t > 999 for t in args.anchors):
+        shown = " ".join(f"{t:g}" for t in args.anchors)
+        raise UserError(f"--anchors {shown}: SDXL has integer timesteps up to 999", exit_code=2)
+    flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    pipeline_tools.check_pipeline(PIPELINE, flag, path, args.revision)
+    vae = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    if args.pretrained_vae_model_name_or_path:
+        vae_flag, vae_path = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
+        pipeline_tools.check_alike(vae_flag, vae_path, AutoencoderKL, "vae", vae, ("latent_channels", "block_out_channels"))
+    kind = pipeline_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False).get("prediction_type")
+    if kind not in (None, "epsilon"):
+        raise UserError(f"{flag} {path}: its scheduler says {kind}; this script trains teachers that predict epsilon", exit_code=2)
+    unet = pipeline_tools.config_of(UNet2DConditionModel, flag, path, "unet", args.revision)
+    if args.student_model_name_or_path:
+        names = ("in_channels", "cross_attention_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim")
+        start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
+        pipeline_tools.check_alike(start_flag, start, UNet2DConditionModel, "unet", unet, names)
+    if args.gan_weight > 0 and args.method == "senseflow":
+        check_discriminator_args(args)
+    pipeline_tools.check_resolution(args, pipeline_tools.vae_scale_of(vae))
+    make_schedule(args, "cpu")
+    rows = load_rows(args, checked)
+    check_latents(args, rows, pipeline_tools.latent_shape_of(vae, args.resolution))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+def vae_source(args) -> tuple[str, str, dict]:
+    """(flag, folder or Hub id, where in it) of the VAE."""
+    if args.pretrained_vae_model_name_or_path:
+        return "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path, {}
+    where = {"revision": args.revision, "variant": args.variant}
+    return "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, where
+
+
+def own_vae(args) -> dict:
+    """{"vae": a whole one} where it is not the teacher's: it is saved with the student."""
+    if not args.pretrained_vae_model_name_or_path:
+        return {}
+    flag, path, where = vae_source(args)
+    return {"vae": pipeline_tools.load_network(AutoencoderKL, flag, path, "vae", **where)}
+
+
+def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, StableDiffusionXLPipeline]:
+    """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
+    flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
+    source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
+    unet = pipeline_tools.load_network(UNet2DConditionModel, flag, path, "unet", **source)
+    start_flag, start, where = flag, path, {"revision": args.revision, "variant": args.variant}
+    if args.student_model_name_or_path:
+        start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {}
+    student = pipeline_tools.load_network(UNet2DConditionModel, start_flag, start, "unet", dtype=torch.float32, **where)
+    fake_score = copy.deepcopy(student)
+    dmd2 = args.method == "dmd2" and args.gan_weight > 0
+    encodes = (args.backward_simulation_prob < 1 or dmd2) and not args.dataset_lmdb
+    decodes = (args.gan_weight > 0 and not dmd2) or bool(args.validation_prompts)
+    vae_flag, vae_path, where = vae_source(args)
+    vae = pipeline_tools.load_vae(vae_flag, vae_path, args, device, encodes, decodes, dtype=runtime.weight_dtype, **where)
+    pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.requires_grad_(False).eval().to(device)
+    size = (args.resolution, args.resolution)
+    time_ids = torch.tensor([[*size, 0, 0, *size]], device=device, dtype=runtime.weight_dtype)  # whole pictures, as a stock call
+
+    @torch.no_grad()
+    def encode_prompts(prompts):
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        return embeds, pooled, time_ids.expand(len(prompts), -1)
+
+    guided = max(*args.dmd_guidance_scale, *args.isg_guidance_scale) > 1
+    for network in (unet, student, fake_score):
+        if args.enable_xformers_memory_efficient_attention:
+            network.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+        fake_score.enable_gradient_checkpointing()
+    config = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    latent_shape = pipeline_tools.latent_shape_of(config, args.resolution)
+    if dmd2:
+        fake_score = Score(fake_score, LatentClassifier(unet.config.block_out_channels[-1], middle_size(unet, latent_shape[-1])))
+    parts = Parts(
+        student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="unet"),
+        teacher=runtime.frozen_role("teacher", unet),
+        fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
+        discriminator=None,
+        predict=partial(sdxl_predict, schedule, guided),
+        encode_prompts=encode_prompts,
+        real_latents=partial(pipeline_tools.real_latents, vae),
+        latent_shape=latent_shape,
+    )
+    if dmd2:
+        parts.classify = partial(classify, schedule)
+    elif args.gan_weight > 0:
+        parts.discriminator, parts.see, parts.read = pipeline_tools.load_discriminator(args, runtime)
+        parts.real_pictures, parts.decode = partial(pipeline_tools.real_pictures, vae), partial(pipeline_tools.decode, vae)
+        parts.gan_weight_at = lambda t: schedule.levels(t)[0].float()
+    return parts, pipeline
+
+
+def teacher_call(args, unet) -> dict:
+    """What of the stock call is different where the teacher draws validation pictures with its many steps."""
+    steps, guidance = args.teacher_num_inference_steps, args.teacher_guidance_scale
+    return {"num_inference_steps": steps, "guidance_scale": guidance, "timesteps": None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+# Copied from train_senseflow_flux.main but for lines marked vae
+def main(argv=None):
+    args = parse_args(argv)
+    rows = check_args(args)
+    checkpoint = checkpoint_tools.find_checkpoint(args)
+    state = checkpoint_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    runtime = Runtime(args)
+    schedule, scheduler, call = make_schedule(args, runtime.device)
+    components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
+    components |= own_vae(args)  # vae
+    parts, pipeline = load_parts(args, runtime, schedule)
+    prints = checkpoint_tools.fingerprints_of(parts)
+    if checkpoint:
+        checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
+        for role in runtime.trained:
+            role.load(checkpoint)
+    if runtime.main.is_main_process:
+        checkpoint_tools.clear_leftovers(args.output_dir)
+        checkpoint_tools.check_disk(args, runtime.trained)
+    iteration, samples_seen = state["iteration"], state["samples_seen"]
+    rank, world_size = runtime.main.process_index, runtime.main.num_processes
+    wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
+    data = iter(make_dataloader(args, rows, rank, world_size, iteration, samples_seen, wanted))
+    per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
+    runtime.start_trackers("senseflow")
+    logger.info(f"anchors {', '.join(f'{t:.1f}' for t in schedule.anchors)}; {per_iteration} samples per iteration")
+
+    def validate(role: Role, scheduler, name: str, call: dict) -> None:
+        scheduler = type(scheduler).from_config(scheduler.config)
+        pipeline.register_modules(scheduler=scheduler, **{parts.student.subfolder: role.module})
+        pipeline.set_progress_bar_config(disable=True)
+        runtime.log_picture(f"validation/{name}", pipeline_tools.draw_grid(runtime, pipeline, args, call), iteration)
+
+    if args.validation_prompts:
+        validate(parts.teacher, pipeline.scheduler, "teacher", call | teacher_call(args, parts.teacher.module))
+    progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.main.is_local_main_process)
+    metrics = Metrics(runtime, parts.student, per_iteration, progress)
+    seen: dict[str, torch.Tensor] = {}
+    while iteration < args.max_train_steps:
+        batches = [runtime.to_device(next(data)) for _ in range(args.gradient_accumulation_steps)]
+        values, new = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
+        seen = new or seen
+        iteration, samples_seen = iteration + 1, samples_seen + per_iteration
+        metrics.push(iteration, values)
+        if args.validation_prompts and iteration % args.validation_steps == 0:
+            validate(parts.student, scheduler, "student", call)
+            if seen:
+                runtime.log_picture("panel/" + " ".join(seen), pipeline_tools.draw_panel(pipeline.vae, seen), iteration)
+        if iteration % args.checkpointing_steps == 0:
+            metrics.flush()  # a diverged student does not replace a sound one
+            record = pipeline_tools.usage_record(args, schedule, call, iteration)
+            usage = partial(pipeline_tools.write_usage, record=record, components=components)
+            checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
+    metrics.flush()
+    progress.close()
+    record = pipeline_tools.usage_record(args, schedule, call, iteration)
+    pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
+    runtime.main.end_training()
+
+
+if __name__ == "__main__":
+    runtime_tools.run_script(main)
