@@ -23,7 +23,14 @@ import torch
 
 
 # Imported once, here: a mutant's process is forked with the heavy libraries in it.
-for library in ("accelerate", "transformers.models.clip", "transformers.models.t5", "diffusers.pipelines.flux"):
+for library in (
+    "accelerate",
+    "transformers.models.clip",
+    "transformers.models.t5",
+    "diffusers.pipelines.flux",
+    "diffusers.pipelines.stable_diffusion_3",
+    "diffusers.pipelines.stable_diffusion_xl",
+):
     importlib.import_module(library)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +41,15 @@ TTUR = "tests/test_toy.py::test_the_student_learns_in_every_ttur_th_iteration_an
 ADVERSARIAL = "tests/test_toy.py::test_the_adversarial_turns_are_the_ones_written_by_hand"
 REAL = "tests/test_toy.py::test_without_simulation_real_latents_are_noised_to_an_anchor_per_sample"
 GAN = f"{LOOP_TESTS}::test_each_backward_reaches_only_the_network_of_the_turn"
+SD3, SDXL = "train_senseflow_sd3.py", "train_senseflow_sdxl.py"
+SD3_LEVELS = "tests/test_train_sd3.py::test_levels_time_weight_and_intermediate_timesteps_are_the_recipes"
+SD3_CALL = "tests/test_train_sd3.py::test_the_network_is_called_as_the_stock_pipeline_calls_it"
+SD3_PRESET = "tests/test_train_sd3.py::test_the_preset_follows_the_size_and_flags_override_it"
+SDXL_CALL = "tests/test_train_sdxl.py::test_the_network_is_called_as_the_stock_pipeline_calls_it"
+SDXL_OMEGA = "tests/test_train_sdxl.py::test_the_discriminators_weight_is_the_roots_of_abar"
+DMD2 = "tests/test_train_sdxl.py::test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn_only"
+SHOWN = "tests/test_train_sdxl.py::test_the_classifier_is_shown_noised_latents_of_student_and_real_pictures"
+COPIES = "tests/test_copies.py"
 LEAK = f"{LOOP_TESTS}::test_a_frozen_discriminator_does_not_change_the_students_turn"
 
 
@@ -225,6 +241,66 @@ MUTANTS = [
     Mutant("IDA on half of the parameters", RUNTIME, HAND,
         "ida_update(list(self.parameters.values()), list(other",
         "ida_update(list(self.parameters.values())[:1], list(other"),
+    # SD 3.5
+    Mutant("SD 3.5: omega from the ascending table", UTILS, SD3_LEVELS,
+        "self.table.flip(0)[self.index_of(t)]",
+        "self.table[self.index_of(t)]"),
+    Mutant("SD 3.5: t_mid's margin only below", UTILS, SD3_LEVELS,
+        "self.index_of(t_next) + margin, self.index_of(t) - margin)",
+        "self.index_of(t_next) + margin, self.index_of(t))"),
+    Mutant("SD 3.5: t' from all levels", SD3, SD3_LEVELS,
+        "dmd_range=(20, 980)",
+        "dmd_range=(0, 999)"),
+    Mutant("SD 3.5: anchors on unshifted levels", SD3, SD3_LEVELS,
+        "args.anchors or table[list(ANCHOR_INDICES)].tolist()",
+        "args.anchors or [index + 1 for index in ANCHOR_INDICES]"),
+    Mutant("SD 3.5: the network told sigma, not the timestep", SD3, SD3_CALL,
+        "timestep=steps.float()",
+        "timestep=steps.float() / 1000"),
+    Mutant("SD 3.5: guidance the wrong way round", SD3, SD3_CALL,
+        "guide(*output.float().chunk(2), guidance)",
+        "guide(*output.float().chunk(2)[::-1], guidance)"),
+    Mutant("SD 3.5: the sizes' presets swapped", SD3, SD3_PRESET,
+        '"large" if blocks > 30 else "medium"',
+        '"medium" if blocks > 30 else "large"'),
+    # SDXL and DMD2
+    Mutant("SDXL: no prompt is the prompt itself", SDXL, SDXL_CALL,
+        "torch.cat([torch.zeros_like(embeds), embeds])",
+        "torch.cat([embeds, embeds])"),
+    Mutant("SDXL: a crop in the size conditioning", SDXL, SDXL_CALL,
+        "[[*size, 0, 0, *size]]",
+        "[[*size, 8, 8, *size]]"),
+    Mutant("SDXL: omega is the noise level", SDXL, SDXL_OMEGA,
+        "schedule.levels(t)[0].float()",
+        "schedule.levels(t)[1].float()"),
+    Mutant("DMD2: the student runs from the classifier", UTILS, MATH,
+        "F.softplus(-fake_logits.float()).mean()\n\n\ndef logistic",
+        "F.softplus(fake_logits.float()).mean()\n\n\ndef logistic"),
+    Mutant("DMD2: real and fake swapped", UTILS, MATH,
+        "F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()",
+        "F.softplus(-fake_logits.float()).mean() + F.softplus(real_logits.float()).mean()"),
+    Mutant("DMD2: the classifier's weight ignored", SDXL, DMD2,
+        "loss + args.classifier_weight * classifier_loss",
+        "loss + 0 * classifier_loss"),
+    Mutant("DMD2: the student's weight ignored", SDXL, DMD2,
+        'loss = loss + args.gan_weight * losses["adversarial_loss"]  # dmd2',
+        'loss = loss + losses["adversarial_loss"]  # dmd2'),
+    Mutant("DMD2: the mid-block left out", SDXL, DMD2,
+        "for block in (*unet.down_blocks, unet.mid_block):",
+        "for block in unet.down_blocks:"),
+    Mutant("DMD2: the classifier runs the whole network", SDXL, DMD2,
+        "self.classifier(middle(self.unet, **inputs)) if classify",
+        "(self.unet(**inputs), self.classifier(middle(self.unet, **inputs)))[1] if classify"),
+    Mutant("DMD2: clean latents for the classifier", SDXL, SHOWN,
+        "role(**sdxl_inputs(role, x_t, t, condition), classify=True)",
+        "role(**sdxl_inputs(role, x0, t, condition), classify=True)"),
+    Mutant("DMD2: the student's latents for real", SDXL, SHOWN,
+        "parts.classify(fake_score, reals.pop(0), draws",
+        "parts.classify(fake_score, x0, draws"),
+    # What the scripts share
+    Mutant("a copied block drifts", SD3, COPIES,
+        "args.ida_decay < 1:",
+        "args.ida_decay < 0.99:"),
 ]
 # fmt: on
 

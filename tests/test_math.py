@@ -21,6 +21,8 @@ from senseflow_utils import (
     ida_update,
     isg_loss,
     isg_target,
+    logistic_loss,
+    non_saturating_loss,
     sampler_step,
 )
 from train_senseflow_flux import stock_sigmas
@@ -452,3 +454,13 @@ def test_levels_that_nothing_fits_are_returned_as_they_are():
 def test_one_step_needs_no_shift():
     scheduler, visited = fit([1.0])
     assert visited == [1.0] and visits(scheduler, 1) == pytest.approx([1.0])
+
+
+def test_dmd2s_classifier_losses_are_logistic():
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0], requires_grad=True)
+    student = sum(math.log(1 + math.exp(-value)) for value in (0.5, 3.0)) / 2
+    assert non_saturating_loss(fake).item() == pytest.approx(student, rel=1e-6)
+    told_apart = sum(math.log(1 + math.exp(value)) for value in (0.5, 3.0)) + sum(math.log(1 + math.exp(-v)) for v in (2.0, -1.0))
+    assert logistic_loss(real, fake).item() == pytest.approx(told_apart / 2, rel=1e-6)
+    (gradient,) = torch.autograd.grad(non_saturating_loss(fake), fake)
+    assert (gradient < 0).all(), "the student is pushed towards larger logits"

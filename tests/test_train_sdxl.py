@@ -24,7 +24,7 @@ from scripts import (
 from senseflow_data import make_dataloader
 from senseflow_discriminator import LatentClassifier
 from senseflow_runtime import Role, Runtime
-from senseflow_utils import Prediction
+from senseflow_utils import Draws, Prediction
 from tiny_pipelines import tiny_vae, write_sdxl
 
 
@@ -213,6 +213,36 @@ def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn
     loss = values["fake_loss"] + values["classifier_loss"]
     assert turns[1][1] == pytest.approx(loss.item(), rel=1e-5)
     assert any(not torch.equal(a, b) for a, b in zip(head, score.classifier.parameters()))
+
+
+def test_the_classifier_is_shown_noised_latents_of_student_and_real_pictures(build):
+    parts, schedule, args, step = build("--ttur_ratio", "1", "--gradient_accumulation_steps", "1")
+    shown, classify = {}, parts.classify
+
+    def recording(role, x0, draws, slots, name, condition):
+        shown[name] = x0.detach()
+        return classify(role, x0, draws, slots, name, condition)
+
+    parts.classify = recording
+    (_, seen), (batch,) = step(0)
+    with torch.no_grad():
+        real = parts.real_latents(batch, torch.arange(2), Draws(args.seed, 0))
+    torch.testing.assert_close(shown["real"], real)
+    assert torch.equal(shown["student"], seen["student_x0"]) and torch.equal(shown["fake"], seen["student_x0"])
+
+    told = []
+
+    def role(classify=False, **inputs):
+        told.append((classify, inputs))
+
+    role.dtype = torch.float32
+    draws = Draws(0, 5)
+    script.classify(schedule, role, real, draws, [0, 1], "real", (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.zeros(2, 6)))
+    ((asked, inputs),) = told
+    t = draws.integers("real_classifier_timestep", [0, 1], 0, 999)
+    noise = draws.normal("real_classifier_noise", [0, 1], real.shape[1:])
+    assert asked and inputs["timestep"].tolist() == t.tolist()
+    torch.testing.assert_close(inputs["sample"], schedule.add_noise(real, noise, t))
 
 
 @pytest.mark.parametrize(
