@@ -50,7 +50,7 @@ TRAINING_FLAGS = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "anchors": [1000, 750],  # what shift 3 visits in two steps: the student starts from the teacher's best
     "sampler": "euler",
-    "learning_rate": 5e-5,
+    "learning_rate": 3e-5,
     "learning_rate_fake": 2e-4,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
@@ -59,10 +59,10 @@ TRAINING_FLAGS = {
     "ttur_ratio": 3,
     "ida_decay": 0.97,
     "isg_weight": 1.0,
-    "isg_margin": 20,
+    "isg_margin": 100,  # t_mid near the middle of its segment, where one more step of the teacher's helps most
     "gan_weight": 0,  # pictures this simple need no discriminator, and it would cost more than all the rest
     "backward_simulation_prob": 1.0,
-    "dmd_guidance_scale": TEACHER_GUIDANCE,
+    "dmd_guidance_scale": 1.7,  # a guided score belongs to a narrower distribution than guidance draws
     "isg_guidance_scale": TEACHER_GUIDANCE,
     "student_guidance_scale": TEACHER_GUIDANCE,
     "mixed_precision": "no",

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, LCMScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import infer
 from senseflow_runtime import UserError
-from tiny_pipelines import write_flux
+from tiny_pipelines import write_flux, write_sd3, write_sdxl
 
 
 ROOT = Path(infer.__file__).parent
@@ -66,7 +67,66 @@ def models(tmp_path_factory):
     scheduler.save_pretrained(checkpoint / "scheduler")
     write_senseflow(checkpoint, teacher=str(root / "teacher"))
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    write_sd3(root / "sd3")
+    write_sdxl(root / "sdxl")
     return root
+
+
+@pytest.fixture(scope="module")
+def swaps(models):
+    """base: the teacher, whose transformer is a configuration without weights; files/: the student's transformer as state dicts,
+    beside the senseflow.json and the scheduler of the student; hub/: a cache of the Hub that holds a repository of networks."""
+    shutil.copytree(models / "teacher", models / "base")
+    next((models / "base/transformer").glob("*.safetensors")).unlink()
+    shutil.copytree(models / "checkpoint-7", models / "files", ignore=shutil.ignore_patterns("transformer"))
+    state = load_file(models / "checkpoint-7/transformer/diffusion_pytorch_model.safetensors")
+    first = next(iter(state))
+
+    def write(name, content):
+        torch.save(content, models / "files" / name)
+
+    write("bare.pth", state)
+    write("ema.pth", {"step": 3, "ema_model": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}})
+    inside = {name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): tensor for name, tensor in state.items()}
+    model = {f"module._fsdp_wrapped_module.{name}": tensor for name, tensor in inside.items()}
+    write("model.pth", {"model": model, "ema_model": {first: state[first]}})
+    save_file(state, models / "files/bare.safetensors")
+    torch.save(state, models / "files/old.pth", _use_new_zipfile_serialization=False)
+
+    write("missing.pth", {name: tensor for name, tensor in state.items() if not name.startswith("proj_out")})
+    write("unexpected.pth", {"model": state | {"alien.weight": torch.ones(2)}})
+    write("shape.pth", state | {first: torch.ones(2, 3)})
+    write("prefixed.pth", {f"student.{name}": tensor for name, tensor in state.items()})
+    write("list.pth", [1, 2])
+    write("steps.pth", {"model": 7})
+    write("pickle.pth", {"model": state, "path": Path("x")})
+    (models / "files/cut.pth").write_bytes((models / "files/bare.pth").read_bytes()[:3000])
+    (models / "files/cut.safetensors").write_bytes((models / "files/bare.safetensors").read_bytes()[:3000])
+    (models / "files/empty.pth").write_bytes(b"")
+
+    repository = models / "hub/models--someone--networks"
+    shutil.copytree(models / "checkpoint-7", repository / "snapshots/0123abcd/distilled")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123abcd")
+    return models
+
+
+def watch(monkeypatch) -> list[tuple[float, dict]]:
+    """Gets (timestep, keyword arguments) of whatever the network of a pipeline is called with from now on."""
+    seen, draw = [], infer.draw
+
+    def watched(pipeline, *args):
+        network = getattr(pipeline, "transformer", None) or pipeline.unet
+
+        def hook(_, positional, keywords):
+            timestep = keywords["timestep"] if "timestep" in keywords else positional[1]
+            seen.append((timestep.flatten()[0].item(), keywords))
+
+        with network.register_forward_pre_hook(hook, with_kwargs=True):
+            return draw(pipeline, *args)
+
+    monkeypatch.setattr(infer, "draw", watched)
+    return seen
 
 
 def run(models: Path, out: Path, *flags, model="student") -> None:
@@ -143,13 +203,21 @@ def test_batch_and_start_do_not_change_a_picture(models, drawn, tmp_path):
     assert np.abs(pixels(drawn / "0002.png") - pixels(drawn / "0003.png")).max() > 1
 
 
-def test_noise_depends_on_the_seed_alone(models):
+def returns_zero(sample=None, *args, hidden_states=None, **kwargs):
+    return (torch.zeros_like(sample if hidden_states is None else hidden_states),)
+
+
+@pytest.mark.parametrize("name, released", [("student", None), ("sd3", "sd35-large"), ("sdxl", "sdxl")])
+def test_noise_depends_on_the_seed_alone(models, name, released):
     """Exactly, initial and stochastic: with a network that returns 0 the last latents are made of noise only."""
-    pipeline = infer.load_pipeline(infer.find_model(str(models / "student")), "stochastic", torch.device("cpu"), torch.float32)
-    pipeline.transformer.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states),)
+    model = infer.find_model(str(models / name))
+    if released:
+        infer.set_released(released, model)
+    pipeline = infer.load_pipeline(model, "stochastic", torch.device("cpu"), torch.float32)
+    getattr(pipeline, model.network).forward = returns_zero
     steps = []
     keep = {"callback_on_step_end": lambda pipeline, i, t, kwargs: steps.append(kwargs["latents"]) or {}}
-    call = CALL | {"output_type": "latent"} | keep
+    call = model.distilled["pipeline_call"] | {"height": 64, "width": 64, "output_type": "latent"} | keep
     infer.draw(pipeline, ["a", "b", "c"], [5, 6, 7], call)
     together, steps[:] = list(steps), []
     infer.draw(pipeline, ["c"], [7], call)
@@ -262,7 +330,174 @@ def test_grid(models, drawn, tmp_path):
     assert grid[142:, 64:128].min() < 128, "a label"
 
 
+FOLDER = ["--transformer", "{root}/checkpoint-7", "--transformer_subfolder", "transformer"]
+STUDENT = [
+    FOLDER,
+    ["--model", "{root}/nothing", *FOLDER],  # a base whose own transformer was never downloaded
+    ["--transformer", "someone/networks", "--transformer_subfolder", "distilled/transformer"],
+    ["--checkpoint", "{root}/files/bare.pth"],
+    ["--checkpoint", "{root}/files/old.pth"],
+    ["--checkpoint", "{root}/files/ema.pth"],
+    ["--checkpoint", "{root}/files/model.pth"],
+    ["--checkpoint", "{root}/files/bare.safetensors", "--transformer_config", "{root}/checkpoint-7/transformer/config.json"],
+]
+
+
+@pytest.mark.parametrize("flags", STUDENT, ids=lambda flags: " ".join(flags[-2:]))
+def test_a_swapped_network_draws_as_the_pipeline_saved_with_it(swaps, drawn, tmp_path, monkeypatch, flags):
+    """No flag says how the student is called: that, and its scheduler, stand beside the network. The base has other weights in
+    its transformer, or none at all, and a guidance embedder that the student's files lack."""
+    if "{root}/nothing" in flags and not (swaps / "nothing").exists():
+        shutil.copytree(swaps / "base", swaps / "nothing", ignore=shutil.ignore_patterns("transformer"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(swaps / "hub"))
+    flags = [flag.format(root=swaps) for flag in flags]
+    run(swaps, tmp_path, *flags, "--num_prompts", 1, model="base")
+    assert np.array_equal(pixels(tmp_path / "0000.png"), pixels(drawn / "0000.png"))
+    record = records(tmp_path)[0]
+    assert (record["num_inference_steps"], record["sampler"]) == (4, "stochastic") and record["network"].startswith("--")
+
+
+def test_a_swapped_network_without_senseflow_json_draws_as_the_base_does(swaps, tmp_path, caplog):
+    (tmp_path / "a/b").mkdir(parents=True)
+    teacher = load_file(swaps / "teacher/transformer/diffusion_pytorch_model.safetensors")
+    torch.save(teacher, tmp_path / "a/b/teacher.pth")
+    flags = ["--num_prompts", 1, "--height", 64, "--width", 64, "--num_inference_steps", 2]
+    with caplog.at_level("INFO", logger="infer"):
+        run(swaps, tmp_path / "own", *flags, model="teacher")
+        assert not caplog.records
+        run(swaps, tmp_path / "swapped", *flags, "--checkpoint", tmp_path / "a/b/teacher.pth", model="base")
+    assert [record.message for record in caplog.records] == [
+        f"--checkpoint {tmp_path}/a/b/teacher.pth: no senseflow.json beside it and no --released; drawn as {swaps}/base is: "
+        "the scheduler's own levels"
+    ]
+    assert np.array_equal(pixels(tmp_path / "own/0000.png"), pixels(tmp_path / "swapped/0000.png"))
+    # Other weights, or the same ones called otherwise, do not go into the same folder.
+    other = ["--checkpoint", swaps / "files/bare.pth", "--sampler", "euler", "--guidance_scale", 3.5]
+    for change in (other, ["--checkpoint", tmp_path / "a/b/teacher.pth", "--released", "flux", "--sampler", "euler"]):
+        argv = ["--model", swaps / "base", "--prompts_file", swaps / "prompts.txt", "--output_dir", tmp_path / "swapped"]
+        assert "was drawn with weights" in refusal(*argv, *flags, *change)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_state_dict_is_cast_as_a_folder_is(swaps, dtype):
+    networks = []
+    for flags in (FOLDER, ["--checkpoint", "{root}/files/model.pth"]):
+        args = infer.parse_args(["--model", str(swaps / "base"), *(flag.format(root=swaps) for flag in flags)])
+        model = infer.find_model(args.model)
+        infer.swap_network(args, model)
+        networks.append(infer.load_component(model, "transformer", infer.DTYPES[dtype]))
+    folder, checkpoint = networks
+    assert folder.state_dict().keys() == checkpoint.state_dict().keys() and not checkpoint.training
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(folder.parameters(), checkpoint.parameters()))
+    assert {tensor.dtype for tensor in checkpoint.parameters()} == {infer.DTYPES[dtype]}
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        ("missing.pth", "2 missing \\(proj_out.bias, proj_out.weight\\); give the --model"),
+        ("unexpected.pth", "1 unexpected \\(alien.weight\\); give"),
+        ("shape.pth", r"1 of another shape \(\S+ \[2, 3\] not \[.*\]\); give"),
+        ("prefixed.pth", r"\d\d missing \(\w+\S+, \S+, \S+, \.\.\.\), \d\d unexpected \(student\.\w+\S+, \S+, \S+, \.\.\.\); give"),
+        ("list.pth", "holds no state dict"),
+        ("steps.pth", "holds no state dict"),
+        ("pickle.pth", "damaged, or holds more than tensors"),
+        ("cut.pth", "damaged|cannot load"),
+        ("cut.safetensors", "cannot load the weights"),
+        ("empty.pth", "cannot load the weights"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused(swaps, tmp_path, file, message):
+    path = swaps / "files" / file
+    line = refusal("--model", swaps / "base", "--checkpoint", path, "--output_dir", tmp_path, exit_code=1)
+    assert line.startswith(f"--checkpoint {path}: ") and re.search(message, line) and "\n" not in line, line
+
+
+def test_a_folder_that_lacks_weights_is_refused(swaps, tmp_path):
+    shutil.copytree(swaps / "checkpoint-7", tmp_path / "checkpoint-7")
+    path = tmp_path / "checkpoint-7/transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "proj_out.bias"}, path)
+    for flags, model in ((["--transformer", path.parent], swaps / "base"), ([], tmp_path / "checkpoint-7")):
+        line = refusal("--model", model, *flags, "--output_dir", tmp_path / "out", exit_code=1)
+        assert line.startswith(
+            f"{flags[0] if flags else '--model'} {flags[1] if flags else model}: 1 weights are missing (proj_out"
+        )
+
+
+@pytest.mark.parametrize(
+    "name, model, levels, text",
+    [
+        ("flux", "student", [1, 0.90453, 0.75951, 0.51284], 512),
+        ("sd35-medium", "sd3", [1000, 900, 750, 500], 77 + 77),
+        ("sd35-large", "sd3", [1000, 900, 750, 500], 77 + 77),
+        ("sdxl", "sdxl", [999, 749, 499, 249], 77),
+        ("sdxl-dmd2", "sdxl", [999, 749, 499, 249], 77),
+    ],
+)
+def test_released_sets_levels_sampler_guidance_and_text(swaps, tmp_path, monkeypatch, caplog, name, model, levels, text):
+    seen = watch(monkeypatch)
+    flags = ["--released", name, "--height", 64, "--width", 64, "--num_prompts", 4]
+    with caplog.at_level("INFO", logger="infer"):
+        run(swaps, tmp_path / "one", *flags, model=model)
+    assert ("overrides the senseflow.json" in caplog.text) == (model == "student") and "no network is swapped in" in caplog.text
+    np.testing.assert_allclose([t for t, _ in seen], levels * 3, rtol=2e-6)  # of 4 lines one is blank
+    for _, keywords in seen:
+        assert tuple(keywords["encoder_hidden_states"].shape[:2]) == (1, text), "batch 1: no classifier-free guidance"
+    assert records(tmp_path / "one")[0]["sampler"] == "stochastic" and records(tmp_path / "one")[0]["released"] == name
+
+    run(swaps, tmp_path / "three", *flags, "--batch_size", 3, model=model)
+    for idx in (0, 2, 3):
+        assert np.abs(pixels(tmp_path / f"one/{idx:04d}.png") - pixels(tmp_path / f"three/{idx:04d}.png")).max() <= 1
+
+    # One forward visits the first level; a picture comes of it.
+    seen.clear()
+    run(swaps, tmp_path / "step", *flags[:-1], 1, "--num_inference_steps", 1, model=model)
+    np.testing.assert_allclose([t for t, _ in seen], levels[:1])
+    assert pixels(tmp_path / "step/0000.png").std() > 1
+
+    args = infer.parse_args(["--model", str(swaps / model), "--released", name, "--guidance_scale", "2"])
+    found = infer.find_model(args.model)
+    infer.set_released(name, found)
+    settings = infer.choose_call(args, found)[1]
+    assert settings == {"num_inference_steps": 4, "guidance_scale": 2, "height": 1024, "width": 1024}
+
+
+def test_released_with_a_swapped_unet(swaps, tmp_path, monkeypatch):
+    """The published SDXL: only the network is another, at the base's text encoders, with LCM in the place of Euler."""
+    write_sdxl(tmp_path / "other", seed=1)
+    seen = watch(monkeypatch)
+    flags = ["--released", "sdxl", "--height", 64, "--width", 64, "--num_prompts", 1]
+    run(swaps, tmp_path / "out", *flags, "--unet", tmp_path / "other", "--unet_subfolder", "unet", model="sdxl")
+    stock = DiffusionPipeline.from_pretrained(swaps / "sdxl")
+    unet = DiffusionPipeline.from_pretrained(tmp_path / "other").unet
+    stock.register_modules(unet=unet, scheduler=LCMScheduler.from_config(stock.scheduler.config))
+    call = {"timesteps": [999, 749, 499, 249], "guidance_scale": 0, "height": 64, "width": 64}  # as DMD2 publishes it
+    picture = stock(PROMPTS[0], generator=torch.Generator().manual_seed(42), **call).images[0]
+    assert len(seen) == 4 and np.array_equal(pixels(tmp_path / "out/0000.png"), np.asarray(picture))
+
+
 BAD = [
+    (["--transformer", "{root}/none"], "--transformer .*/none: no such folder; give one with a config.json"),
+    (["--transformer", "{root}/files/bare.pth"], "--transformer .*bare.pth: is a file; .*--checkpoint"),
+    (["--transformer", "{root}/student"], "no .*student/config.json; name the folder.*--transformer_subfolder"),
+    (["--transformer", "nobody/nothing"], "--transformer nobody/nothing: no nobody/nothing/config.json"),
+    (["--transformer", "{root}/student/vae"], "_class_name is AutoencoderKL, but FluxTransformer2DModel in"),
+    (["--unet", "{root}/student/transformer"], "--unet .*: FluxPipeline has no unet; give --transformer"),
+    (["--model", "{root}/sdxl", "--transformer", "{root}/student/transformer"], "has no transformer; give --unet"),
+    (["--transformer", "{root}/student/transformer", "--checkpoint", "x"], "--checkpoint: not allowed with .*--transformer"),
+    (["--transformer_subfolder", "a"], "--transformer_subfolder a: of what"),
+    (["--transformer_config", "a.json"], "--transformer_config a.json: only --checkpoint"),
+    (["--checkpoint", "{root}/none.pth"], "--checkpoint .*none.pth: no such file"),
+    (["--checkpoint", "{root}/student"], "--checkpoint .*student: no such file"),
+    (["--checkpoint", "{root}/files/bare.pth", "--transformer_config", "{root}/none.json"], "no .*/none.json; .*_config"),
+    (["--checkpoint", "{root}/files/bare.pth", "--transformer_config", "{root}/cut/senseflow.json"], "_config .* is damaged"),
+    (["--checkpoint", "{root}/files/bare.pth", "--transformer_config", "{root}/wide.json"], "joint_attention_dim is 64, but 32"),
+    (["--transformer", "{root}/call/transformer"], "--transformer .*call/transformer: pipeline_call in senseflow.json"),
+    (["--released", "sd35-large"], "--released sd35-large: is for a StableDiffusion3Pipeline; .* is a FluxPipeline"),
+    (["--model", "{root}/sd3", "--released", "flux"], "--released flux: is for a FluxPipeline"),
+    (["--released", "sd35"], "--released: invalid choice: 'sd35'"),
+    (["--model", "{root}/sdxl", "--released", "sdxl", "--num_inference_steps", "5"], "--num_inference_steps 5: .* 4 or fewer"),
+    (["--model", "{root}/sdxl", "--released", "sdxl", "--sampler", "euler"], "--sampler euler: LCMScheduler"),
     (["--batch_size", "0"], "--batch_size: 0"),
     (["--num_inference_steps", "0"], "--num_inference_steps: 0"),
     (["--num_inference_steps", "four"], "--num_inference_steps: four"),
@@ -297,8 +532,9 @@ BAD = [
 
 
 @pytest.fixture(scope="module")
-def bad_models(models):
+def bad_models(swaps):
     """Beside the good models: what can be wrong with one, without any weight."""
+    models = swaps
     for name in ("cut", "list", "call", "sampler", "parts", "class", "lost"):
         (models / name).mkdir()
         if name != "lost":
@@ -309,6 +545,9 @@ def bad_models(models):
     write_senseflow(models / "call", pipeline_call={"steps": 4})
     (models / "class/model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     write_senseflow(models / "lost", teacher="./moved")
+    shutil.copytree(models / "student/transformer", models / "call/transformer")
+    config = json.loads((models / "student/transformer/config.json").read_text())
+    (models / "wide.json").write_text(json.dumps(config | {"joint_attention_dim": 64}))
     (models / "blank.txt").write_text("\n  \n")
     return models
 

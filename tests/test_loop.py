@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from senseflow_data import load_rows, make_dataloader
-from senseflow_runtime import Role, Runtime
+from senseflow_runtime import LR_SCHEDULERS, Role, Runtime
 from senseflow_utils import Draws, FlowSchedule
 from train_senseflow_flux import Parts, load_parts, make_schedule, needs_pictures, parse_args, simulated_steps, train_iteration
 
@@ -219,6 +219,22 @@ def test_the_student_starts_as_the_teacher_at_the_folded_guidance(build):
     dropped = build("--gan_weight", "0", "--student_guidance_scale", "0").parts.student.module.state_dict()
     name = "time_text_embed.timestep_embedder.linear_2.bias"
     assert torch.equal(dropped[name], run.parts.teacher.module.state_dict()[name])
+
+
+@pytest.mark.parametrize("kind", LR_SCHEDULERS)
+def test_every_learning_rate_schedule_warms_up_in_iterations_and_steps(kind, build):
+    args = build("--gan_weight", "0", "--lr_scheduler", kind, "--lr_warmup_steps", "4", "--max_train_steps", "12").args
+    role = Runtime(args).trained_role("student", torch.nn.Linear(2, 2), 1e-3, every=2)
+    rates = []
+    for _ in range(6):  # steps of a role that learns in every second of 12 iterations
+        with role.turn():
+            role.backward(role(torch.ones(1, 2)).sum())
+        rates.append(role.learning_rate)
+        role.step()
+    assert all(0 <= rate <= 1e-3 for rate in rates)
+    warms_up = kind != "constant"
+    assert rates[0] == pytest.approx(5e-4 if warms_up else 1e-3) and rates[2] == pytest.approx(1e-3)
+    assert (rates[5] < 5e-4) == (kind not in ("constant", "constant_with_warmup")), rates
 
 
 class Adapted(torch.nn.Module):

@@ -135,7 +135,10 @@ def test_prompts_alone_train_other_anchors_and_a_warm_start(flags, teacher, tmp_
 
 def test_bf16_and_checkpointing_run(flags, tmp_path):
     """Precision comes from accelerate's configuration, as in diffusers' examples."""
-    launch(SCRIPT, [*flags, "--output_dir", str(tmp_path), "--gradient_checkpointing", "--report_to", "none"], precision="bf16")
+    add = ["--gradient_checkpointing", "--report_to", "none", "--allow_tf32", "--export_dtype", "bf16"]
+    launch(SCRIPT, [*flags, "--output_dir", str(tmp_path), *add], precision="bf16")
+    exported = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
     stored = states(tmp_path / "checkpoint-4")
     assert all(tensor.dtype == torch.float32 for name, tensor in stored.items() if name.startswith("transformer/"))
     assert json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())["args"]["mixed_precision"] == "bf16"

@@ -65,8 +65,12 @@ def test_prompts_alone_euler_without_t5_a_warm_start_and_bf16(flags, tmp_path):
     a, b = (load_file(path / "transformer" / "diffusion_pytorch_model.safetensors") for path in (first, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
-    launch("train_senseflow_sd3.py", [*flags, "--output_dir", str(tmp_path / "bf16"), "--gradient_checkpointing"], precision="bf16")
+    low = [*flags, "--output_dir", str(tmp_path / "bf16"), "--gradient_checkpointing", "--export_dtype", "fp16"]
+    launch("train_senseflow_sd3.py", low, precision="bf16")
     assert all(torch.isfinite(tensor.float()).all() for tensor in states(tmp_path / "bf16" / "checkpoint-2").values())
+    for component in ("transformer", "text_encoder", "vae"):
+        (file,) = (tmp_path / "bf16" / component).glob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()} == {torch.float16}
 
 
 def test_the_preset_follows_the_size_and_flags_override_it(sd3, data, tmp_path):
