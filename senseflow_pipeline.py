@@ -110,7 +110,13 @@ def check_margin(args, schedule: Schedule) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 def subfolder_of(path: str, name: str) -> Optional[str]:
     """Where a network lies in a folder or Hub repository: by itself (None), or under its name in a pipeline."""
-    return None if (Path(path) / "config.json").is_file() else name
+    if os.path.isdir(path):
+        return None if (Path(path) / "config.json").is_file() else name
+    try:
+        hf_hub_download(path, "config.json")
+        return None
+    except (OSError, ValueError):  # no such file there, or nothing that can be reached: loading will say which
+        return name
 
 
 def load_network(kind, flag: str, path: str, subfolder: str, **source) -> torch.nn.Module:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 import senseflow_checkpoints
@@ -269,3 +270,18 @@ def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "dmd_loss", broken)
     with pytest.raises(UserError, match="dmd_gradient not finite 3 times in a row"):
         script.main([*flags, "--output_dir", str(tmp_path), "--ttur_ratio", "1", "--max_train_steps", "8", "--gan_weight", "0"])
+
+
+def test_a_network_is_found_by_itself_or_in_a_pipeline(tmp_path, monkeypatch):
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "config.json").write_text("{}")
+    there = {"someone/vae": "config.json", "someone/pipeline": "vae/config.json"}
+
+    def download(repository, file):
+        if there[repository] != file:
+            raise LocalEntryNotFoundError(f"{repository} has no {file}")
+        return file
+
+    monkeypatch.setattr(senseflow_pipeline, "hf_hub_download", download)
+    places = {str(tmp_path): "vae", str(tmp_path / "alone"): None, "someone/vae": None, "someone/pipeline": "vae"}
+    assert {path: senseflow_pipeline.subfolder_of(path, "vae") for path in places} == places
