@@ -104,10 +104,10 @@ def swaps(models):
     (models / "files/cut.safetensors").write_bytes((models / "files/bare.safetensors").read_bytes()[:3000])
     (models / "files/empty.pth").write_bytes(b"")
 
-    repository = models / "hub/models--someone--networks"
-    shutil.copytree(models / "checkpoint-7", repository / "snapshots/0123abcd/distilled")
+    repository, commit = models / "hub/models--someone--networks", "0123abcd" * 5
+    shutil.copytree(models / "checkpoint-7", repository / "snapshots" / commit / "distilled")
     (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0123abcd")
+    (repository / "refs/main").write_text(commit)
     return models
 
 
@@ -352,9 +352,11 @@ def test_a_swapped_network_draws_as_the_pipeline_saved_with_it(swaps, drawn, tmp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(swaps / "hub"))
     flags = [flag.format(root=swaps) for flag in flags]
     run(swaps, tmp_path, *flags, "--num_prompts", 1, model="base")
-    assert np.array_equal(pixels(tmp_path / "0000.png"), pixels(drawn / "0000.png"))
+    # Where a file's tensors lie in memory decides the last bits of a matrix product.
+    assert np.abs(pixels(tmp_path / "0000.png") - pixels(drawn / "0000.png")).max() <= ("--checkpoint" in flags)
     record = records(tmp_path)[0]
-    assert (record["num_inference_steps"], record["sampler"]) == (4, "stochastic") and record["network"].startswith("--")
+    assert (record["num_inference_steps"], record["sampler"]) == (4, "stochastic")
+    assert record["network"].endswith(("/transformer", ".pth", ".safetensors"))
 
 
 def test_a_swapped_network_without_senseflow_json_draws_as_the_base_does(swaps, tmp_path, caplog):
@@ -372,24 +374,56 @@ def test_a_swapped_network_without_senseflow_json_draws_as_the_base_does(swaps, 
     ]
     assert np.array_equal(pixels(tmp_path / "own/0000.png"), pixels(tmp_path / "swapped/0000.png"))
     # Other weights, or the same ones called otherwise, do not go into the same folder.
-    other = ["--checkpoint", swaps / "files/bare.pth", "--sampler", "euler", "--guidance_scale", 3.5]
-    for change in (other, ["--checkpoint", tmp_path / "a/b/teacher.pth", "--released", "flux", "--sampler", "euler"]):
+    torch.save({name: tensor + 1e-3 for name, tensor in teacher.items()}, tmp_path / "a/b/other.pth")
+    for change in (["other.pth"], ["teacher.pth", "--released", "flux", "--sampler", "euler"]):
+        change = ["--checkpoint", tmp_path / "a/b" / change[0], *change[1:]]
         argv = ["--model", swaps / "base", "--prompts_file", swaps / "prompts.txt", "--output_dir", tmp_path / "swapped"]
         assert "was drawn with weights" in refusal(*argv, *flags, *change)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_state_dict_is_cast_as_a_folder_is(swaps, dtype):
-    networks = []
-    for flags in (FOLDER, ["--checkpoint", "{root}/files/model.pth"]):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_state_dict_gives_the_weights_that_a_folder_gives(swaps, dtype):
+    def load(*flags):
         args = infer.parse_args(["--model", str(swaps / "base"), *(flag.format(root=swaps) for flag in flags)])
         model = infer.find_model(args.model)
         infer.swap_network(args, model)
-        networks.append(infer.load_component(model, "transformer", infer.DTYPES[dtype]))
-    folder, checkpoint = networks
-    assert folder.state_dict().keys() == checkpoint.state_dict().keys() and not checkpoint.training
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(folder.parameters(), checkpoint.parameters()))
-    assert {tensor.dtype for tensor in checkpoint.parameters()} == {infer.DTYPES[dtype]}
+        return infer.load_component(model, "transformer", infer.DTYPES[dtype])
+
+    folder = load(*FOLDER).state_dict()
+    assert {tensor.dtype for tensor in folder.values()} == {infer.DTYPES[dtype]}
+    for flags in STUDENT[3:]:
+        network = load(*flags)
+        state = network.state_dict()
+        assert state.keys() == folder.keys() and not network.training
+        assert all(torch.equal(state[name], folder[name]) and state[name].dtype == folder[name].dtype for name in folder)
+
+
+def test_a_network_of_the_hub_is_known_by_its_commit(swaps, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(swaps / "hub"))
+    repository = swaps / "hub/models--someone--networks"
+
+    def fingerprint(flags):
+        args = infer.parse_args(["--model", str(swaps / "base"), *flags])
+        model = infer.find_model(args.model)
+        infer.swap_network(args, model)
+        return infer.fingerprint(model)
+
+    before, commit = fingerprint(STUDENT[2]), (repository / "refs/main").read_text()
+    shutil.copytree(repository / "snapshots" / commit, repository / "snapshots" / commit[::-1])
+    (repository / "refs/main").write_text(commit[::-1])
+    assert fingerprint(STUDENT[2]) != before
+    (repository / "refs/main").write_text(commit)
+    assert fingerprint(STUDENT[2]) == before
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_a_state_dict_of_another_family(swaps, tmp_path, name):
+    model = infer.find_model(str(swaps / name))
+    weights = load_file(swaps / name / model.network / "diffusion_pytorch_model.safetensors")
+    torch.save({"model": {f"module.{key}": tensor for key, tensor in weights.items()}}, tmp_path / "network.pth")
+    infer.swap_network(infer.parse_args(["--model", model.name, "--checkpoint", str(tmp_path / "network.pth")]), model)
+    state = infer.load_component(model, model.network, torch.float32).state_dict()
+    assert state.keys() == weights.keys() and all(torch.equal(state[key], weights[key]) for key in weights)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +474,7 @@ def test_released_sets_levels_sampler_guidance_and_text(swaps, tmp_path, monkeyp
     with caplog.at_level("INFO", logger="infer"):
         run(swaps, tmp_path / "one", *flags, model=model)
     assert ("overrides the senseflow.json" in caplog.text) == (model == "student") and "no network is swapped in" in caplog.text
-    np.testing.assert_allclose([t for t, _ in seen], levels * 3, rtol=2e-6)  # of 4 lines one is blank
+    np.testing.assert_allclose([t for t, _ in seen], levels * 3, rtol=1e-5)  # of 4 lines one is blank
     for _, keywords in seen:
         assert tuple(keywords["encoder_hidden_states"].shape[:2]) == (1, text), "batch 1: no classifier-free guidance"
     assert records(tmp_path / "one")[0]["sampler"] == "stochastic" and records(tmp_path / "one")[0]["released"] == name
@@ -452,7 +486,7 @@ def test_released_sets_levels_sampler_guidance_and_text(swaps, tmp_path, monkeyp
     # One forward visits the first level; a picture comes of it.
     seen.clear()
     run(swaps, tmp_path / "step", *flags[:-1], 1, "--num_inference_steps", 1, model=model)
-    np.testing.assert_allclose([t for t, _ in seen], levels[:1])
+    np.testing.assert_allclose([t for t, _ in seen], levels[:1], rtol=1e-5)
     assert pixels(tmp_path / "step/0000.png").std() > 1
 
     args = infer.parse_args(["--model", str(swaps / model), "--released", name, "--guidance_scale", "2"])
@@ -478,7 +512,7 @@ def test_released_with_a_swapped_unet(swaps, tmp_path, monkeypatch):
 
 BAD = [
     (["--transformer", "{root}/none"], "--transformer .*/none: no such folder; give one with a config.json"),
-    (["--transformer", "{root}/files/bare.pth"], "--transformer .*bare.pth: is a file; .*--checkpoint"),
+    (["--transformer", "{root}/files/bare.pth"], "--transformer .*bare.pth: no such folder; give one with a config.json"),
     (["--transformer", "{root}/student"], "no .*student/config.json; name the folder.*--transformer_subfolder"),
     (["--transformer", "nobody/nothing"], "--transformer nobody/nothing: no nobody/nothing/config.json"),
     (["--transformer", "{root}/student/vae"], "_class_name is AutoencoderKL, but FluxTransformer2DModel in"),
@@ -497,6 +531,7 @@ BAD = [
     (["--model", "{root}/sd3", "--released", "flux"], "--released flux: is for a FluxPipeline"),
     (["--released", "sd35"], "--released: invalid choice: 'sd35'"),
     (["--model", "{root}/sdxl", "--released", "sdxl", "--num_inference_steps", "5"], "--num_inference_steps 5: .* 4 or fewer"),
+    (["--model", "{root}/lcm"], "--num_inference_steps 50: this LCMScheduler has 4"),
     (["--model", "{root}/sdxl", "--released", "sdxl", "--sampler", "euler"], "--sampler euler: LCMScheduler"),
     (["--batch_size", "0"], "--batch_size: 0"),
     (["--num_inference_steps", "0"], "--num_inference_steps: 0"),
@@ -548,6 +583,8 @@ def bad_models(swaps):
     shutil.copytree(models / "student/transformer", models / "call/transformer")
     config = json.loads((models / "student/transformer/config.json").read_text())
     (models / "wide.json").write_text(json.dumps(config | {"joint_attention_dim": 64}))
+    shutil.copytree(models / "sdxl", models / "lcm", ignore=shutil.ignore_patterns("*.safetensors"))
+    LCMScheduler(original_inference_steps=4).save_pretrained(models / "lcm/scheduler")
     (models / "blank.txt").write_text("\n  \n")
     return models
 
