@@ -12,7 +12,6 @@ processes may draw windows of one prompts file into one folder. A rerun draws wh
 """
 
 import argparse
-import functools
 import hashlib
 import inspect
 import json
