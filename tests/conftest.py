@@ -44,3 +44,18 @@ def data(tmp_path_factory):
     rows = {"keys": [str(i) for i in range(12)], "image_paths": names, "prompts": prompts}
     (path / "data.json").write_text(json.dumps(rows))
     return path / "data.json"
+
+
+@pytest.fixture(scope="session")
+def lmdb_of_latents(tmp_path_factory):
+    """A folder with DMD2's LMDB: six latents of the tiny VAE's shape at 64 px."""
+    import lmdb
+
+    path = tmp_path_factory.mktemp("lmdb")
+    rng = np.random.default_rng(0)
+    with lmdb.open(str(path), map_size=2**20) as store, store.begin(write=True) as transaction:
+        transaction.put(b"latents_shape", b"6 4 8 8")
+        for i in range(6):
+            transaction.put(f"latents_{i}_data".encode(), rng.standard_normal((4, 8, 8)).astype(np.float16).tobytes())
+            transaction.put(f"prompts_{i}_data".encode(), f"a red square number {i}".encode())
+    return path

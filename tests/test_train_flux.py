@@ -194,6 +194,13 @@ def test_bad_input_is_one_line_and_exit_code_2(case, flags, tmp_path, monkeypatc
     refused(script, [*without(flags, *drop), "--output_dir", str(tmp_path / "out"), *add], 2, needle, capsys)
 
 
+def test_latents_of_another_teacher_are_refused(flags, lmdb_of_latents, tmp_path, monkeypatch, capsys):
+    """DMD2's LMDB holds latents of one VAE at one size: here 4 x 8 x 8, and this teacher has 4 x 16 x 16 at 128 px."""
+    monkeypatch.setattr(script.FluxTransformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check"))
+    flags = [*without(flags, "--dataset_json", "--random_flip", "--resolution"), "--dataset_lmdb", str(lmdb_of_latents)]
+    refused(script, [*flags, "--resolution", "128", "--output_dir", str(tmp_path / "out")], 2, "--dataset_lmdb", capsys)
+
+
 def test_a_fresh_process_says_one_line(flags, tmp_path):
     """Nothing that a library has to say at import or while loading stands beside it."""
     command = [sys.executable, str(ROOT / "train_senseflow_flux.py"), *flags, "--output_dir", str(tmp_path), "--ida_decay", "2"]

@@ -35,21 +35,6 @@ def sdxl(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def lmdb_of_latents(tmp_path_factory):
-    """A folder with DMD2's LMDB: six latents of the tiny VAE's shape at 64 px."""
-    import lmdb
-
-    path = tmp_path_factory.mktemp("lmdb")
-    rng = np.random.default_rng(0)
-    with lmdb.open(str(path), map_size=2**20) as store, store.begin(write=True) as transaction:
-        transaction.put(b"latents_shape", b"6 4 8 8")
-        for i in range(6):
-            transaction.put(f"latents_{i}_data".encode(), rng.standard_normal((4, 8, 8)).astype(np.float16).tobytes())
-            transaction.put(f"prompts_{i}_data".encode(), f"a red square number {i}".encode())
-    return path
-
-
 @pytest.fixture
 def flags(sdxl, data):
     """DMD2 with accumulation 2, the student in every second iteration."""
