@@ -49,7 +49,7 @@ GRID_SIDE = 4096  # pixels; larger grids are scaled down: 1,000 pictures of 1024
 NETWORKS = ("transformer", "unet")
 WRAPPERS = {"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}  # DDP, FSDP, compile, checkpointing
 # What a network's configuration must have in common with the one whose place it takes: its class, its latents and its text.
-FITTING = ("_class_name", "in_channels", "joint_attention_dim", "cross_attention_dim", "pooled_projection_dim")
+FITTING = ("_class_name", "in_channels", "joint_attention_dim", "cross_attention_dim", "pooled_projection_dim", "caption_channels")
 
 # How the published weights are drawn with: (pipeline, changes to its scheduler, what its call has besides 4 steps at 1024 px).
 # With these changes a stock 4-step call visits the trained levels at any size, and fewer steps visit some of them.

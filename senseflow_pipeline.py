@@ -14,7 +14,7 @@ from typing import Optional, Sequence
 import torch
 import yaml
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -137,7 +137,7 @@ def load_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str] 
 
 def vae_scale_of(config: dict) -> int:
     """Pixels per latent along a side."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 
 
 def latent_shape_of(config: dict, resolution: int) -> tuple[int, int, int]:
@@ -145,16 +145,16 @@ def latent_shape_of(config: dict, resolution: int) -> tuple[int, int, int]:
     return (config["latent_channels"], *[resolution // vae_scale_of(config)] * 2)
 
 
-def load_vae(flag: str, path: str, args, device, encodes: bool, decodes: bool, **source) -> Optional[AutoencoderKL]:
+def load_vae(kind, flag: str, path: str, args, device, encodes: bool, decodes: bool, **source) -> Optional[ModelMixin]:
     """The frozen VAE on its device, without the half that nothing will run; None where neither is."""
     if not (encodes or decodes):
         return None
-    vae = load_network(AutoencoderKL, flag, path, "vae", **source)
+    vae = load_network(kind, flag, path, "vae", **source)
     if not encodes:
         vae.encoder = None
     if not decodes:
         vae.decoder = None
-    elif args.gradient_checkpointing:
+    elif args.gradient_checkpointing and vae._supports_gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     return vae.requires_grad_(False).eval().to(device)
 
@@ -172,27 +172,36 @@ def load_discriminator(args, runtime: Runtime) -> tuple[Role, VisionFeatures, Te
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and latents
 # ---------------------------------------------------------------------------------------------------------------------
-def encode(vae: AutoencoderKL, pictures: torch.Tensor, draws: Draws, slots: Sequence[int]) -> torch.Tensor:
-    """x0 of pictures (B, 3, H, W) in [-1, 1]: a sample of the VAE's posterior, float32."""
-    posterior = vae.encode(pictures.to(vae.dtype)).latent_dist
-    sample = posterior.mean + posterior.std * draws.normal("posterior", slots, posterior.mean.shape[1:])
-    return (sample.float() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+def shift_of(vae: ModelMixin) -> float:
+    """What a VAE's latents are off zero by; not every kind has the entry."""
+    return vae.config.get("shift_factor") or 0
 
 
-def decode(vae: AutoencoderKL, x0: torch.Tensor) -> torch.Tensor:
+def encode(vae: ModelMixin, pictures: torch.Tensor, draws: Draws, slots: Sequence[int]) -> torch.Tensor:
+    """x0 of pictures (B, 3, H, W) in [-1, 1]: a sample of the VAE's posterior, or its one latent where it has none; float32."""
+    encoded = vae.encode(pictures.to(vae.dtype))
+    if "latent_dist" in encoded:
+        posterior = encoded.latent_dist
+        sample = posterior.mean + posterior.std * draws.normal("posterior", slots, posterior.mean.shape[1:])
+    else:
+        sample = encoded.latent
+    return (sample.float() - shift_of(vae)) * vae.config.scaling_factor
+
+
+def decode(vae: ModelMixin, x0: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, H, W), about [-1, 1], float32; gradient flows."""
-    latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    latents = x0 / vae.config.scaling_factor + shift_of(vae)
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
 
 
-def real_latents(vae: Optional[AutoencoderKL], batch: dict, rows: torch.Tensor, draws: Draws) -> torch.Tensor:
+def real_latents(vae: Optional[ModelMixin], batch: dict, rows: torch.Tensor, draws: Draws) -> torch.Tensor:
     """x0 of the given rows of a batch, float32: its latents where the data set holds latents, else its pictures encoded."""
     if "latents" in batch:
         return batch["latents"][rows]
     return encode(vae, batch["pixel_values"][rows], draws, [batch["slots"][row] for row in rows.tolist()])
 
 
-def real_pictures(vae: AutoencoderKL, batch: dict) -> torch.Tensor:
+def real_pictures(vae: ModelMixin, batch: dict) -> torch.Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] of a batch; decoded where the data set holds latents."""
     return decode(vae, batch["latents"]) if "latents" in batch else batch["pixel_values"]
 
@@ -219,7 +228,7 @@ def draw_grid(runtime: Runtime, pipeline, args, call: dict) -> Image.Image:
     return picture_grid([pictures[i : i + per_row] for i in range(0, len(pictures), per_row)])
 
 
-def draw_panel(vae: AutoencoderKL, seen: dict[str, torch.Tensor], pictures: int = 4) -> Image.Image:
+def draw_panel(vae: ModelMixin, seen: dict[str, torch.Tensor], pictures: int = 4) -> Image.Image:
     """What the last student's turn looked at, decoded: a row for each of student, teacher and fake x0, ISG direct and target."""
     rows = []
     for latents in seen.values():
@@ -327,8 +336,9 @@ def write_model_card(folder: Path, pipeline_class, record: dict, args, teacher_l
 Distilled from `{teacher}` with SenseFlow (arXiv 2506.00523), {record["iteration"]} iterations.
 
 ```python
+import torch
 from diffusers import {pipeline}
-pipeline = {pipeline}.from_pretrained("path/of/this/folder"{absent})
+pipeline = {pipeline}.from_pretrained("path/of/this/folder", dtype={DTYPES[args.export_dtype]}{absent})
 image = pipeline("a prompt", {call}).images[0]
 ```
 

@@ -185,7 +185,7 @@ def check_common_args(args) -> None:
         refuse("mixed_precision", "give no or bf16")
     if args.use_8bit_adam:
         require_package("bitsandbytes", "--use_8bit_adam")
-    if args.enable_xformers_memory_efficient_attention:
+    if getattr(args, "enable_xformers_memory_efficient_attention", False):
         require_package("xformers", "--enable_xformers_memory_efficient_attention")
         if not torch.cuda.is_available():
             raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: drop the flag", exit_code=2)

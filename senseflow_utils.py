@@ -356,15 +356,16 @@ def ida_update(fake_parameters: Sequence[torch.Tensor], student_parameters: Sequ
 # ---------------------------------------------------------------------------------------------------------------------
 # From anchors to a saved scheduler
 # ---------------------------------------------------------------------------------------------------------------------
-def fit_flow_scheduler(sigmas: Sequence[float], visit, sampler: str, tolerance: float = 1e-3):
+def fit_flow_scheduler(sigmas: Sequence[float], visit, sampler: str, dynamic: bool = True, tolerance: float = 1e-3):
     """A FlowMatchEulerDiscreteScheduler with which a STOCK pipeline call visits the given levels.
 
-    Tried in this order: a static shift (one degree of freedom), a constant dynamic shift with `shift_terminal` (two).
+    Tried in this order: a static shift (one degree of freedom), a shift with `shift_terminal` (two).
 
     Args:
         sigmas: (n,) wanted levels in (0, 1], decreasing.
         visit: `visit(scheduler) -> list` of the n levels that the stock call of this pipeline visits with that scheduler.
         sampler: "stochastic" or "euler": what the scheduler's `step` does.
+        dynamic: whether this pipeline's stock call can serve dynamic shifting, which is then how the second kind is written.
     Returns:
         (scheduler, levels): the levels that it will visit, the one source of truth for training. If none fits within the
         tolerance, an unshifted scheduler and `sigmas` as given: the pipeline must then be called with `sigmas=`.
@@ -374,10 +375,10 @@ def fit_flow_scheduler(sigmas: Sequence[float], visit, sampler: str, tolerance: 
     def scheduler_with(**config):
         return FlowMatchEulerDiscreteScheduler(stochastic_sampling=sampler == "stochastic", **config)
 
-    def dynamic(log_shift: float):
-        return scheduler_with(
-            use_dynamic_shifting=True, base_shift=log_shift, max_shift=log_shift, shift_terminal=wanted[-1].item()
-        )
+    def stretched(log_shift: float):
+        static = {"shift": math.exp(log_shift)}
+        shift = {"use_dynamic_shifting": True, "base_shift": log_shift, "max_shift": log_shift} if dynamic else static
+        return scheduler_with(shift_terminal=wanted[-1].item(), **shift)
 
     def error(scheduler) -> float:
         return (torch.as_tensor(visit(scheduler), dtype=torch.float64) - wanted).abs().max().item()
@@ -392,11 +393,11 @@ def fit_flow_scheduler(sigmas: Sequence[float], visit, sampler: str, tolerance: 
         ratio = (5**0.5 - 1) / 2
         for _ in range(60):
             left, right = high - ratio * (high - low), low + ratio * (high - low)
-            if error(dynamic(left)) < error(dynamic(right)):
+            if error(stretched(left)) < error(stretched(right)):
                 high = right
             else:
                 low = left
-        candidates.append(dynamic((low + high) / 2))
+        candidates.append(stretched((low + high) / 2))
     for scheduler in candidates:
         if error(scheduler) <= tolerance:
             return scheduler, [float(level) for level in visit(scheduler)]

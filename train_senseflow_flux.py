@@ -447,7 +447,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, F
         start = pipeline_tools.load_network(FluxTransformer2DModel, start_flag, start_path, "transformer")
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
-    vae = pipeline_tools.load_vae(flag, path, args, device, encodes, decodes, **source)
+    vae = pipeline_tools.load_vae(AutoencoderKL, flag, path, args, device, encodes, decodes, **source)
     pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         encoder.requires_grad_(False).eval().to(device)

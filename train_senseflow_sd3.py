@@ -26,7 +26,6 @@ from accelerate.logging import get_logger
 transformers.utils.logging.set_verbosity_error()  # importing a pipeline would print notes about packages that are not needed
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
 from tqdm.auto import tqdm
 
 import senseflow_checkpoints as checkpoint_tools
@@ -55,7 +54,8 @@ from senseflow_utils import (
 
 logger = get_logger(__name__)
 
-PIPELINE = StableDiffusion3Pipeline  # what the teacher is, and what the student is saved as
+# What the teacher is and what the student is saved as, and of what it is made.
+PIPELINE, TRANSFORMER, VAE = StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL
 
 # The recipe differs between the two sizes; `--preset auto` takes "large" above 30 transformer blocks. Flags override.
 PRESETS = {
@@ -275,29 +275,23 @@ def sd3_predict(schedule: Schedule, empty: Optional[tuple], role: Role, x_t, t, 
     return schedule.split(x_t, output, t)
 
 
-def stock_sigmas(scheduler, steps: int, tokens: int) -> list[float]:
-    """The noise levels that a stock StableDiffusion3Pipeline call visits, without the final 0; `tokens` as the network has them."""
-    config, shift = scheduler.config, {}
-    if config.use_dynamic_shifting:
-        lengths, shifts = (config.base_image_seq_len, config.max_image_seq_len), (config.base_shift, config.max_shift)
-        shift = {"mu": calculate_shift(tokens, *lengths, *shifts)}
-    retrieve_timesteps(scheduler, steps, "cpu", **shift)
+def stock_sigmas(scheduler, steps: int) -> list[float]:
+    """The noise levels that a stock call visits with a scheduler of ours, without the final 0: its shift is that of any size."""
+    shift = {"mu": scheduler.config.base_shift} if scheduler.config.use_dynamic_shifting else {}
+    scheduler.set_timesteps(steps, **shift)
     return scheduler.sigmas[:-1].tolist()
 
 
 def make_schedule(args, device) -> tuple[IndexedFlowSchedule, FlowMatchEulerDiscreteScheduler, dict]:
     """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
-    path, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+    path = args.pretrained_model_name_or_path
     table = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler", revision=args.revision).timesteps.flip(0)
-    vae = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
-    transformer = pipeline_tools.config_of(SD3Transformer2DModel, flag, path, "transformer", args.revision)
-    tokens = (args.resolution // (transformer["patch_size"] * pipeline_tools.vae_scale_of(vae))) ** 2
     wanted = [t / 1000 for t in args.anchors or table[list(ANCHOR_INDICES)].tolist()]
-    scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted), tokens), args.sampler)
+    scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted)), args.sampler)
     schedule = IndexedFlowSchedule(table, [1000 * sigma for sigma in sigmas], dmd_range=(20, 980), device=device)
     pipeline_tools.check_margin(args, schedule)
     call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
-    visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), tokens)
+    visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
     if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
         call["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
     return schedule, scheduler, {**call, "max_sequence_length": args.max_sequence_length}
@@ -414,18 +408,18 @@ def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
     pipeline_tools.check_pipeline(PIPELINE, flag, path, args.revision)
-    transformer = pipeline_tools.config_of(SD3Transformer2DModel, flag, path, "transformer", args.revision)
+    transformer = pipeline_tools.config_of(TRANSFORMER, flag, path, "transformer", args.revision)
     apply_preset(args, transformer["num_layers"])
     runtime_tools.check_common_args(args)
     checked = check_data_args(args)
     if args.max_sequence_length > 512:
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2)
-    vae = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    vae = pipeline_tools.config_of(VAE, flag, path, "vae", args.revision)
     pipeline_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     if args.student_model_name_or_path:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        pipeline_tools.check_alike(start_flag, start, SD3Transformer2DModel, "transformer", transformer, names)
+        pipeline_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names)
     if args.gan_weight > 0:
         check_discriminator_args(args)
     pipeline_tools.check_resolution(args, transformer["patch_size"] * pipeline_tools.vae_scale_of(vae))
@@ -450,19 +444,19 @@ def apply_preset(args, blocks: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[Parts, StableDiffusion3Pipeline]:
+def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[Parts, PIPELINE]:
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
-    transformer = pipeline_tools.load_network(SD3Transformer2DModel, flag, path, "transformer", **source)
+    transformer = pipeline_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
     start_flag, start, where = flag, path, {"revision": args.revision, "variant": args.variant}
     if args.student_model_name_or_path:
         start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {}
-    student = pipeline_tools.load_network(SD3Transformer2DModel, start_flag, start, "transformer", dtype=torch.float32, **where)
+    student = pipeline_tools.load_network(TRANSFORMER, start_flag, start, "transformer", dtype=torch.float32, **where)
     fake_score = copy.deepcopy(student)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
-    vae = pipeline_tools.load_vae(flag, path, args, device, encodes, decodes, **source)
+    vae = pipeline_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, **source)
     pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
     for encoder in filter(None, (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)):
         encoder.requires_grad_(False).eval().to(device)
@@ -480,7 +474,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
-    config = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    config = pipeline_tools.config_of(VAE, flag, path, "vae", args.revision)
     parts = Parts(
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
         teacher=runtime.frozen_role("teacher", transformer),

@@ -556,7 +556,8 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, S
     encodes = (args.backward_simulation_prob < 1 or dmd2) and not args.dataset_lmdb
     decodes = (args.gan_weight > 0 and not dmd2) or bool(args.validation_prompts)
     vae_flag, vae_path, where = vae_source(args)
-    vae = pipeline_tools.load_vae(vae_flag, vae_path, args, device, encodes, decodes, dtype=runtime.weight_dtype, **where)
+    where["dtype"] = runtime.weight_dtype
+    vae = pipeline_tools.load_vae(AutoencoderKL, vae_flag, vae_path, args, device, encodes, decodes, **where)
     pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         encoder.requires_grad_(False).eval().to(device)

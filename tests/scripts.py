@@ -88,6 +88,14 @@ def the_cards_call_is_infers_picture(model: Path, levels: str, folder: Path) -> 
     assert np.array_equal(drawn, (np.load(folder / "stock.npy") * 255).round().astype("uint8")) and drawn.std() > 0
 
 
+def run_card(model: Path) -> None:
+    """The model card's code as it is printed, in the precision of the export: it runs, and draws something."""
+    code = (model / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(model))
+    names: dict = {}
+    exec(code, names)
+    assert np.asarray(names["image"]).std() > 0
+
+
 def picture_of(model: Path, folder: Path) -> np.ndarray:
     """What infer.py draws with a model's own settings."""
     infer.main(["--model", str(model), "--prompt", "a red square", "--seed", "3", "--output_dir", str(folder)])

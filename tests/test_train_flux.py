@@ -24,6 +24,7 @@ from scripts import (
     picture_of,
     refused,
     resume_is_the_same_run,
+    run_card,
     states,
     the_cards_call_is_infers_picture,
     without,
@@ -140,6 +141,7 @@ def test_bf16_and_checkpointing_run(flags, tmp_path):
     launch(SCRIPT, [*flags, "--output_dir", str(tmp_path), *add], precision="bf16")
     exported = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
+    run_card(tmp_path)
     stored = states(tmp_path / "checkpoint-4")
     assert all(tensor.dtype == torch.float32 for name, tensor in stored.items() if name.startswith("transformer/"))
     assert json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())["args"]["mixed_precision"] == "bf16"

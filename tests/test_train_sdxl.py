@@ -17,6 +17,7 @@ from scripts import (
     picture_of,
     refused,
     resume_is_the_same_run,
+    run_card,
     states,
     the_cards_call_is_infers_picture,
     without,
@@ -89,12 +90,14 @@ def test_prompts_alone_train_dmd2_and_a_warm_start(flags, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\na blue circle\n")
     flags = [*without(flags, "--dataset_json", "--max_train_steps"), "--prompts_file", str(prompts), "--gan_weight", "0"]
+    flags = [*without(flags, "--export_dtype"), "--export_dtype", "bf16"]
     first, second = tmp_path / "first", tmp_path / "second"
     script.main([*flags, "--output_dir", str(first), "--max_train_steps", "2"])
     start = ["--student_model_name_or_path", str(first), "--learning_rate", "0", "--learning_rate_fake", "1e-3"]
     script.main([*flags, *start, "--output_dir", str(second), "--max_train_steps", "2"])
     a, b = (load_file(path / "unet" / "diffusion_pytorch_model.safetensors") for path in (first, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    run_card(first)
 
 
 def test_dmd2_in_two_processes_trains_as_in_one(flags, tmp_path):

@@ -1,0 +1,345 @@
+#!/usr/bin/env python
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""train_senseflow_sdxl.py on a teacher that was really trained: a StableDiffusionXLPipeline in miniature on the demo's scenes.
+
+    OMP_NUM_THREADS=1 python benchmarks/sdxl.py                 # the table of RESULTS.md; some 25 minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/sdxl.py --stage grid    # the teacher, and how good it is at few steps
+
+The teacher is a UNet that predicts epsilon in the latents of the demo's VAE, trained with 10 % of the conditions at zero. A
+student is trained by train_senseflow_sdxl.py and its pictures are drawn by infer.py; demo/measure.py judges them all.
+
+Whatever stands in benchmarks/out/sdxl is not made again; delete there what should be.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from make_teacher import Stage, draw_pool, to_pixels
+from measure import load_judge, load_pictures, measure
+from run import flags
+from scenes import RESOLUTION, all_captions, sample_scenes
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo"
+OUT = ROOT / "benchmarks" / "out" / "sdxl"
+TEACHER = OUT / "teacher"
+
+# Of the teacher's training; what demo/make_teacher.py's `Stage` reads is among it.
+TRAINING = SimpleNamespace(
+    work_dir=OUT,
+    device="cpu",
+    seed=0,
+    pool_size=12_000,
+    steps=2_000,
+    batch_size=32,
+    learning_rate=2e-3,
+    decay_share=0.4,
+    ema_decay=0.998,
+    checkpointing_steps=200,
+    condition_dropout=0.1,
+)
+
+SCHEDULERS = {
+    "euler": EulerDiscreteScheduler.from_config,  # SDXL's own, whose few steps start at 751 (of 4) or 501 (of 2)
+    # These start at 999, as a student does. Euler with this spacing is the same as DDIM.
+    "ddim trailing": partial(DDIMScheduler.from_config, timestep_spacing="trailing", clip_sample=False),
+    "dpm++ trailing": partial(DPMSolverMultistepScheduler.from_config, timestep_spacing="trailing"),
+    "lcm": partial(LCMScheduler.from_config, original_inference_steps=100),  # the student's
+}
+
+# (steps, scheduler, guidance) of the reference and of the teacher at a student's steps: the best that `--stage grid` shows.
+MANY = (25, "euler", 2.0)
+FEW = (2, "ddim trailing", 1.5)
+PER_CAPTION = 6  # x 96 captions = 576 pictures a row
+PICTURE_SEED, OTHER_PICTURE_SEED = 0, 1_000_000  # picture i is drawn with seed + i: far enough apart to share none
+
+STUDENT = {
+    "max_train_steps": 300,
+    "train_batch_size": 32,
+    "resolution": RESOLUTION,
+    "anchors": [999, 499],
+    "learning_rate": 2e-4,
+    "learning_rate_fake": 5e-4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 10,
+    "adam_beta1": 0.0,
+    "adam_beta2": 0.99,
+    "ttur_ratio": 3,
+    "isg_weight": 1.0,
+    "gan_weight": 0,  # as in the demo: pictures this simple need no discriminator
+    "backward_simulation_prob": 1.0,
+    "dmd_guidance_scale": MANY[2],
+    "isg_guidance_scale": MANY[2],
+    "mixed_precision": "no",
+    "export_dtype": "fp32",
+}
+VARIANTS = {"isg": {}, "isg+ida": {"ida_decay": 0.97}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher
+# ---------------------------------------------------------------------------------------------------------------------
+def build_unet(latent_channels, text_width, pooled_width):
+    """An untrained UNet2DConditionModel, 2.3 M parameters: 8 x 8 latents, text from 4 x 4 on, SDXL's added embeddings."""
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 8,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=(48, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=(2, 3),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 1),
+        cross_attention_dim=text_width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + pooled_width,
+    )
+
+
+def build_pipeline():
+    """SDXL in miniature: the demo's VAE and tokenizer, two text encoders, a UNet, SDXL's own scheduler.
+
+    The text encoders are random and frozen, as the demo's is. They are drawn smaller than that: SDXL's UNet gets states that no
+    last norm has scaled, and at the demo's factor of 8 these are in the hundreds, and some captions are pooled alike.
+    """
+    torch.manual_seed(TRAINING.seed)
+    source = DEMO / "teacher"
+    vae = AutoencoderKL.from_pretrained(source / "vae")
+    tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
+    config = CLIPTextConfig.from_pretrained(source / "text_encoder", initializer_factor=2.0)
+    unet = build_unet(vae.config.latent_channels, 2 * config.hidden_size, config.projection_dim)
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(config).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
+        ),
+    )
+
+
+@torch.no_grad()
+def encode_pool(vae):
+    """(latents as the UNet sees them [N, 8, 8, 8], caption index [N]) of the pool of scenes; sets the VAE's scaling factor.
+
+    SDXL's pipelines know no shift, FLUX's do: it is taken out of the configuration, and the latents keep their small mean.
+    """
+    path = OUT / "latents.pt"
+    if not path.exists():
+        pictures, captions = draw_pool(TRAINING)
+        generator = torch.Generator().manual_seed(TRAINING.seed)
+        latents = [
+            vae.encode(to_pixels(batch, TRAINING.device)).latent_dist.sample(generator)
+            for batch in tqdm(pictures.split(250), desc="latents")
+        ]
+        torch.save({"latents": torch.cat(latents), "captions": captions}, path)
+    pool = torch.load(path, weights_only=True)
+    vae.register_to_config(scaling_factor=1 / pool["latents"].std().item(), shift_factor=None)
+    return pool["latents"] * vae.config.scaling_factor, pool["captions"]
+
+
+@torch.no_grad()
+def encode_captions(pipeline):
+    """(embeds [97, L, D], pooled [97, P]) of all captions; the last row is SDXL's unconditional input, zeros."""
+    embeds, _, pooled, _ = pipeline.encode_prompt(all_captions(), device="cpu", do_classifier_free_guidance=False)
+    return torch.cat([embeds, torch.zeros_like(embeds[:1])]), torch.cat([pooled, torch.zeros_like(pooled[:1])])
+
+
+def train_unet(pipeline, latents, captions):
+    """Epsilon prediction at uniform timesteps of SDXL's table. Every draw of a step comes from (seed, step)."""
+    embeds, pooled = encode_captions(pipeline)
+    time_ids = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION])  # what a stock call says of a whole picture
+    time_ids = time_ids.float().expand(TRAINING.batch_size, -1)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+
+    def loss_of(step):
+        generator = torch.Generator().manual_seed(TRAINING.seed * 10_000_000 + step)
+        rows = torch.randint(len(latents), (TRAINING.batch_size,), generator=generator)
+        t = torch.randint(scheduler.config.num_train_timesteps, (TRAINING.batch_size,), generator=generator)
+        dropped = torch.rand(TRAINING.batch_size, generator=generator) < TRAINING.condition_dropout
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        wanted = captions[rows].masked_fill(dropped, -1)
+        added = {"text_embeds": pooled[wanted], "time_ids": time_ids}
+        x_t = scheduler.add_noise(latents[rows], noise, t)
+        prediction = pipeline.unet(x_t, t, encoder_hidden_states=embeds[wanted], added_cond_kwargs=added).sample
+        return (prediction - noise).square().mean()
+
+    Stage("unet", pipeline.unet, TRAINING.steps, TRAINING.learning_rate, TRAINING).run(loss_of)
+
+
+def make_teacher():
+    """Stage `teacher`; resumed from its last checkpoint."""
+    if TEACHER.exists():
+        return
+    start = time.monotonic()
+    pipeline = build_pipeline()
+    latents, captions = encode_pool(pipeline.vae)
+    print(f"UNet: {sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6:.2f} M parameters", flush=True)
+    train_unet(pipeline, latents, captions)
+    pipeline.save_pretrained(TEACHER)
+    print(f"teacher: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def sample(pipeline, steps, scheduler, guidance, per_caption, seed, batch_size=96):
+    """Pictures of all captions, uint8 [N, 64, 64, 3], by stock calls; picture i is drawn with seed + i, as infer.py does."""
+    pipeline.scheduler = SCHEDULERS[scheduler](EulerDiscreteScheduler.load_config(TEACHER, subfolder="scheduler"))
+    pipeline.set_progress_bar_config(disable=True)
+    captions, pictures = all_captions() * per_caption, []
+    for start in range(0, len(captions), batch_size):
+        batch = captions[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": RESOLUTION, "width": RESOLUTION}
+        pictures += pipeline(batch, generator=generators, **settings).images
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def teacher_pictures(name, *settings):
+    """`sample(teacher, *settings)`, kept as a file."""
+    path = OUT / f"{name}.npy"
+    if not path.exists():
+        np.save(path, sample(StableDiffusionXLPipeline.from_pretrained(TEACHER), *settings))
+    return np.load(path)
+
+
+def load_the_judge():
+    """The demo's judge, trained within a minute where the demo has not left one."""
+    return load_judge(DEMO / "out" / "judge.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+# ---------------------------------------------------------------------------------------------------------------------
+def scan_teacher():
+    """Stage `grid`: prints the teacher at many steps beside clean scenes, then at few steps beside itself at many."""
+    judge, per_caption = load_the_judge(), 2
+    captions, pipeline = all_captions() * per_caption, StableDiffusionXLPipeline.from_pretrained(TEACHER)
+    pool = {}
+    for caption, picture in sample_scenes(len(captions), seed=99):
+        pool.setdefault(caption, []).append(np.asarray(picture))
+    clean = np.stack([pool[caption].pop() for caption in captions])
+
+    def line(reference, steps, scheduler, guidance, seed):
+        result = measure(judge, sample(pipeline, steps, scheduler, guidance, per_caption, seed), captions, reference)
+        numbers = f"fd {result['fd']:7.2f}  captions right {result['accuracy']:.3f}  diversity {result['diversity']:.2f}"
+        print(f"{steps:2d} steps  {scheduler:16}  guidance {guidance:.2f}  {numbers}", flush=True)
+
+    print(f"many steps, against clean scenes, {len(captions)} pictures")
+    for guidance in (1.0, 1.5, 2.0, 3.0):
+        line(clean, *MANY[:2], guidance, PICTURE_SEED)
+    print(f"against the teacher at {MANY[0]} steps and guidance {MANY[2]}; first with other seeds")
+    reference = sample(pipeline, *MANY, per_caption, PICTURE_SEED)
+    line(reference, *MANY, OTHER_PICTURE_SEED)
+    for steps, scheduler in itertools.product((2, 4), SCHEDULERS):
+        for guidance in (1.0, 1.5, 2.0, 3.0):
+            line(reference, steps, scheduler, guidance, PICTURE_SEED)
+
+
+def call(name, command):
+    """Run a command from the repository's root, its output in a file; ends the benchmark in one line if it fails."""
+    log = OUT / f"{name}.log"
+    with open(log, "w") as stream:
+        code = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT).returncode
+    if code != 0:
+        sys.exit(f"{name} failed with exit code {code}; its output is in {log}")
+
+
+def make_student(variant, seed):
+    """Trains a student, unless it stands, and draws its pictures, unless they stand; returns them, uint8 [N, 64, 64, 3]."""
+    name = f"student-{variant}-{seed}"
+    captions = all_captions() * PER_CAPTION
+    prompts, prompts_to_draw = OUT / "prompts.txt", OUT / "prompts_to_draw.txt"
+    prompts.write_text("\n".join(all_captions()) + "\n")
+    prompts_to_draw.write_text("\n".join(captions) + "\n")
+    student, pictures = OUT / name, OUT / f"{name}-pictures"
+    if not (student / "model_index.json").exists():
+        start = time.monotonic()
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", ROOT / "accelerate_configs" / "single.yaml", ROOT / "train_senseflow_sdxl.py"]
+        command += ["--pretrained_model_name_or_path", TEACHER, "--prompts_file", prompts]
+        command += ["--output_dir", student, "--seed", seed, *flags(STUDENT | VARIANTS[variant])]
+        call(name, command)
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    # infer.py draws what is missing, and nothing where nothing is.
+    command = [sys.executable, ROOT / "infer.py", "--model", student, "--output_dir", pictures, "--device", "cpu"]
+    call(f"{name}-pictures", command + ["--prompts_file", prompts_to_draw, "--batch_size", 96, "--seed", PICTURE_SEED])
+    return load_pictures(pictures, len(captions))
+
+
+def report(variants, seeds):
+    """Stage `report`: prints the table, and writes it to report.json."""
+    judge, captions = load_the_judge(), all_captions() * PER_CAPTION
+    reference = teacher_pictures("reference", *MANY, PER_CAPTION, PICTURE_SEED)
+    rows = {
+        f"teacher, {MANY[0]} steps, other seeds (floor)": teacher_pictures("floor", *MANY, PER_CAPTION, OTHER_PICTURE_SEED),
+        f"teacher, {MANY[0]} steps (reference)": reference,
+        f"teacher, {FEW[0]} steps": teacher_pictures("few", *FEW, PER_CAPTION, PICTURE_SEED),
+        f"student before training, {FEW[0]} steps": teacher_pictures("start", FEW[0], "lcm", 1.0, PER_CAPTION, PICTURE_SEED),
+    }
+    rows |= {f"student {variant}, seed {seed}": make_student(variant, seed) for variant in variants for seed in seeds}
+    results = {name: measure(judge, pictures, captions, reference) for name, pictures in rows.items()}
+    floor, _, few, start = (result["fd"] for result in list(results.values())[:4])
+    print("| | FD | captions right | diversity | closed from the teacher | from the start |\n|---|---|---|---|---|---|")
+    for name, result in results.items():
+        shares = ["", ""]
+        if name.startswith("student"):
+            result["closed"] = [(baseline - result["fd"]) / (baseline - floor) for baseline in (few, start)]
+            shares = [f"{share:.0%}" for share in result["closed"]]
+        cells = [name, f"{result['fd']:.2f}", f"{result['accuracy']:.3f}", f"{result['diversity']:.2f}", *shares]
+        print("| " + " | ".join(cells) + " |")
+    (OUT / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--stage", choices=("teacher", "grid", "report"), default="report", help="grid and report train the teacher, too"
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["isg"], help="of the student's training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students' training")
+    args = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    make_teacher()
+    if args.stage == "grid":
+        scan_teacher()
+    elif args.stage == "report":
+        report(args.variants, args.seeds)
+
+
+if __name__ == "__main__":
+    main()
