@@ -446,6 +446,7 @@ def apply_preset(args, blocks: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[Parts, PIPELINE]:
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
+    logger.info(f"preset {args.preset}: {', '.join(f'{name} {getattr(args, name)}' for name in PRESETS[args.preset])}")
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
     transformer = pipeline_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)

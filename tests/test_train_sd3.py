@@ -66,7 +66,8 @@ def test_prompts_alone_euler_without_t5_a_warm_start_and_bf16(flags, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
     low = [*flags, "--output_dir", str(tmp_path / "bf16"), "--gradient_checkpointing", "--export_dtype", "fp16"]
-    launch("train_senseflow_sd3.py", low, precision="bf16")
+    said = launch("train_senseflow_sd3.py", low, precision="bf16")
+    assert "preset medium: ttur_ratio 2, ida_decay 0.98, isg_weight 0.5" in said, "the choice is logged, flags included"
     assert all(torch.isfinite(tensor.float()).all() for tensor in states(tmp_path / "bf16" / "checkpoint-2").values())
     for component in ("transformer", "text_encoder", "vae"):
         (file,) = (tmp_path / "bf16" / component).glob("*.safetensors")
