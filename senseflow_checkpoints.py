@@ -150,6 +150,8 @@ def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, prints:
         extras: writes what makes the student usable as it stands (scheduler, senseflow.json); main process only.
     """
     args, main = runtime.args, runtime.main
+    for role in runtime.trained:
+        role.check_finite()
     final = Path(args.output_dir) / f"checkpoint-{iteration}"
     aside = final.with_name(final.name + INCOMPLETE)
     if main.is_main_process:

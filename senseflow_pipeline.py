@@ -220,7 +220,7 @@ def draw_grid(runtime: Runtime, pipeline, args, call: dict) -> Image.Image:
     for number, (i, prompt) in list(enumerate(jobs))[runtime.main.process_index :: runtime.main.num_processes]:
         generator = torch.Generator().manual_seed(args.seed + i)
         bind_generator(pipeline.scheduler, generator)
-        with torch.no_grad():
+        with torch.no_grad(), runtime.main.autocast():  # the student is in fp32, VAE and text encoders may not be
             picture = pipeline(prompt, generator=generator, **call).images[0]
         pictures.append((number, picture))
     pictures = [picture for _, picture in sorted(runtime.gather_objects(pictures), key=lambda pair: pair[0])]
@@ -279,6 +279,7 @@ def export(runtime: Runtime, args, pipeline_class, student: Role, components: di
         components: what is not the teacher's besides the student: the scheduler.
         record: of `usage_record`.
     """
+    student.check_finite()
     if runtime.main.is_main_process:
         dtype, flag, path = DTYPES[args.export_dtype], "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
         aside = Path(args.output_dir) / f"export{INCOMPLETE}"

@@ -272,6 +272,11 @@ class Role:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
+    def check_finite(self) -> None:
+        """Refuses (UserError) weights that hold NaN or infinity: they shall not be saved over sound ones."""
+        if not torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters.values()]).all():
+            raise UserError(f"the weights of the {self.name} are not finite; resume from a checkpoint with a lower --learning_rate")
+
     def save(self, folder: Path) -> None:
         """Writes weights (safetensors; a diffusers folder where the network is a diffusers model) and optimiser state.
 

@@ -456,7 +456,8 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, F
     def encode_prompts(prompts):
         return pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=args.max_sequence_length)[:2]
 
-    guided = max(*args.dmd_guidance_scale, *args.isg_guidance_scale) > 1 and not transformer.config.guidance_embeds
+    scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
+    guided = max(scales) > 1 and not transformer.config.guidance_embeds
     student = without_guidance_embedder(start, args.student_guidance_scale)
     fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):

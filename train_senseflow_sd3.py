@@ -417,7 +417,7 @@ def check_args(args):
     vae = pipeline_tools.config_of(VAE, flag, path, "vae", args.revision)
     pipeline_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     if args.student_model_name_or_path:
-        names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+        names = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size", "pos_embed_max_size")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
         pipeline_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names)
     if args.gan_weight > 0:
@@ -468,7 +468,8 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device=device, **options)
         return embeds, pooled
 
-    guided = max(*args.dmd_guidance_scale, *args.isg_guidance_scale) > 1
+    scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
+    guided = max(scales) > 1
     for network in (transformer, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
             network.set_attention_backend("xformers")

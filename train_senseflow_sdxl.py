@@ -493,6 +493,19 @@ def apply_method(args):
     return args
 
 
+def check_levels(flag: str, path: str, scheduler: dict, vae: dict) -> None:
+    """Refuses (exit code 2) teachers that look like SDXL and have other noise levels, another prediction or other latents."""
+    found = scheduler.get("prediction_type", "epsilon")
+    if "beta_schedule" not in scheduler:
+        found = f"the levels of {scheduler.get('_class_name')}"
+    elif scheduler.get("rescale_betas_zero_snr"):
+        found = "rescale_betas_zero_snr"
+    elif vae.get("latents_mean"):
+        found = "a VAE with latents_mean"
+    if found != "epsilon":
+        raise UserError(f"{flag} {path}: has {found}; this script trains teachers that predict epsilon, as SDXL does", exit_code=2)
+
+
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     runtime_tools.check_common_args(args)
@@ -506,14 +519,15 @@ def check_args(args):
     if args.pretrained_vae_model_name_or_path:
         vae_flag, vae_path = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
         pipeline_tools.check_alike(vae_flag, vae_path, AutoencoderKL, "vae", vae, ("latent_channels", "block_out_channels"))
-    kind = pipeline_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False).get("prediction_type")
-    if kind not in (None, "epsilon"):
-        raise UserError(f"{flag} {path}: its scheduler says {kind}; this script trains teachers that predict epsilon", exit_code=2)
+    check_levels(flag, path, pipeline_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False), vae)
     unet = pipeline_tools.config_of(UNet2DConditionModel, flag, path, "unet", args.revision)
     if args.student_model_name_or_path:
-        names = ("in_channels", "cross_attention_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim")
+        names = ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim")
+        names += ("time_cond_proj_dim", "mid_block_type")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
         pipeline_tools.check_alike(start_flag, start, UNet2DConditionModel, "unet", unet, names)
+    if args.gan_weight > 0 and args.method == "dmd2" and args.classifier_weight == 0:
+        raise UserError("--classifier_weight 0: the classifier would never learn; give --gan_weight 0 to do without", exit_code=2)
     if args.gan_weight > 0 and args.method == "senseflow":
         check_discriminator_args(args)
     pipeline_tools.check_resolution(args, pipeline_tools.vae_scale_of(vae))
@@ -569,7 +583,8 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, S
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         return embeds, pooled, time_ids.expand(len(prompts), -1)
 
-    guided = max(*args.dmd_guidance_scale, *args.isg_guidance_scale) > 1
+    scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
+    guided = max(scales) > 1
     for network in (unet, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
             network.enable_xformers_memory_efficient_attention()
@@ -579,7 +594,9 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, S
     config = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
     latent_shape = pipeline_tools.latent_shape_of(config, args.resolution)
     if dmd2:
-        fake_score = Score(fake_score, LatentClassifier(unet.config.block_out_channels[-1], middle_size(unet, latent_shape[-1])))
+        fake_score = Score(
+            fake_score, LatentClassifier(student.config.block_out_channels[-1], middle_size(student, latent_shape[-1]))
+        )
     parts = Parts(
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="unet"),
         teacher=runtime.frozen_role("teacher", unet),

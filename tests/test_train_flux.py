@@ -137,7 +137,8 @@ def test_prompts_alone_train_other_anchors_and_a_warm_start(flags, teacher, tmp_
 
 def test_bf16_and_checkpointing_run(flags, tmp_path):
     """Precision comes from accelerate's configuration, as in diffusers' examples."""
-    add = ["--gradient_checkpointing", "--report_to", "none", "--allow_tf32", "--export_dtype", "bf16"]
+    add = ["--gradient_checkpointing", "--report_to", "tensorboard", "--allow_tf32", "--export_dtype", "bf16"]
+    add += ["--validation_prompts", "a red square", "--validation_steps", "2"]
     launch(SCRIPT, [*flags, "--output_dir", str(tmp_path), *add], precision="bf16")
     exported = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
@@ -268,6 +269,20 @@ def test_a_fingerprint_is_the_networks_and_not_its_precisions():
     print_ = senseflow_checkpoints.fingerprint(network)
     assert senseflow_checkpoints.fingerprint(copy.deepcopy(network).bfloat16()) == print_
     assert senseflow_checkpoints.fingerprint(torch.nn.Linear(4, 4)) != print_
+
+
+def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch):
+    def spoil(*args, **kwargs):
+        with torch.no_grad():
+            args[2].student.parameters["proj_out.bias"].fill_(float("nan"))
+        return {"dmd_loss": torch.tensor(0.0)}, {}
+
+    monkeypatch.setattr(script, "train_iteration", spoil)
+    for steps, folder in (("2", "checkpoint"), ("1", "export")):
+        arguments = [*flags, "--gan_weight", "0", "--max_train_steps", steps, "--output_dir", str(tmp_path / folder)]
+        with pytest.raises(UserError, match="weights of the student are not finite"):
+            script.main(arguments)
+        assert not list((tmp_path / folder).glob("checkpoint-*")) and not (tmp_path / folder / "model_index.json").exists()
 
 
 def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):

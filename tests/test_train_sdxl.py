@@ -75,6 +75,7 @@ def test_latents_another_vae_other_levels_and_bf16(senseflow, lmdb_of_latents, t
     flags = [*without(senseflow, "--dataset_json"), "--dataset_lmdb", str(lmdb_of_latents), "--anchors", "999", "600", "300"]
     out = tmp_path / "out"
     arguments = [*flags, "--pretrained_vae_model_name_or_path", str(other), "--output_dir", str(out), "--gradient_checkpointing"]
+    arguments += ["--validation_prompts", "a red square", "--validation_steps", "4"]
     launch("train_senseflow_sdxl.py", arguments, precision="bf16")
     record = json.loads((out / "senseflow.json").read_text())
     assert record["pipeline_call"]["timesteps"] == [999, 600, 300]
@@ -274,6 +275,9 @@ BAD = {
     "flipped latents": (["--random_flip"], "--dataset_lmdb"),
     "8 bit": (["--use_8bit_adam"], "--use_8bit_adam"),
     "xformers": (["--enable_xformers_memory_efficient_attention"], "--enable_xformers"),
+    "a classifier that never learns": (["--classifier_weight", "0"], "--classifier_weight 0"),
+    "levels of EDM": (["--pretrained_model_name_or_path", "{v}"], "levels of EDMEulerScheduler"),
+    "zero snr": (["--pretrained_model_name_or_path", "{v}"], "rescale_betas_zero_snr"),
     "v prediction": (["--pretrained_model_name_or_path", "{v}"], "v_prediction"),
 }
 
@@ -281,10 +285,16 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, flags, sdxl, teacher, lmdb_of_latents, tmp_path, monkeypatch, capsys):
     add, needle = BAD[case]
-    if case == "v prediction":
+    changes = {
+        "v prediction": {"prediction_type": "v_prediction"},
+        "zero snr": {"rescale_betas_zero_snr": True},
+        "levels of EDM": {"_class_name": "EDMEulerScheduler", "beta_schedule": None},
+    }
+    if case in changes:
         shutil.copytree(sdxl, tmp_path / "v")
         config = tmp_path / "v" / "scheduler" / "scheduler_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+        changed = json.loads(config.read_text()) | changes[case]
+        config.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
     if "latents" in case:
         flags = [*without(flags, "--dataset_json"), "--dataset_lmdb", str(lmdb_of_latents)]
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check"))
