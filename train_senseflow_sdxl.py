@@ -526,6 +526,9 @@ def check_args(args):
         names += ("time_cond_proj_dim", "mid_block_type")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
         pipeline_tools.check_alike(start_flag, start, UNet2DConditionModel, "unet", unet, names)
+    if args.gan_weight > 0 and args.method == "dmd2" and unet.get("mid_block_type", "") is None:
+        message = f"{flag} {path}: its UNet has no mid-block for --method dmd2's classifier; give --gan_weight 0 or another teacher"
+        raise UserError(message, exit_code=2)
     if args.gan_weight > 0 and args.method == "dmd2" and args.classifier_weight == 0:
         raise UserError("--classifier_weight 0: the classifier would never learn; give --gan_weight 0 to do without", exit_code=2)
     if args.gan_weight > 0 and args.method == "senseflow":
