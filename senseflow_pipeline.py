@@ -108,15 +108,19 @@ def check_margin(args, schedule: Schedule) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-def subfolder_of(path: str, name: str) -> Optional[str]:
-    """Where a network lies in a folder or Hub repository: by itself (None), or under its name in a pipeline."""
+def holds(path: str, file: str) -> bool:
+    """Whether a folder or Hub repository has this file."""
     if os.path.isdir(path):
-        return None if (Path(path) / "config.json").is_file() else name
+        return (Path(path) / file).is_file()
     try:
-        hf_hub_download(path, "config.json")
-        return None
-    except (OSError, ValueError):  # no such file there, or nothing that can be reached: loading will say which
-        return name
+        return bool(hf_hub_download(path, file))
+    except (OSError, ValueError):  # no such file there, or nothing that can be reached
+        return False
+
+
+def subfolder_of(path: str, name: str) -> Optional[str]:
+    """Where a network lies in a folder or Hub repository: under its name in a pipeline, or by itself (None)."""
+    return name if holds(path, f"{name}/config.json") or not holds(path, "config.json") else None
 
 
 def load_network(kind, flag: str, path: str, subfolder: str, **source) -> torch.nn.Module:

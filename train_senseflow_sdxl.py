@@ -641,6 +641,7 @@ def main(argv=None):
     components |= own_vae(args)  # vae
     parts, pipeline = load_parts(args, runtime, schedule)
     prints = checkpoint_tools.fingerprints_of(parts)
+    prints["vae"] = checkpoint_tools.fingerprint(components["vae"]) if "vae" in components else "the teacher's"  # vae
     if checkpoint:
         checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
         for role in runtime.trained:

@@ -299,13 +299,18 @@ def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):
 def test_a_network_is_found_by_itself_or_in_a_pipeline(tmp_path, monkeypatch):
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "config.json").write_text("{}")
-    there = {"someone/vae": "config.json", "someone/pipeline": "vae/config.json"}
+    (tmp_path / "both" / "vae").mkdir(parents=True)
+    for folder in (tmp_path / "both", tmp_path / "both" / "vae"):
+        (folder / "config.json").write_text("{}")
+    both = {"config.json", "vae/config.json"}  # a pipeline with a file of that name beside its index
+    there = {"someone/vae": {"config.json"}, "someone/pipeline": {"vae/config.json"}, "someone/both": both}
 
     def download(repository, file):
-        if there[repository] != file:
+        if file not in there[repository]:
             raise LocalEntryNotFoundError(f"{repository} has no {file}")
         return file
 
     monkeypatch.setattr(senseflow_pipeline, "hf_hub_download", download)
     places = {str(tmp_path): "vae", str(tmp_path / "alone"): None, "someone/vae": None, "someone/pipeline": "vae"}
+    places |= {str(tmp_path / "both"): "vae", "someone/both": "vae"}
     assert {path: senseflow_pipeline.subfolder_of(path, "vae") for path in places} == places
