@@ -414,8 +414,8 @@ def test_integers_take_ends_of_each_sample():
 TOKENS_1024 = 4096
 
 
-def fit(levels, sampler="stochastic"):
-    return fit_flow_scheduler(levels, lambda scheduler: stock_sigmas(scheduler, len(levels), TOKENS_1024), sampler)
+def fit(levels, sampler="stochastic", dynamic=True):
+    return fit_flow_scheduler(levels, lambda scheduler: stock_sigmas(scheduler, len(levels), TOKENS_1024), sampler, dynamic)
 
 
 def visits(scheduler, steps: int) -> list[float]:
@@ -438,11 +438,12 @@ def test_sd3_s_trained_levels_are_fitted_by_a_static_shift():
     assert visits(scheduler, 4) == pytest.approx([1, 0.9, 0.75, 0.5], abs=1e-4)
 
 
-def test_levels_with_two_degrees_of_freedom_take_a_terminal_shift():
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_levels_with_two_degrees_of_freedom_take_a_terminal_shift(dynamic):
     shifted = [2 * s / (1 + s) for s in (1, 0.75, 0.5, 0.25)]
     levels = [1 - (1 - s) * (1 - 0.2) / (1 - shifted[-1]) for s in shifted]  # stretched to end at 0.2
-    scheduler, visited = fit(levels)
-    assert scheduler.config.use_dynamic_shifting and scheduler.config.shift_terminal == pytest.approx(0.2)
+    scheduler, visited = fit(levels, dynamic=dynamic)
+    assert scheduler.config.use_dynamic_shifting == dynamic and scheduler.config.shift_terminal == pytest.approx(0.2)
     assert visits(scheduler, 4) == pytest.approx(visited, abs=1e-6) and visited == pytest.approx(levels, abs=1e-3)
 
 

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderDC, SD3Transformer2DModel
 from safetensors.torch import load_file
 
+import senseflow_pipeline as pipeline_tools
 import train_senseflow_sd3 as script
 from scripts import launch, logged, picture_of, refused, resume_is_the_same_run, states, the_cards_call_is_infers_picture, without
 from senseflow_runtime import Runtime
@@ -130,6 +131,24 @@ def test_the_network_is_called_as_the_stock_pipeline_calls_it(parts):
     torch.testing.assert_close(guided.output[0], u[0] + 4 * (c[0] - u[0]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(guided.output[1], c[1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(student.x0, x_t - t.view(-1, 1, 1, 1) / 1000 * c, atol=1e-5, rtol=1e-5)
+
+
+def test_a_vae_without_posterior_and_shift_encodes_and_decodes():
+    """What Sana has: one latent for a picture, no `shift_factor`, no gradient checkpointing, other names in its configuration."""
+    blocks, widths = ("ResBlock", "EfficientViTBlock"), (8, 8)
+    vae = AutoencoderDC(
+        **{"latent_channels": 4, "attention_head_dim": 8, "scaling_factor": 0.5},
+        **{"encoder_block_types": blocks, "encoder_block_out_channels": widths, "encoder_layers_per_block": (1, 1)},
+        **{"decoder_block_types": blocks, "decoder_block_out_channels": widths, "decoder_layers_per_block": (1, 1)},
+        **{"encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ())},
+        **{"downsample_block_type": "Conv", "upsample_block_type": "interpolate"},
+    ).eval()
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        x0 = pipeline_tools.encode(vae, pictures, Draws(0, 0), [0, 1])
+        torch.testing.assert_close(x0, vae.encode(pictures).latent * 0.5)
+        torch.testing.assert_close(pipeline_tools.decode(vae, x0), vae.decode(x0 / 0.5).sample)
+    assert x0.shape == (2, *pipeline_tools.latent_shape_of(vae.config, 16))
 
 
 BAD = {
