@@ -3,7 +3,7 @@
 
     python infer.py --model OUTPUT_DIR --prompts_file prompts.txt --output_dir pictures --grid
     python infer.py --model OUTPUT_DIR/checkpoint-3000 --prompt "a red fox in the snow"
-    python infer.py --model FLUX.1-dev --transformer domiso/SenseFlow --transformer_subfolder SenseFlow-FLUX --released flux
+    python infer.py --model FLUX.1-dev --transformer domiso/SenseFlow --transformer_subfolder FOLDER --released flux
 
 How a student is called stands in its senseflow.json, or in --released for the published weights; flags override; without either
 the pipeline's own defaults hold.

@@ -2,7 +2,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """train_senseflow_sdxl.py on a teacher that was really trained: a StableDiffusionXLPipeline in miniature on the demo's scenes.
 
-    OMP_NUM_THREADS=1 python benchmarks/sdxl.py                 # the table of RESULTS.md; some 25 minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/sdxl.py                 # the table of RESULTS.md
     OMP_NUM_THREADS=1 python benchmarks/sdxl.py --stage grid    # the teacher, and how good it is at few steps
 
 The teacher is a UNet that predicts epsilon in the latents of the demo's VAE, trained with 10 % of the conditions at zero. A
