@@ -36,8 +36,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from senseflow_args import Parser, UserError, loading, run_script
 from senseflow_pipeline import bind_generator, left_out
-from senseflow_runtime import Parser, UserError, loading, run_script
 from senseflow_utils import SAMPLERS
 
 

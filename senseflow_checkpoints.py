@@ -1,7 +1,6 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints: complete or absent, found, compared with the run that resumes from them, and removed when there are too many."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,10 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Callable, Iterable, Optional, Sequence
 
-import torch
 from accelerate.logging import get_logger
 
-from senseflow_runtime import Role, Runtime, UserError
+from senseflow_args import UserError
+from senseflow_roles import Role, fingerprint, launched
+from senseflow_runtime import Runtime
 
 
 logger = get_logger(__name__)
@@ -53,6 +53,7 @@ def find_checkpoint(args) -> Optional[Path]:
                 f"--resume_from_checkpoint latest: no complete checkpoint in --output_dir {output_dir}; drop the flag to start",
                 exit_code=2,
             )
+        check_launch(here[-1])
         return here[-1]
     if not (Path(wanted) / "state.json").is_file():
         raise UserError(f"--resume_from_checkpoint {wanted}: not a complete checkpoint folder (no state.json)", exit_code=2)
@@ -61,35 +62,43 @@ def find_checkpoint(args) -> Optional[Path]:
         # They would be "latest" before this run's own, and --checkpoints_total_limit would keep them instead.
         message = f"--resume_from_checkpoint {wanted}: --output_dir {output_dir} holds later ones ({', '.join(later)})"
         raise UserError(message + "; move them away, or choose another --output_dir", exit_code=2)
+    check_launch(Path(wanted))
     return Path(wanted)
 
 
+def check_launch(checkpoint: Path) -> None:
+    """Refuses (exit code 2) a checkpoint whose optimiser state another kind of launch wrote.
+
+    One process, DDP and FSDP2 read each other's, at any number of processes; ZeRO reads its own stage's at the same number.
+    """
+    made, now = read_state(checkpoint)["launch"], launch_record()
+    if made != now and any(mode.startswith("zero") for mode in (made["mode"], now["mode"])):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: made under {made['mode']} in {made['processes']} processes, and this is "
+            f"{now['mode']} in {now['processes']}; DeepSpeed's state fits the same stage and number alone: launch as it was made",
+            exit_code=2,
+        )
+
+
+def launch_record() -> dict:
+    """How this run was launched, for state.json."""
+    return {"mode": launched().mode, "processes": launched().world_size}
+
+
 def read_state(checkpoint: Path) -> dict:
-    """state.json of a checkpoint: iteration, samples_seen, args, fingerprint. UserError (exit code 2) where it is cut."""
+    """state.json of a checkpoint: iteration, samples_seen, args, fingerprint, launch. UserError (exit code 2) where it is cut."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-        if not {"iteration", "samples_seen", "args", "fingerprint"} <= set(state):
+        if not {"iteration", "samples_seen", "args", "fingerprint", "launch"} <= set(state):
             raise ValueError("incomplete")
         return state
     except (TypeError, ValueError) as error:
         raise UserError(f"--resume_from_checkpoint {checkpoint}: state.json is damaged; use another one", exit_code=2) from error
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    """A short hash of a network's shapes and of a few values of every weight: another teacher has another one.
-
-    Values are rounded to bfloat16, so that it is the same in whatever precision the network was loaded.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def fingerprints_of(parts) -> dict[str, str]:
     """What stored state belongs to, of a script's `Parts`: the frozen networks and the kind of optimiser."""
-    prints = {"teacher": fingerprint(parts.teacher.module), "optimizer": type(parts.student.optimizer.optimizer).__name__}
+    prints = {"teacher": parts.teacher.fingerprint, "optimizer": type(parts.student.optimizer).__name__}
     if parts.discriminator is not None:
         prints["discriminator_backbone"] = f"{fingerprint(parts.see)} {parts.see.layers}"
         prints["discriminator_text_encoder"] = fingerprint(parts.read)
@@ -127,11 +136,7 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, prints: dict, r
 
 def check_disk(args, roles: Iterable[Role]) -> None:
     """Before training: refuses a run whose next checkpoint does not fit on the disk of --output_dir (exit code 1)."""
-    size = 0
-    for role in roles:
-        weights = sum(p.numel() * p.element_size() for p in role.module.state_dict().values())
-        trained = sum(p.numel() for p in role.parameters.values())
-        size += weights + trained * (2 if args.use_8bit_adam else 8)  # two Adam moments
+    size = sum(role.checkpoint_bytes for role in roles)
     free = shutil.disk_usage(args.output_dir).free
     if free < size:
         raise UserError(
@@ -149,7 +154,7 @@ def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, prints:
         prints: fingerprints of the frozen networks and the optimiser, checked on resume.
         extras: writes what makes the student usable as it stands (scheduler, senseflow.json); main process only.
     """
-    args, main = runtime.args, runtime.main
+    args, main = runtime.args, runtime.accelerator
     for role in runtime.trained:
         role.check_finite()
     final = Path(args.output_dir) / f"checkpoint-{iteration}"
@@ -163,7 +168,14 @@ def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, prints:
     main.wait_for_everyone()
     if main.is_main_process:
         extras(aside)
-        state = {"iteration": iteration, "samples_seen": samples_seen, "args": vars(args), "fingerprint": prints}
+        state = {
+            "iteration": iteration,
+            "samples_seen": samples_seen,
+            "args": vars(args),
+            "fingerprint": prints,
+            "launch": launch_record(),
+        }
+        state["launch"] = launch_record()
         (aside / "state.json").write_text(json.dumps(state, indent=1))
         replace_folder(aside, final)
         if args.checkpoints_total_limit is not None:

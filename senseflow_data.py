@@ -28,8 +28,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from senseflow_args import UserError, require_package
 from senseflow_lmdb import LatentRows
-from senseflow_runtime import UserError, require_package
 from senseflow_utils import Draws
 
 

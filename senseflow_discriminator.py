@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, Dinov2Model
 
-from senseflow_runtime import UserError
+from senseflow_args import UserError
 from senseflow_utils import Draws
 
 

@@ -17,7 +17,7 @@ from typing import Iterable, Optional
 import numpy as np
 import torch
 
-from senseflow_runtime import UserError
+from senseflow_args import UserError
 
 
 class LatentRows:

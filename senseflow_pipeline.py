@@ -20,9 +20,11 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
+from senseflow_args import DTYPES, UserError, loading
 from senseflow_checkpoints import INCOMPLETE, publish_folder
 from senseflow_discriminator import Discriminator, TextFeatures, VisionFeatures
-from senseflow_runtime import DTYPES, Role, Runtime, UserError, loading
+from senseflow_roles import Role
+from senseflow_runtime import Runtime
 from senseflow_utils import Draws, Schedule
 
 
@@ -170,7 +172,7 @@ def load_discriminator(args, runtime: Runtime) -> tuple[Role, VisionFeatures, Te
     with loading("--discriminator_text_encoder", args.discriminator_text_encoder):
         text = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)
-    return runtime.trained_role("discriminator", heads, args.learning_rate_disc), vision, text
+    return runtime.trained_role("discriminator", heads, args.learning_rate_disc, half=False), vision, text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,10 +223,10 @@ def draw_grid(runtime: Runtime, pipeline, args, call: dict) -> Image.Image:
     """Validation pictures with a stock pipeline call, one row per prompt; each rank draws its own, the main one gets the grid."""
     jobs = [(i, prompt) for prompt in args.validation_prompts for i in range(args.num_validation_images)]
     pictures = []
-    for number, (i, prompt) in list(enumerate(jobs))[runtime.main.process_index :: runtime.main.num_processes]:
+    for number, (i, prompt) in list(enumerate(jobs))[runtime.accelerator.process_index :: runtime.accelerator.num_processes]:
         generator = torch.Generator().manual_seed(args.seed + i)
         bind_generator(pipeline.scheduler, generator)
-        with torch.no_grad(), runtime.main.autocast():  # the student is in fp32, VAE and text encoders may not be
+        with torch.no_grad(), runtime.accelerator.autocast():  # the student is in fp32, VAE and text encoders may not be
             picture = pipeline(prompt, generator=generator, **call).images[0]
         pictures.append((number, picture))
     pictures = [picture for _, picture in sorted(runtime.gather_objects(pictures), key=lambda pair: pair[0])]
@@ -284,19 +286,20 @@ def export(runtime: Runtime, args, pipeline_class, student: Role, components: di
         record: of `usage_record`.
     """
     student.check_finite()
-    if runtime.main.is_main_process:
+    network = student.network()
+    if runtime.accelerator.is_main_process:
         dtype, flag, path = DTYPES[args.export_dtype], "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
         aside = Path(args.output_dir) / f"export{INCOMPLETE}"
         others = {student.subfolder: None, **components}
         source = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
         pipeline = load_pipeline(pipeline_class, flag, path, **others, **source)
-        pipeline.register_modules(**{student.subfolder: student.module})  # the run is over
+        pipeline.register_modules(**{student.subfolder: network})  # the run is over
         pipeline.to("cpu", dtype).save_pretrained(aside)
         write_usage(aside, record, {})
         write_model_card(aside, pipeline_class, record, args, license_of(path))
         publish_folder(aside, Path(args.output_dir), last="model_index.json")
         logger.info(f"the pipeline is in {args.output_dir}")
-    runtime.main.wait_for_everyone()
+    runtime.accelerator.wait_for_everyone()
 
 
 def absolute_if_local(path: str) -> str:

@@ -30,12 +30,14 @@ transformers.utils.logging.set_verbosity_error()  # importing a pipeline would p
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
+import senseflow_args as args_tools
 import senseflow_checkpoints as checkpoint_tools
 import senseflow_pipeline as pipeline_tools
-import senseflow_runtime as runtime_tools
+from senseflow_args import Parser, UserError
 from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
 from senseflow_discriminator import LatentClassifier, check_discriminator_args, diff_augment
-from senseflow_runtime import Metrics, Parser, Role, Runtime, UserError
+from senseflow_roles import Role
+from senseflow_runtime import Metrics, Runtime
 from senseflow_utils import (
     DDPMSchedule,
     Draws,
@@ -377,7 +379,7 @@ def make_schedule(args, device) -> tuple[DDPMSchedule, LCMScheduler, dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # fmt: off
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=runtime_tools.HelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=args_tools.HelpFormatter)
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="the teacher: a StableDiffusionXLPipeline, Hub id or folder")
@@ -440,7 +442,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=float, default=1e-6, help="of the student (release)")
     add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate)")
     add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate)")
-    add("--lr_scheduler", default="constant", choices=runtime_tools.LR_SCHEDULERS,
+    add("--lr_scheduler", default="constant", choices=args_tools.LR_SCHEDULERS,
         help="as in diffusers (release)")
     add("--lr_warmup_steps", type=int, default=0, help="in iterations (release)")
     add("--lr_warmup_start", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
@@ -464,7 +466,7 @@ def parse_args(argv=None):
     add("--checkpointing_steps", type=int, default=3000, help="iterations (release)")
     add("--checkpoints_total_limit", type=int, help="keep the newest so many")
     add("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
-    add("--export_dtype", choices=list(runtime_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
+    add("--export_dtype", choices=list(args_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
 
     add = parser.add_argument_group("logging and validation").add_argument
     add("--report_to", default="tensorboard", help="a tracker of accelerate, or none (diffusers)")
@@ -477,7 +479,7 @@ def parse_args(argv=None):
     add("--teacher_guidance_scale", type=float, default=5.0,
         help="of the teacher's validation pictures (StableDiffusionXLPipeline's default)")
     parser.set_defaults(sampler="stochastic")  # what LCMScheduler does
-    return runtime_tools.complete_args(apply_method(parser.parse_args(argv)))
+    return args_tools.complete_args(apply_method(parser.parse_args(argv)))
 # fmt: on
 
 
@@ -508,7 +510,7 @@ def check_levels(flag: str, path: str, scheduler: dict, vae: dict) -> None:
 
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
-    runtime_tools.check_common_args(args)
+    args_tools.check_common_args(args)
     checked = check_data_args(args)
     if any(t != int(t) or t > 999 for t in args.anchors):
         shown = " ".join(f"{t:g}" for t in args.anchors)
@@ -646,11 +648,11 @@ def main(argv=None):
         checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
         for role in runtime.trained:
             role.load(checkpoint)
-    if runtime.main.is_main_process:
+    if runtime.accelerator.is_main_process:
         checkpoint_tools.clear_leftovers(args.output_dir)
         checkpoint_tools.check_disk(args, runtime.trained)
     iteration, samples_seen = state["iteration"], state["samples_seen"]
-    rank, world_size = runtime.main.process_index, runtime.main.num_processes
+    rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
     wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
     data = iter(make_dataloader(args, rows, rank, world_size, iteration, samples_seen, wanted))
     per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
@@ -665,7 +667,7 @@ def main(argv=None):
 
     if args.validation_prompts:
         validate(parts.teacher, pipeline.scheduler, "teacher", call | teacher_call(args, parts.teacher.module))
-    progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.main.is_local_main_process)
+    progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
     metrics = Metrics(runtime, parts.student, per_iteration, progress)
     seen: dict[str, torch.Tensor] = {}
     while iteration < args.max_train_steps:
@@ -687,8 +689,8 @@ def main(argv=None):
     progress.close()
     record = pipeline_tools.usage_record(args, schedule, call, iteration)
     pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
-    runtime.main.end_training()
+    runtime.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    runtime_tools.run_script(main)
+    args_tools.run_script(main)

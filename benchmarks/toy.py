@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from diffusers import DDPMScheduler
 
-from senseflow_runtime import Role, Runtime
+from senseflow_roles import Role
+from senseflow_runtime import Runtime
 from senseflow_utils import SAMPLERS, DDPMSchedule, Draws, FlowSchedule, Prediction, Schedule, backward_simulation, guide
 from train_senseflow_flux import Parts, train_iteration
 

@@ -34,7 +34,7 @@ for library in (
     importlib.import_module(library)
 
 ROOT = Path(__file__).resolve().parents[1]
-UTILS, LOOP, RUNTIME = "senseflow_utils.py", "train_senseflow_flux.py", "senseflow_runtime.py"
+UTILS, LOOP, ROLES = "senseflow_utils.py", "train_senseflow_flux.py", "senseflow_roles.py"
 MATH, LOOP_TESTS = "tests/test_math.py", "tests/test_loop.py"
 HAND = "tests/test_toy.py::test_an_iteration_is_the_one_written_by_hand"
 TTUR = "tests/test_toy.py::test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_each"
@@ -232,13 +232,13 @@ MUTANTS = [
         "fake = [features.detach() for features in fake]",
         "fake = [features for features in fake]"),
     # Roles
-    Mutant("a role goes on learning after its turn", RUNTIME, HAND,
+    Mutant("a role goes on learning after its turn", ROLES, HAND,
         "                self._set_learning(False)\n",
         "                pass\n"),
-    Mutant("gradients are not cleared", RUNTIME, HAND,
+    Mutant("gradients are not cleared", ROLES, HAND,
         "        self.optimizer.zero_grad(set_to_none=True)\n",
         ""),
-    Mutant("IDA on half of the parameters", RUNTIME, HAND,
+    Mutant("IDA on half of the parameters", ROLES, HAND,
         "ida_update(list(self.parameters.values()), list(other",
         "ida_update(list(self.parameters.values())[:1], list(other"),
     # SD 3.5

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import infer
-import senseflow_runtime
+import senseflow_args
 
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ def states(checkpoint: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in sorted(checkpoint.rglob("*.safetensors")):
         tensors |= {f"{file.parent.name}/{name}": tensor for name, tensor in load_file(file).items()}
-    for file in sorted(checkpoint.glob("*_optimizer.pt")):
+    for file in sorted(checkpoint.glob("*_optimizer-*.pt")):
         state = torch.load(file, weights_only=True)
         tensors[f"{file.stem}/steps"] = torch.tensor(state["steps"])
         for index, moments in state["state"].items():
@@ -113,7 +113,7 @@ def logged(output_dir: Path):
 def refused(script, arguments, code: int, needle: str, capsys) -> None:
     """The script ends with this exit code and one line on stderr that holds `needle`."""
     with pytest.raises(SystemExit) as stop:
-        senseflow_runtime.run_script(lambda: script.main(arguments))
+        senseflow_args.run_script(lambda: script.main(arguments))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == code and len(lines) == 1 and needle in lines[0], lines
 

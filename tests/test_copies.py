@@ -7,7 +7,7 @@ import re
 import pytest
 
 from scripts import ROOT
-from senseflow_runtime import Parser
+from senseflow_args import Parser
 
 
 SCRIPTS = ("train_senseflow_flux", "train_senseflow_sd3", "train_senseflow_sdxl")
@@ -78,7 +78,8 @@ def parsers(monkeypatch) -> dict[str, dict]:
 
 def test_flags_mean_the_same_everywhere_and_each_is_read(monkeypatch):
     modules = "".join(path.read_text() for path in ROOT.glob("senseflow_*.py"))
-    checks = modules[modules.index("def check_common_args") : modules.index("# Roles\n")]
+    arguments = (ROOT / "senseflow_args.py").read_text()
+    checks = arguments[arguments.index("def check_common_args") :]
     modules = modules.replace(checks, "")  # to be checked is not to be used
     found = parsers(monkeypatch)
     for script, actions in found.items():

@@ -21,6 +21,7 @@ from PIL import Image
 
 import senseflow_data
 import senseflow_lmdb
+from senseflow_args import UserError
 from senseflow_data import (
     GlobalBatchSampler,
     PromptPictures,
@@ -31,7 +32,6 @@ from senseflow_data import (
     load_rows,
     make_dataloader,
 )
-from senseflow_runtime import UserError
 
 
 def make_args(**changes) -> SimpleNamespace:

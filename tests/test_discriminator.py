@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from transformers import Dinov2Model
 
+from senseflow_args import UserError
 from senseflow_discriminator import (
     Discriminator,
     LocalBatchNorm,
@@ -21,7 +22,6 @@ from senseflow_discriminator import (
     default_layers,
     diff_augment,
 )
-from senseflow_runtime import UserError
 from senseflow_utils import Draws
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import infer
-from senseflow_runtime import UserError
+from senseflow_args import UserError
 from tiny_pipelines import write_flux, write_sd3, write_sdxl
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.nn.utils import parametrize
 
+from senseflow_args import LR_SCHEDULERS
 from senseflow_data import load_rows, make_dataloader
-from senseflow_runtime import LR_SCHEDULERS, Role, Runtime
+from senseflow_roles import Role
+from senseflow_runtime import Runtime
 from senseflow_utils import Draws, FlowSchedule
 from train_senseflow_flux import Parts, load_parts, make_schedule, needs_pictures, parse_args, simulated_steps, train_iteration
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import senseflow_checkpoints
 import senseflow_pipeline
+import senseflow_roles
 import train_senseflow_flux as script
 from scripts import (
     ROOT,
@@ -29,7 +30,7 @@ from scripts import (
     the_cards_call_is_infers_picture,
     without,
 )
-from senseflow_runtime import UserError
+from senseflow_args import UserError
 from tiny_pipelines import write_discriminator
 
 
@@ -266,9 +267,9 @@ def test_the_teachers_licence_is_named(card, found, tmp_path):
 
 def test_a_fingerprint_is_the_networks_and_not_its_precisions():
     network = torch.nn.Linear(4, 4)
-    print_ = senseflow_checkpoints.fingerprint(network)
-    assert senseflow_checkpoints.fingerprint(copy.deepcopy(network).bfloat16()) == print_
-    assert senseflow_checkpoints.fingerprint(torch.nn.Linear(4, 4)) != print_
+    print_ = senseflow_roles.fingerprint(network)
+    assert senseflow_roles.fingerprint(copy.deepcopy(network).bfloat16()) == print_
+    assert senseflow_roles.fingerprint(torch.nn.Linear(4, 4)) != print_
 
 
 def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch):

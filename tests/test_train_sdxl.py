@@ -22,9 +22,11 @@ from scripts import (
     the_cards_call_is_infers_picture,
     without,
 )
+from senseflow_args import UserError
 from senseflow_data import make_dataloader
 from senseflow_discriminator import LatentClassifier
-from senseflow_runtime import Role, Runtime, UserError
+from senseflow_roles import Role
+from senseflow_runtime import Runtime
 from senseflow_utils import Draws, Prediction
 from tiny_pipelines import tiny_vae, write_sdxl
 

@@ -1,0 +1,175 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Arguments and errors: what a user can get wrong becomes one line and an exit code, wherever possible before a weight loads."""
+
+import argparse
+import importlib.util
+import math
+import os
+import pickle
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable
+
+import datasets
+import diffusers
+import torch
+import transformers
+from accelerate.utils import LoggerType
+from diffusers.optimization import SchedulerType
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+class UserError(Exception):
+    """Something that the user can mend: one line that names the flag, the value and the fix.
+
+    Args:
+        message: that line.
+        exit_code: 2 for bad arguments (found before any weight loads), 1 otherwise.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' notes and bars from stderr, where a user looks for this project's one line."""
+    hub_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main(); a UserError becomes one line on stderr and its exit code, without a traceback."""
+    quiet_libraries()
+    try:
+        main()
+    except UserError as error:
+        if error.exit_code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks find a bad argument; one says so
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@contextmanager
+def loading(flag: str, value):
+    """Turns what a library raises over missing or damaged weights into a UserError (exit code 1) that names the flag."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{flag} {value}: cannot load the weights ({first_line}); download or copy them again") from error
+
+
+def require_package(name: str, flag: str) -> None:
+    """Refuses (exit code 2) a flag whose optional package is not installed; does not import it."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{flag} needs {name}, which is not installed: pip install {name}, or drop the flag", exit_code=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows a default only where there is one worth showing."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        shown = " ".join(f"{value:g}" for value in action.default) if isinstance(action.default, list) else action.default
+        return f"{action.help} [{shown}]".replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a bad argument in one line, as everything else here does."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)", exit_code=2)
+
+
+def complete_args(args):
+    """Fills in what one flag takes from another; guidance scales become [MIN, MAX]. UserError (exit code 2) for more than two."""
+    for name in ("dmd_guidance_scale", "isg_guidance_scale"):
+        values = getattr(args, name)
+        if values is not None:
+            if len(values) > 2:
+                raise UserError(f"--{name} {values}: give one value, or MIN MAX", exit_code=2)
+            setattr(args, name, [values[0], values[-1]])
+    args.learning_rate_fake = args.learning_rate if args.learning_rate_fake is None else args.learning_rate_fake
+    args.learning_rate_disc = args.learning_rate if args.learning_rate_disc is None else args.learning_rate_disc
+    return args
+
+
+def check_common_args(args) -> None:
+    """What every script's arguments must satisfy; UserError (exit code 2) for the first that does not."""
+
+    def refuse(name: str, fix: str):
+        raise UserError(f"--{name} {getattr(args, name)}: {fix}", exit_code=2)
+
+    for name, value in vars(args).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            refuse(name, "must be a finite number")
+    for name in (
+        "resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "ttur_ratio", "checkpointing_steps",
+        "checkpoints_total_limit", "validation_steps", "num_validation_images", "teacher_num_inference_steps",
+        "max_sequence_length", "max_train_samples",
+    ):  # fmt: skip
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            refuse(name, "must be 1 or more")
+    for name in (
+        "gan_weight", "isg_weight", "isg_margin", "learning_rate", "learning_rate_fake", "learning_rate_disc", "lr_warmup_steps",
+        "adam_epsilon", "adam_weight_decay", "student_guidance_scale", "teacher_guidance_scale", "classifier_weight",
+        "dataloader_num_workers", "seed",
+    ):  # fmt: skip
+        if getattr(args, name, 0) < 0:
+            refuse(name, "must not be negative")
+    for name in ("ida_decay", "backward_simulation_prob", "lr_warmup_start"):
+        if not 0 <= getattr(args, name) <= 1:
+            refuse(name, "must lie in [0, 1]")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            refuse(name, "must lie in [0, 1)")
+    if args.max_grad_norm <= 0:
+        refuse("max_grad_norm", "must be above 0; a large number clips nothing")
+    if args.seed >= 2**32:
+        refuse("seed", "must be below 2**32")
+    if args.lr_scheduler == "polynomial" and min(args.learning_rate, args.learning_rate_fake, args.learning_rate_disc) <= 1e-7:
+        refuse("lr_scheduler", "decays to 1e-7, which is not below every learning rate; choose another")
+    for name in ("dmd_guidance_scale", "isg_guidance_scale"):
+        low, high = getattr(args, name)
+        if low > high:
+            raise UserError(f"--{name} {low:g} {high:g}: MIN is above MAX; swap them", exit_code=2)
+        if low < 0:
+            raise UserError(f"--{name} {low:g} {high:g}: must not be negative", exit_code=2)
+    if args.anchors is not None:
+        shown = " ".join(f"{t:g}" for t in args.anchors)
+        if not all(0 < t <= 1000 for t in args.anchors):
+            raise UserError(f"--anchors {shown}: timesteps must lie in (0, 1000]", exit_code=2)
+        if any(a <= b for a, b in zip(args.anchors, args.anchors[1:])):
+            raise UserError(f"--anchors {shown}: must decrease; sort them, largest first", exit_code=2)
+    if args.mixed_precision not in ("no", "bf16"):  # the default comes from accelerate's configuration, unchecked by argparse
+        refuse("mixed_precision", "give no or bf16")
+    if args.use_8bit_adam:
+        require_package("bitsandbytes", "--use_8bit_adam")
+    if getattr(args, "enable_xformers_memory_efficient_attention", False):
+        require_package("xformers", "--enable_xformers_memory_efficient_attention")
+        if not torch.cuda.is_available():
+            raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: drop the flag", exit_code=2)
+    if args.report_to != "none":
+        if args.report_to not in [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]:
+            refuse("report_to", "is no tracker of accelerate; give tensorboard, wandb, ... or none")
+        require_package(args.report_to, f"--report_to {args.report_to}")

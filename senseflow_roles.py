@@ -1,0 +1,521 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""The roles of a training loop (student, teacher, fake_score, discriminator), and what may stand behind them.
+
+    Role         a copy of the network in every process: one process, or DDP
+    ShardedRole  weights, gradients and optimiser state shared out by FSDP2
+    ZeroRole     by DeepSpeed: the optimiser state and gradients (ZeRO-2), the weights too (ZeRO-3)
+
+A loop speaks to a role and never to what is behind it. That a role is a part of a module which other roles share
+(`parameters`, `select`) is decided here, too.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Optional, Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from senseflow_args import UserError, loading, require_package
+from senseflow_utils import ida_update
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How the processes were launched
+# ---------------------------------------------------------------------------------------------------------------------
+class Launch:
+    """What `accelerate launch --config_file` asked for.
+
+    Attributes:
+        mode: "replicated" (one process, or DDP), "fsdp2", "zero2", "zero3".
+        world_size: number of processes over all nodes.
+        plugin: accelerate's reading of the configuration file under fsdp2 and ZeRO, else None.
+    """
+
+    def __init__(self):
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.mode, self.plugin = "replicated", None
+        if _set("ACCELERATE_USE_DEEPSPEED"):
+            require_package("deepspeed", "the DeepSpeed configuration of accelerate")
+            self.plugin = DeepSpeedPlugin()
+            self.mode = f"zero{self.plugin.zero_stage}"
+            zero = self.plugin.deepspeed_config["zero_optimization"]
+            for entry in sorted({"optimizer", "scheduler"} & set(self.plugin.deepspeed_config)):
+                self._refuse(
+                    f"{entry} of the DeepSpeed file", "leave it out; --learning_rate, --adam_beta1, --lr_scheduler, ... say it"
+                )
+            offloaded = {(zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
+            if self.plugin.zero_stage not in (2, 3):
+                self._refuse(f"zero_stage {self.plugin.zero_stage}", "give 2 or 3, or take ddp.yaml")
+            if offloaded - {"none", None}:
+                self._refuse(
+                    "offload_optimizer_device, offload_param_device", "set them to none; more processes or ZeRO-3 save memory"
+                )
+        elif _set("ACCELERATE_USE_FSDP"):
+            self.plugin = FullyShardedDataParallelPlugin()
+            self.mode = "fsdp2"
+            if self.plugin.fsdp_version != 2:
+                self._refuse(f"fsdp_version {self.plugin.fsdp_version}", "set it to 2")
+            if self.plugin.cpu_offload:
+                self._refuse("fsdp_offload_params", "set it to false")
+            if self.plugin.activation_checkpointing:
+                self._refuse("fsdp_activation_checkpointing", "set it to false and give --gradient_checkpointing")
+
+    @staticmethod
+    def _refuse(entry: str, fix: str):
+        raise UserError(f"accelerate's configuration: {entry} is not supported here: {fix}", exit_code=2)
+
+
+def _set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+@functools.cache
+def launched() -> Launch:
+    """How this process was launched. UserError (exit code 2) for a configuration that no role can follow.
+
+    Read once, and then taken out of the environment: accelerate would prepare networks after its own rules (one per process, with
+    an optimiser), and transformers and diffusers would load text encoders as if they were to be sharded, too.
+    """
+    launch = Launch()
+    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ.pop(variable, None)
+    if launch.mode.startswith("zero"):
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+    return launch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A copy in every process
+# ---------------------------------------------------------------------------------------------------------------------
+class Role:
+    """One of the networks that the loop speaks of.
+
+    Called, it runs its network: inside its own `turn` and with gradients enabled through whatever synchronises gradients
+    between processes, everywhere else as a frozen network (gradient still flows to its inputs). Made by `Runtime`.
+
+    Args:
+        name: "student", "teacher", "fake_score", "discriminator".
+        module: the network, on the CPU or on its device.
+        dtype: what floating-point inputs are cast to.
+        accelerator: of the run.
+        parameters: what it trains, by name in the module; none for the teacher.
+        select: a context manager that makes its part of a shared module the active one and then restores what was.
+        max_grad_norm, accumulation: of its step; micro-batches of an iteration.
+        subfolder: where a checkpoint holds its weights (default: its name).
+    Attributes:
+        module: the bare network, for a pipeline or a config; never call it in a loop.
+        parameters: what the optimiser owns, by name; shards where the network is sharded.
+        fingerprint: see `fingerprint`.
+        checkpoint_bytes: about what a checkpoint of it takes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        dtype: torch.dtype,
+        accelerator: Accelerator,
+        parameters: Optional[dict[str, torch.nn.Parameter]] = None,
+        select: Callable[[], ContextManager] = nullcontext,
+        max_grad_norm: float = 1.0,
+        accumulation: int = 1,
+        subfolder: Optional[str] = None,
+    ):
+        self.name, self.module, self.dtype, self.accelerator = name, module, dtype, accelerator
+        self.parameters = {} if parameters is None else parameters
+        self.select, self.max_grad_norm, self.accumulation = select, max_grad_norm, accumulation
+        self.subfolder = subfolder or name
+        self.optimizer = self.lr_scheduler = None
+        self._wrapped, self._learning, self._turns = module, False, 0
+        self._stored = list(module.state_dict())  # names of what a checkpoint holds, before anything shards them
+        if not hasattr(module, "save_pretrained"):
+            buffers = dict(module.named_buffers())
+            self._stored = [name for name in self._stored if name in self.parameters or name in buffers]
+        self.fingerprint = fingerprint(module)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+        self.checkpoint_bytes = weights + 8 * sum(parameter.numel() for parameter in self.parameters.values())  # Adam's moments
+
+    def prepare(self, make_optimizer: Callable[[list[torch.nn.Parameter]], tuple]) -> None:
+        """Puts the network where it learns; `make_optimizer(parameters) -> (optimizer, lr_scheduler)`."""
+        self.module.to(self.accelerator.device)
+        self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
+        self._wrapped = self.accelerator.prepare(self.module)
+
+    def __call__(self, *args, **kwargs):
+        network = self._wrapped if self._learning and torch.is_grad_enabled() else self.module
+        with self.select():
+            return network(*args, **kwargs)
+
+    @contextmanager
+    def turn(self):
+        """The role's turn to learn from one micro-batch: forward, loss and `backward` happen inside, `step` after the last.
+
+        Entered once per micro-batch. Only this role's parameters take gradient; what other roles accumulated stays.
+        """
+        self._turns += 1
+        with self.select(), self._gradients_stay_here(self._turns % self.accumulation > 0):
+            self._set_learning(True)
+            try:
+                yield
+            finally:
+                self._set_learning(False)
+
+    def _gradients_stay_here(self, yes: bool) -> ContextManager:
+        """Whether the processes' gradients are not averaged yet, as another micro-batch follows."""
+        return self.accelerator.no_sync(self._wrapped) if yes else nullcontext()
+
+    def _set_learning(self, learning: bool) -> None:
+        self._learning = learning
+        self.module.train(learning)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(learning)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of a micro-batch's mean loss; divides by the number of accumulated micro-batches. Inside `turn` only."""
+        (loss / self.accumulation).backward()
+
+    def step(self) -> torch.Tensor:
+        """Clips, steps optimiser and schedule, clears the gradients. Returns the gradient norm before clipping (no host sync)."""
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def align_with(self, other: "Role", decay: float) -> None:
+        """IDA: moves every parameter of this role towards the other role's: own <- decay * own + (1 - decay) * other."""
+        ida_update(list(self.parameters.values()), list(other.parameters.values()), decay)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _masters(self) -> list[torch.Tensor]:
+        """This process's part of the fp32 weights that the optimiser owns, as plain tensors."""
+        return [parameter.detach() for parameter in self.parameters.values()]
+
+    def check_finite(self) -> None:
+        """Refuses (UserError, in all processes) weights that hold NaN or infinity: they shall not be saved over sound ones."""
+        finite = torch.stack([tensor.isfinite().all() for tensor in self._masters()]).all()
+        if self.accelerator.reduce(finite.float(), reduction="mean") < 1:
+            raise UserError(f"the weights of the {self.name} are not finite; resume from a checkpoint with a lower --learning_rate")
+
+    # Checkpoints: the whole weights in one place, as a single process would write them; the optimiser's state by parts.
+    def network(self) -> Optional[torch.nn.Module]:
+        """The whole network, in the main process; None in the others. All call it; nobody trains it any further."""
+        return self.module if self.accelerator.is_main_process else None
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter or buffer as it is without sharding; all processes call it."""
+        return tensor
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Everything that a checkpoint stores of the network, on the CPU of the main process; empty in the others."""
+        tensors = {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
+        weights = {}
+        for name in self._stored:
+            whole = self._whole(tensors[name]).detach()
+            if self.accelerator.is_main_process:
+                weights[name] = whole.to("cpu", copy=whole.device.type != "cpu").contiguous()
+        return weights
+
+    def save(self, folder: Path) -> None:
+        """Writes weights (safetensors; a diffusers folder where the network is a diffusers model) and optimiser state."""
+        path, main = folder / self.subfolder, self.accelerator.is_main_process
+        if hasattr(self.module, "save_pretrained"):
+            network = self.network()
+            if main:
+                network.save_pretrained(path)
+        else:
+            weights = self._weights()
+            if main:
+                path.mkdir(parents=True)
+                save_file(weights, path / "model.safetensors")
+        part, parts = self._part()
+        if part is not None:
+            state = {"state": self._optimizer_state(), "steps": self.lr_scheduler.last_epoch}
+            torch.save(state, folder / f"{self.name}_optimizer-{part + 1:05d}-of-{parts:05d}.pt")
+
+    def _part(self) -> tuple[Optional[int], int]:
+        """Which part of the optimiser's state this process writes, and how many there are."""
+        return (0 if self.accelerator.is_main_process else None), 1
+
+    def _optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """Adam's moments of this process's part, {parameter's name: {"exp_avg": ...}}; a network that has not stepped has none."""
+        state = self.optimizer.state
+        return {name: dict(state[parameter]) for name, parameter in self.parameters.items() if parameter in state}
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, exactly. Rates, betas and the schedule are those of THIS run, at the stored step.
+
+        Raises:
+            UserError: files missing, cut, or of another network.
+        """
+        with loading("--resume_from_checkpoint", folder / self.subfolder):
+            weights = read_safetensors(folder / self.subfolder)
+            missing, unexpected = set(self._stored) - set(weights), set(weights) - set(self._stored)
+            missing = {name for name in missing if name in self.parameters}
+            if missing or unexpected:
+                raise UserError(
+                    f"--resume_from_checkpoint {folder}: {self.name} is another network "
+                    f"({len(missing)} weights missing, {len(unexpected)} unexpected)"
+                )
+            files = sorted(folder.glob(f"{self.name}_optimizer-*.pt"))
+            if not files:
+                raise OSError(f"no optimiser state of the {self.name}")
+            # Of many parts, each process wants some rows of every tensor.
+            parts = [torch.load(file, map_location="cpu", weights_only=True, mmap=len(files) > 1) for file in files]
+            self._load_weights(weights)
+            self._load_optimizer_state([part["state"] for part in parts])
+        steps = self.lr_scheduler.last_epoch = parts[0]["steps"]
+        for group, base, factor in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas):
+            group["lr"] = base * factor(steps)
+
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        self.module.load_state_dict(weights, strict=False)
+
+    def _load_optimizer_state(self, parts: Sequence[dict]) -> None:
+        """Takes the state of all parts; of a sharded run, too."""
+        state = {index: _joined(parts, name) for index, name in enumerate(self.parameters) if name in parts[0]}
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _joined(parts: Sequence[dict], name: str) -> dict[str, Any]:
+    """A parameter's optimiser state from that of its shards, which are cut along their first dimension."""
+    first = parts[0][name]
+    if len(parts) == 1:
+        return first
+    return {k: torch.cat([part[name][k] for part in parts]) if torch.is_tensor(v) and v.dim() else v for k, v in first.items()}
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short hash of a network's shapes and of a few values of every weight: another teacher has another one.
+
+    Values are rounded to bfloat16, so that it is the same in whatever precision the network was loaded.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files (one, or the shards of a large model), on the CPU."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise OSError(f"no safetensors file in {folder}")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A part in every process
+# ---------------------------------------------------------------------------------------------------------------------
+class PartedRole(Role):
+    """A role of which no process holds everything."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._class = type(self.module)  # before a wrapper gives it another
+
+    def _gradients_stay_here(self, yes):
+        return nullcontext()  # kept whole until the last micro-batch, they would fill the memory that sharding saves
+
+    def network(self):
+        weights = self._weights()
+        if not self.accelerator.is_main_process:
+            return None
+        with torch.device("meta"):
+            network = self._class.from_config(self.module.config)
+        network.load_state_dict(weights, assign=True)
+        return network
+
+    def _part(self):
+        return self.accelerator.process_index, self.accelerator.num_processes
+
+
+# FSDP2 ---------------------------------------------------------------------------------------------------------------
+def shard(module: torch.nn.Module, mesh: DeviceMesh, reshard: bool, policy: Optional[MixedPrecisionPolicy] = None) -> None:
+    """Shares a network's weights out over the mesh, in place: its blocks (`_no_split_modules`) one by one, then the rest.
+
+    Args:
+        reshard: whether gathered weights are freed after the forward, and gathered once more for the backward.
+        policy: precision of the gathered weights and of the gradients' average; None: that of the weights.
+    """
+    options = {
+        "mesh": mesh,
+        "reshard_after_forward": reshard,
+        "mp_policy": policy or MixedPrecisionPolicy(cast_forward_inputs=False),
+    }
+    blocks = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    for part in reversed(list(module.modules())):  # children before their parents
+        if part is not module and type(part).__name__ in blocks:
+            fully_shard(part, **options)
+    fully_shard(module, **options)
+
+
+class ShardedRole(PartedRole):
+    """A role whose weights, gradients and optimiser state are shared out by FSDP2; checkpoints fit any number of processes.
+
+    Args:
+        mesh, reshard: see `shard`.
+        half: gather the weights, which stay in float32 where the optimiser owns them, in the precision of `dtype`.
+    """
+
+    def __init__(self, *args, mesh: DeviceMesh, reshard: bool, half: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._mesh, self._reshard, self._half = mesh, reshard, half
+
+    def prepare(self, make_optimizer):
+        policy = None
+        if self._half:
+            # Inputs are cast by the caller: a timestep of 759 would be 760 in bfloat16.
+            policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        shard(self.module, self._mesh, self._reshard, policy)
+        # Now, as long as the parameters take gradient: FSDP looks at them once to learn the gradients' precision.
+        self.module._get_fsdp_state()._lazy_init()
+        shards = dict(self.module.named_parameters())
+        self.parameters = {name: shards[name] for name in self.parameters}
+        self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
+
+    def __call__(self, *args, **kwargs):
+        with self.accelerator.autocast():
+            return super().__call__(*args, **kwargs)
+
+    def step(self):
+        return super().step().full_tensor()
+
+    def align_with(self, other, decay):
+        for role in (self, other):
+            for part in role.module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()  # else the gathered weights would not be those that move
+        super().align_with(other, decay)
+
+    def _masters(self):
+        return [parameter.detach().to_local() for parameter in self.parameters.values()]
+
+    def _whole(self, tensor):
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _optimizer_state(self):
+        def local(value):
+            return value.to_local() if isinstance(value, DTensor) else value
+
+        return {name: {k: local(v) for k, v in state.items()} for name, state in super()._optimizer_state().items()}
+
+    @torch.no_grad()
+    def _load_weights(self, weights):
+        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        for name, whole in weights.items():
+            tensors[name].copy_(self._like(tensors[name], whole))
+
+    def _load_optimizer_state(self, parts):
+        for name, parameter in self.parameters.items():
+            if name in parts[0]:
+                state = _joined(parts, name)
+                self.optimizer.state[parameter] = {k: self._like(parameter, v) if v.dim() else v for k, v in state.items()}
+
+    @staticmethod
+    def _like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """This process's shard of a whole tensor, without communication; a tensor that is not sharded comes back as it is."""
+        if not isinstance(tensor, DTensor):
+            return whole
+        return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+# DeepSpeed -----------------------------------------------------------------------------------------------------------
+def engine_of(module: torch.nn.Module, config: dict, optimizer: Optional[torch.optim.Optimizer] = None):
+    """A network in DeepSpeed's hands."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+class ZeroRole(PartedRole):
+    """A role in DeepSpeed's hands. Its checkpoints fit the same stage and number of processes alone.
+
+    The optimiser owns flat float32 copies of this process's part of the weights (`_masters`): what the network computes with is
+    filled from them, and a change to the network's own parameters would be lost at the next step.
+
+    Args:
+        config: DeepSpeed's, complete.
+    """
+
+    def __init__(self, *args, config: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._stage, self._config = config["zero_optimization"]["stage"], config
+
+    def prepare(self, make_optimizer):
+        self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
+        self._wrapped = engine_of(self.module, self._config, self.optimizer)
+
+    def backward(self, loss):
+        self._wrapped.backward(loss / self.accumulation, scale_wrt_gas=False)
+
+    def step(self):
+        self._wrapped.step()
+        self.lr_scheduler.step()
+        return torch.as_tensor(self._wrapped.get_global_grad_norm(), device=self.accelerator.device)
+
+    def align_with(self, other, decay):
+        ida_update(self._masters(), other._masters(), decay)
+        self._fill_network()
+
+    def _masters(self):
+        zero = self._wrapped.optimizer
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _fill_network(self) -> None:
+        """Makes the network compute with the masters' values."""
+        zero = self._wrapped.optimizer
+        if self._stage == 2:
+            zero.update_lp_params()
+            return
+        zero.empty_partition_cache()  # small weights are kept whole, and would stay as they were
+        for group in range(len(self._masters())):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    def _whole(self, tensor):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if not isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        tensor.requires_grad_(True)  # ZeRO-3 knows nothing of a frozen one
+        whole = safe_get_full_fp32_param(tensor)
+        tensor.requires_grad_(False)
+        return whole
+
+    def _optimizer_state(self):
+        state = self.optimizer.state
+        return {str(i): {"master": master.detach(), **state.get(master, {})} for i, master in enumerate(self._masters())}
+
+    @torch.no_grad()
+    def _load_weights(self, weights):
+        for name, buffer in self.module.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
+
+    @torch.no_grad()
+    def _load_optimizer_state(self, parts):
+        part = parts[self.accelerator.process_index]
+        for index, master in enumerate(self._masters()):
+            state = {k: v.to(master.device, copy=True) if v.dim() else v for k, v in part[str(index)].items()}
+            master.copy_(state.pop("master"))
+            if state:
+                self.optimizer.state[master] = state
+        self._fill_network()
