@@ -5,6 +5,7 @@ student as one. No network, and no family of pipelines, is named here.
 
 import inspect
 import json
+import math
 import os
 import re
 from functools import partial
@@ -222,13 +223,17 @@ def bind_generator(scheduler, generator) -> None:
 def draw_grid(runtime: Runtime, pipeline, args, call: dict) -> Image.Image:
     """Validation pictures with a stock pipeline call, one row per prompt; each rank draws its own, the main one gets the grid."""
     jobs = [(i, prompt) for prompt in args.validation_prompts for i in range(args.num_validation_images)]
+    rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
     pictures = []
-    for number, (i, prompt) in list(enumerate(jobs))[runtime.accelerator.process_index :: runtime.accelerator.num_processes]:
+    for number in range(rank, math.ceil(len(jobs) / world_size) * world_size, world_size):
+        # Past the last, once more: a sharded network runs in all ranks at once, or in none.
+        i, prompt = jobs[min(number, len(jobs) - 1)]
         generator = torch.Generator().manual_seed(args.seed + i)
         bind_generator(pipeline.scheduler, generator)
         with torch.no_grad(), runtime.accelerator.autocast():  # the student is in fp32, VAE and text encoders may not be
             picture = pipeline(prompt, generator=generator, **call).images[0]
-        pictures.append((number, picture))
+        if number < len(jobs):
+            pictures.append((number, picture))
     pictures = [picture for _, picture in sorted(runtime.gather_objects(pictures), key=lambda pair: pair[0])]
     per_row = args.num_validation_images
     return picture_grid([pictures[i : i + per_row] for i in range(0, len(pictures), per_row)])

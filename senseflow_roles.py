@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from senseflow_args import UserError, loading, require_package
@@ -65,7 +65,7 @@ class Launch:
             self.mode = "fsdp2"
             if self.plugin.fsdp_version != 2:
                 self._refuse(f"fsdp_version {self.plugin.fsdp_version}", "set it to 2")
-            if self.plugin.cpu_offload:
+            if isinstance(self.plugin.cpu_offload, CPUOffloadPolicy):
                 self._refuse("fsdp_offload_params", "set it to false")
             if self.plugin.activation_checkpointing:
                 self._refuse("fsdp_activation_checkpointing", "set it to false and give --gradient_checkpointing")
@@ -89,6 +89,8 @@ def launched() -> Launch:
     launch = Launch()
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         os.environ.pop(variable, None)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # not looked for, with a warning, when a library imports deepspeed
     if launch.mode.startswith("zero"):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -439,7 +441,6 @@ class ShardedRole(PartedRole):
 # DeepSpeed -----------------------------------------------------------------------------------------------------------
 def engine_of(module: torch.nn.Module, config: dict, optimizer: Optional[torch.optim.Optimizer] = None):
     """A network in DeepSpeed's hands."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 

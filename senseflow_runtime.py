@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
@@ -53,6 +54,7 @@ class Runtime:
         folder = Path(args.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # a role counts its micro-batches itself
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir)),
             kwargs_handlers=[
