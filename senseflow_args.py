@@ -3,10 +3,13 @@
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import pickle
 import sys
+import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
@@ -19,8 +22,11 @@ from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
+from torch.distributed import DistError
 
 
+BAD_ARGUMENTS, TERMINATED = 2, 143  # exit codes; the latter is 128 + SIGTERM
+LAUNCHER_LOOKS = 3  # seconds; torchrun looks at its processes ten times a second
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 
@@ -33,7 +39,7 @@ class UserError(Exception):
 
     Args:
         message: that line.
-        exit_code: 2 for bad arguments (found before any weight loads), 1 otherwise.
+        exit_code: 2 for bad arguments (found before any weight loads), 143 for a run that SIGTERM ended, 1 otherwise.
     """
 
     def __init__(self, message: str, exit_code: int = 1):
@@ -51,14 +57,34 @@ def quiet_libraries() -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main(); a UserError becomes one line on stderr and its exit code, without a traceback."""
+    """Runs a script's main(); a UserError becomes one line on stderr and its exit code, without a traceback.
+
+    Whatever ends one of several processes is left for the launcher, too, which ends the others and then prints it last.
+    """
     quiet_libraries()
+    name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
-        if error.exit_code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks find a bad argument; one says so
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        if error.exit_code not in (BAD_ARGUMENTS, TERMINATED) or rank == "0":  # all processes find these; one says so
+            print(f"{name}: {'' if error.exit_code == TERMINATED else 'error: '}{line}", file=sys.stderr)
+        leave_for_launcher(line)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if isinstance(error, DistError) or "gloo" in str(error):
+            print(f"{name}: process {rank} has lost another one, whose message says why ({error})", file=sys.stderr)
+            time.sleep(LAUNCHER_LOOKS)  # so that the launcher sees first who failed
+            sys.exit(1)
+        leave_for_launcher(traceback.format_exc())
+        raise
+
+
+def leave_for_launcher(message: str) -> None:
+    """Writes why this process ends where torchrun, which accelerate launches with, looks for it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}))
 
 
 @contextmanager

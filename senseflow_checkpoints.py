@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterable, Optional, Sequence
 
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 
-from senseflow_args import UserError
+from senseflow_args import TERMINATED, UserError
 from senseflow_roles import Role, fingerprint, launched
 from senseflow_runtime import Runtime
 
@@ -159,29 +161,47 @@ def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, prints:
         role.check_finite()
     final = Path(args.output_dir) / f"checkpoint-{iteration}"
     aside = final.with_name(final.name + INCOMPLETE)
-    if main.is_main_process:
+    with writing(aside):
+        if main.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        main.wait_for_everyone()
+        for role in runtime.trained:
+            role.save(aside)
+        main.wait_for_everyone()
+        if main.is_main_process:
+            extras(aside)
+            state = {"iteration": iteration, "samples_seen": samples_seen, "args": vars(args), "fingerprint": prints}
+            state["launch"] = launch_record()
+            (aside / "state.json").write_text(json.dumps(state, indent=1))
+            replace_folder(aside, final)
+            if args.checkpoints_total_limit is not None:
+                for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                    discard(old)
+        main.wait_for_everyone()
+
+
+def check_finished(args, iteration: int) -> None:
+    """Ends a run that SIGTERM stopped before its last iteration, after its checkpoint (UserError, exit code 143)."""
+    if iteration < args.max_train_steps:
+        message = f"stopped by SIGTERM; checkpoint-{iteration} in {args.output_dir} is complete: go on with"
+        raise UserError(f"{message} --resume_from_checkpoint latest", exit_code=TERMINATED)
+
+
+@contextmanager
+def writing(aside: Path):
+    """Turns a full disk, or another that cannot be written to, into a UserError; what was written so far is removed."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    main.wait_for_everyone()
-    for role in runtime.trained:
-        role.save(aside)
-    main.wait_for_everyone()
-    if main.is_main_process:
-        extras(aside)
-        state = {
-            "iteration": iteration,
-            "samples_seen": samples_seen,
-            "args": vars(args),
-            "fingerprint": prints,
-            "launch": launch_record(),
-        }
-        state["launch"] = launch_record()
-        (aside / "state.json").write_text(json.dumps(state, indent=1))
-        replace_folder(aside, final)
-        if args.checkpoints_total_limit is not None:
-            for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                discard(old)
-    main.wait_for_everyone()
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--output_dir {aside.parent}: {aside.name.removesuffix(INCOMPLETE)} could not be written ({reason}); what was there "
+            "before is intact: free some space, then --resume_from_checkpoint latest"
+        ) from error
 
 
 def discard(folder: Path) -> None:

@@ -20,9 +20,10 @@ from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from tqdm.auto import tqdm
 
 from senseflow_args import DTYPES, UserError, loading
-from senseflow_checkpoints import INCOMPLETE, publish_folder
+from senseflow_checkpoints import INCOMPLETE, publish_folder, writing
 from senseflow_discriminator import Discriminator, TextFeatures, VisionFeatures
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
@@ -30,6 +31,8 @@ from senseflow_utils import Draws, Schedule
 
 
 logger = get_logger(__name__)
+
+SMALL_SET = 1000  # prompts whose embeddings are kept; those of FLUX.1-dev take 4 MB each in bf16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,6 +180,64 @@ def load_discriminator(args, runtime: Runtime) -> tuple[Role, VisionFeatures, Te
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------------------------------
+def text_encoders_of(pipeline) -> dict[str, torch.nn.Module]:
+    """The text encoders that a pipeline has, by component."""
+    components = pipeline.components.items()
+    return {name: part for name, part in components if name.startswith("text_encoder") and part is not None}
+
+
+def place_text_encoders(args, pipeline, device) -> None:
+    """Puts the frozen text encoders on the device or, with --offload_text_encoders, leaves them on the CPU to run there."""
+    for encoder in text_encoders_of(pipeline).values():
+        encoder.requires_grad_(False).eval().to("cpu" if args.offload_text_encoders else device)
+    if args.offload_text_encoders:
+        pipeline.encode_prompt = partial(_encode_where_they_are, pipeline, pipeline.encode_prompt)  # the stock call's, too
+
+
+def _encode_where_they_are(pipeline, encode_prompt, *args, device, **kwargs) -> tuple:
+    where = next(iter(text_encoders_of(pipeline).values())).device
+    outputs = encode_prompt(*args, device=where, **kwargs)
+    return tuple(output.to(device) if torch.is_tensor(output) else output for output in outputs)
+
+
+def encode_small_set(args, rows, pipeline, encode_prompts, device):
+    """With --offload_text_encoders and at most SMALL_SET different prompts: encodes them all, once, and frees the encoders.
+
+    Args:
+        rows: of the data set.
+        encode_prompts: `encode_prompts(prompts) -> condition`, a tuple of tensors (B, ...).
+    Returns:
+        What takes the place of `encode_prompts`. The encoders stay on the CPU where --validation_prompts will need them.
+    """
+    prompts = few_prompts(rows) if args.offload_text_encoders else None
+    if prompts is None:
+        return encode_prompts
+    encoders = text_encoders_of(pipeline)
+    for encoder in encoders.values():
+        encoder.to(device)
+    shown = tqdm(prompts, "prompts", disable=os.environ.get("LOCAL_RANK", "0") != "0")
+    table = {prompt: [part.cpu() for part in encode_prompts([prompt])] for prompt in shown}
+    for encoder in encoders.values():
+        encoder.to("cpu")
+    if not args.validation_prompts:
+        pipeline.register_modules(**dict.fromkeys(encoders))
+    logger.info(f"{len(table)} prompts are encoded; the text encoders are {'on the CPU' if args.validation_prompts else 'freed'}")
+    return lambda prompts: tuple(torch.cat(parts).to(device) for parts in zip(*[table[prompt] for prompt in prompts]))
+
+
+def few_prompts(rows) -> Optional[list[str]]:
+    """The different prompts of a data set, if they are at most SMALL_SET; None for more, and for a stream."""
+    found: dict[str, None] = {}
+    for row in range(len(rows) if hasattr(rows, "__len__") else 0):
+        found[rows.prompt(row)] = None
+        if len(found) > SMALL_SET:
+            return None
+    return list(found) or None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pictures and latents
 # ---------------------------------------------------------------------------------------------------------------------
 def shift_of(vae: ModelMixin) -> float:
@@ -299,10 +360,11 @@ def export(runtime: Runtime, args, pipeline_class, student: Role, components: di
         source = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
         pipeline = load_pipeline(pipeline_class, flag, path, **others, **source)
         pipeline.register_modules(**{student.subfolder: network})  # the run is over
-        pipeline.to("cpu", dtype).save_pretrained(aside)
-        write_usage(aside, record, {})
-        write_model_card(aside, pipeline_class, record, args, license_of(path))
-        publish_folder(aside, Path(args.output_dir), last="model_index.json")
+        with writing(aside):
+            pipeline.to("cpu", dtype).save_pretrained(aside)
+            write_usage(aside, record, {})
+            write_model_card(aside, pipeline_class, record, args, license_of(path))
+            publish_folder(aside, Path(args.output_dir), last="model_index.json")
         logger.info(f"the pipeline is in {args.output_dir}")
     runtime.accelerator.wait_for_everyone()
 

@@ -8,6 +8,7 @@ import copy
 import logging
 import math
 import os
+import signal
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -69,6 +70,14 @@ class Runtime:
             self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
         set_seed(args.seed)  # initial weights of the discriminator; every draw of the training itself is stateless
+        self.terminated, self._process = False, os.getpid()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_):
+        if os.getpid() != self._process:  # a worker of the DataLoader, which inherited this handler
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.terminated = True
 
     def frozen_role(self, name: str, module: torch.nn.Module, select: Callable[[], ContextManager] = nullcontext) -> Role:
         """A role that never learns (the teacher); its module is in the precision of the run's frozen networks already."""
@@ -202,8 +211,9 @@ class Runtime:
 class Metrics:
     """Scalars of the iterations to the trackers and the progress bar, read one iteration late: the device never waits for the host.
 
-    Stops the run (UserError) when values are not finite `patience` times in a row, with no sound student's turn between. Samples
-    whose DMD gradient was not finite are counted as `dmd_non_finite`, the mean over micro-batches and processes.
+    Says with `interrupted` that SIGTERM reached a process: in all processes after the same iteration, the one that was under way
+    or the next. Stops the run (UserError) when values are not finite `patience` times in a row, with no sound student's turn
+    between. Samples whose DMD gradient was not finite are counted as `dmd_non_finite`, the mean over micro-batches and processes.
     """
 
     shown = ("dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss")
@@ -212,13 +222,15 @@ class Metrics:
         self.runtime, self.student, self.samples, self.progress, self.patience = runtime, student, samples, progress, patience
         self.pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
         self.bad_in_a_row, self.since, self.postfix = 0, time.monotonic(), {}
+        self.interrupted = False
 
     def push(self, iteration: int, values: dict[str, torch.Tensor]) -> None:
         """Takes the device scalars of an iteration, logs the one before."""
         self.flush()
         names = sorted(values)
-        stacked = torch.stack([values[name].detach().float().reshape(()) for name in names])
-        self.pending = (iteration, self.student.learning_rate, names, self.runtime.mean(stacked))
+        stacked = [values[name].detach().float().reshape(()) for name in names]
+        stacked.append(torch.tensor(float(self.runtime.terminated)).to(self.runtime.device, non_blocking=True))
+        self.pending = (iteration, self.student.learning_rate, names, self.runtime.mean(torch.stack(stacked)))
 
     def flush(self) -> None:
         """Logs the last iteration pushed, if that has not been done."""
@@ -226,7 +238,8 @@ class Metrics:
             return
         iteration, rate, names, stacked = self.pending
         self.pending = None
-        numbers = dict(zip(names, stacked.tolist()))
+        *means, terminated = stacked.tolist()
+        numbers, self.interrupted = dict(zip(names, means)), terminated > 0
         self._check(iteration, numbers)
         now = time.monotonic()
         numbers |= {"lr": rate, "samples_per_second": self.samples / max(now - self.since, 1e-9)}

@@ -381,6 +381,7 @@ def parse_args(argv=None):
     add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         help="bf16: frozen networks in bf16, trained ones in fp32 under autocast (default: accelerate's configuration)")
     add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
+    add("--offload_text_encoders", action="store_true", help="keep them on the CPU; freed if the prompts are few (ours)")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release uses it for Large)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
@@ -461,8 +462,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = pipeline_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, **source)
     pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
-    for encoder in filter(None, (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)):
-        encoder.requires_grad_(False).eval().to(device)
+    pipeline_tools.place_text_encoders(args, pipeline, device)
 
     @torch.no_grad()
     def encode_prompts(prompts):
@@ -516,6 +516,7 @@ def main(argv=None):
     schedule, scheduler, call = make_schedule(args, runtime.device)
     components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
     parts, pipeline = load_parts(args, runtime, schedule)
+    parts.encode_prompts = pipeline_tools.encode_small_set(args, rows, pipeline, parts.encode_prompts, runtime.device)
     prints = checkpoint_tools.fingerprints_of(parts)
     if checkpoint:
         checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
@@ -543,7 +544,7 @@ def main(argv=None):
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
     metrics = Metrics(runtime, parts.student, per_iteration, progress)
     seen: dict[str, torch.Tensor] = {}
-    while iteration < args.max_train_steps:
+    while iteration < args.max_train_steps and not metrics.interrupted:
         batches = [runtime.to_device(next(data)) for _ in range(args.gradient_accumulation_steps)]
         values, new = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
         seen = new or seen
@@ -553,13 +554,14 @@ def main(argv=None):
             validate(parts.student, scheduler, "student", call)
             if seen:
                 runtime.log_picture("panel/" + " ".join(seen), pipeline_tools.draw_panel(pipeline.vae, seen), iteration)
-        if iteration % args.checkpointing_steps == 0:
+        if iteration % args.checkpointing_steps == 0 or metrics.interrupted:
             metrics.flush()  # a diverged student does not replace a sound one
             record = pipeline_tools.usage_record(args, schedule, call, iteration)
             usage = partial(pipeline_tools.write_usage, record=record, components=components)
             checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
     metrics.flush()
     progress.close()
+    checkpoint_tools.check_finished(args, iteration)
     record = pipeline_tools.usage_record(args, schedule, call, iteration)
     pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
     runtime.accelerator.end_training()

@@ -457,6 +457,7 @@ def parse_args(argv=None):
     add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         help="bf16: frozen networks in bf16, trained ones in fp32 under autocast (default: accelerate's configuration)")
     add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
+    add("--offload_text_encoders", action="store_true", help="keep them on the CPU; freed if the prompts are few (ours)")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (off in the release)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
@@ -578,8 +579,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, S
     where["dtype"] = runtime.weight_dtype
     vae = pipeline_tools.load_vae(AutoencoderKL, vae_flag, vae_path, args, device, encodes, decodes, **where)
     pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
-    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
-        encoder.requires_grad_(False).eval().to(device)
+    pipeline_tools.place_text_encoders(args, pipeline, device)
     size = (args.resolution, args.resolution)
     time_ids = torch.tensor([[*size, 0, 0, *size]], device=device, dtype=runtime.weight_dtype)  # whole pictures, as a stock call
 
@@ -642,6 +642,7 @@ def main(argv=None):
     components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
     components |= own_vae(args)  # vae
     parts, pipeline = load_parts(args, runtime, schedule)
+    parts.encode_prompts = pipeline_tools.encode_small_set(args, rows, pipeline, parts.encode_prompts, runtime.device)
     prints = checkpoint_tools.fingerprints_of(parts)
     prints["vae"] = checkpoint_tools.fingerprint(components["vae"]) if "vae" in components else "the teacher's"  # vae
     if checkpoint:
@@ -670,7 +671,7 @@ def main(argv=None):
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
     metrics = Metrics(runtime, parts.student, per_iteration, progress)
     seen: dict[str, torch.Tensor] = {}
-    while iteration < args.max_train_steps:
+    while iteration < args.max_train_steps and not metrics.interrupted:
         batches = [runtime.to_device(next(data)) for _ in range(args.gradient_accumulation_steps)]
         values, new = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
         seen = new or seen
@@ -680,13 +681,14 @@ def main(argv=None):
             validate(parts.student, scheduler, "student", call)
             if seen:
                 runtime.log_picture("panel/" + " ".join(seen), pipeline_tools.draw_panel(pipeline.vae, seen), iteration)
-        if iteration % args.checkpointing_steps == 0:
+        if iteration % args.checkpointing_steps == 0 or metrics.interrupted:
             metrics.flush()  # a diverged student does not replace a sound one
             record = pipeline_tools.usage_record(args, schedule, call, iteration)
             usage = partial(pipeline_tools.write_usage, record=record, components=components)
             checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
     metrics.flush()
     progress.close()
+    checkpoint_tools.check_finished(args, iteration)
     record = pipeline_tools.usage_record(args, schedule, call, iteration)
     pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
     runtime.accelerator.end_training()
