@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test mutants style
+.PHONY: venv demo test test-modes mutants style
 
 venv: $(VENV)/.installed
 
@@ -15,7 +15,11 @@ demo: venv
 	$(BIN)/python demo/run.py
 
 test: venv
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore tests/test_modes.py
+
+# Every configuration of accelerate_configs/, two processes each. DeepSpeed compiles an operator at its first launch.
+test-modes: venv
+	$(BIN)/python -m pytest tests/test_modes.py
 
 mutants: venv
 	$(BIN)/python tests/mutants.py

@@ -66,6 +66,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        traceback.clear_frames(error.__traceback__)  # the progress bar goes first, or it would stand below the message
         line = " ".join(str(error).split())
         if error.exit_code not in (BAD_ARGUMENTS, TERMINATED) or rank == "0":  # all processes find these; one says so
             print(f"{name}: {'' if error.exit_code == TERMINATED else 'error: '}{line}", file=sys.stderr)

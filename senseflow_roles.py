@@ -13,6 +13,7 @@ import functools
 import hashlib
 import logging
 import os
+import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Optional, Sequence
@@ -356,11 +357,9 @@ def shard(module: torch.nn.Module, mesh: DeviceMesh, reshard: bool, policy: Opti
         reshard: whether gathered weights are freed after the forward, and gathered once more for the backward.
         policy: precision of the gathered weights and of the gradients' average; None: that of the weights.
     """
-    options = {
-        "mesh": mesh,
-        "reshard_after_forward": reshard,
-        "mp_policy": policy or MixedPrecisionPolicy(cast_forward_inputs=False),
-    }
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes it in place
+    policy = policy or MixedPrecisionPolicy(cast_forward_inputs=False)
+    options = {"mesh": mesh, "reshard_after_forward": reshard, "mp_policy": policy}
     blocks = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     for part in reversed(list(module.modules())):  # children before their parents
         if part is not module and type(part).__name__ in blocks:
@@ -399,11 +398,18 @@ class ShardedRole(PartedRole):
     def step(self):
         return super().step().full_tensor()
 
+    def _free_gathered(self) -> None:
+        """Frees gathered weights that a forward has left behind: what happens to the shards must reach the next forward."""
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+    def _set_learning(self, learning):
+        self._free_gathered()
+        super()._set_learning(learning)
+
     def align_with(self, other, decay):
-        for role in (self, other):
-            for part in role.module.modules():
-                if isinstance(part, FSDPModule):
-                    part.reshard()  # else the gathered weights would not be those that move
+        self._free_gathered()
         super().align_with(other, decay)
 
     def _masters(self):

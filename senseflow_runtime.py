@@ -48,6 +48,8 @@ class Runtime:
 
     def __init__(self, args):
         self.args, self.launch = args, launched()
+        if args.use_8bit_adam and self.launch.mode == "fsdp2":
+            raise UserError("--use_8bit_adam: bitsandbytes cannot take FSDP2's shards: drop it, or take zero3.yaml", exit_code=2)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
         if not torch.cuda.is_available() and self.launch.world_size > 1:
             # A multi-GPU configuration launched on a machine without a GPU runs on its CPU, over gloo.

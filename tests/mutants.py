@@ -53,6 +53,11 @@ COPIES = "tests/test_copies.py"
 LEAK = f"{LOOP_TESTS}::test_a_frozen_discriminator_does_not_change_the_students_turn"
 
 
+BF16 = "tests/test_modes.py::test_bf16_learns_what_fp32_learns"
+RESUMED = "tests/test_modes.py::test_a_resumed_run_is_the_same_run"
+RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
+
+
 class Mutant(NamedTuple):
     name: str
     file: str
@@ -301,6 +306,43 @@ MUTANTS = [
     Mutant("a copied block drifts", SD3, COPIES,
         "args.ida_decay < 1:",
         "args.ida_decay < 0.99:"),
+    # Several processes
+    Mutant("DDP: gradients are never averaged", ROLES, f"{MODES}[flux-ddp]",
+        "self._gradients_stay_here(self._turns % self.accumulation > 0)",
+        "self._gradients_stay_here(True)"),
+    Mutant("FSDP2: IDA moves shards while gathered weights stay", ROLES, f"{MODES}[sd3-fsdp2]",
+        "    def align_with(self, other, decay):\n        self._free_gathered()\n",
+        "    def align_with(self, other, decay):\n"),
+    Mutant("FSDP2: a turn begins with what was gathered frozen", ROLES, f"{MODES}[sd3-fsdp2]",
+        "    def _set_learning(self, learning):\n        self._free_gathered()\n",
+        "    def _set_learning(self, learning):\n"),
+    Mutant("FSDP2: the gradients' precision is looked up when all is frozen", ROLES, f"{BF16}[fsdp2]",
+        "        self.module._get_fsdp_state()._lazy_init()\n",
+        ""),
+    Mutant("FSDP2: moments are not restored", ROLES, f"{RESUMED}[6-fsdp2]",
+        "            if name in parts[0]:\n                state = _joined(parts, name)\n                self",
+        "            if False:\n                state = _joined(parts, name)\n                self"),
+    Mutant("ZeRO: the frozen discriminator is called through its engine", ROLES, f"{MODES}[flux-zero3]",
+        "self._wrapped if self._learning and torch.is_grad_enabled() else self.module",
+        "self._wrapped"),
+    Mutant("ZeRO: IDA moves the network and not the masters", ROLES, f"{MODES}[flux-zero2]",
+        "        ida_update(self._masters(), other._masters(), decay)\n        self._fill_network()\n",
+        "        super().align_with(other, decay)\n"),
+    Mutant("ZeRO: IDA does not reach the network", ROLES, f"{MODES}[flux-zero2]",
+        "decay)\n        self._fill_network()\n",
+        "decay)\n"),
+    Mutant("ZeRO-3: small weights stay as they were", ROLES, f"{MODES}[flux-zero3]",
+        "        zero.empty_partition_cache()",
+        "        pass"),
+    Mutant("ZeRO: masters are not restored", ROLES, f"{RESUMED}[6-zero2]",
+        "            master.copy_(state.pop(\"master\"))",
+        "            state.pop(\"master\")"),
+    Mutant("ZeRO: no clipping", RUNTIME, f"{MODES}[flux-zero2]",
+        '"gradient_clipping": self.args.max_grad_norm',
+        '"gradient_clipping": 1e9'),
+    Mutant("every process trains on the first one's pictures", LOOP, f"{MODES}[flux-ddp]",
+        "make_dataloader(args, rows, rank, world_size,",
+        "make_dataloader(args, rows, 0, world_size,"),
 ]
 # fmt: on
 

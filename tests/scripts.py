@@ -41,15 +41,23 @@ def assert_same(a: dict, b: dict, **tolerance) -> None:
             assert torch.equal(a[name], b[name]), name
 
 
-def launch(script: str, arguments, processes: int = 1, precision: str = "no") -> str:
-    """A script as a user launches it; what it says on stderr."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    config = ROOT / "accelerate_configs" / ("single.yaml" if processes == 1 else "ddp.yaml")
-    command += ["--config_file", str(config), "--num_processes", str(processes), "--mixed_precision", precision]
+def start(script, arguments, processes: int = 1, precision: str = "no", mode: str = "", *more: str) -> subprocess.Popen:
+    """Launches a script as a user does, under a mode's file of accelerate_configs/; `more` are flags of `accelerate launch`."""
+    config = ROOT / "accelerate_configs" / f"{mode or ('single' if processes == 1 else 'ddp')}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", str(processes), "--mixed_precision", precision]
+    command += ["--main_process_port", "0", *more, str(ROOT / script), *arguments]  # any free port
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stderr
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=environment, start_new_session=True)
+
+
+def launch(*args, **kwargs) -> str:
+    """A script as a user launches it (see `start`), to its end; what it says on stderr."""
+    process = start(*args, **kwargs)
+    _, said = process.communicate()
+    assert process.returncode == 0, said[-3000:]
+    return said
 
 
 def resume_is_the_same_run(script, flags, folder: Path, *validation) -> Path:

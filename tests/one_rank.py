@@ -1,0 +1,31 @@
+"""Launched by test_modes.py: the FLUX script, with a fault in the process of rank 1 from its second iteration on.
+
+python tests/one_rank.py {error, nan} [the script's arguments]
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_senseflow_flux as script
+from senseflow_args import UserError, run_script
+
+
+iterate = script.train_iteration
+
+
+def faulty(iteration, *args):
+    if iteration > 0 and sys.argv[1] == "error":
+        raise UserError("--dataset_json data.json: the disk went away; mount it again")
+    values, seen = iterate(iteration, *args)
+    if iteration > 0:
+        values["fake_loss"] = values["fake_loss"] * float("nan")
+    return values, seen
+
+
+if os.environ["RANK"] == "1":
+    script.train_iteration = faulty
+run_script(lambda: script.main(sys.argv[2:]))

@@ -1,0 +1,222 @@
+"""The real scripts under every configuration of accelerate_configs/, two processes each: `make test-modes`.
+
+All runs of a script train on the same global batches: 12 iterations of 2 micro-batches, the student in every fifth, everything
+on. Clipping binds. What is compared is what a checkpoint holds of all three networks.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scripts import ROOT, assert_same, launch, start, states
+from tiny_pipelines import write_sd3, write_sdxl
+
+
+ROLES = {"flux": "transformer", "sd3": "transformer", "sdxl": "unet"}  # where the student lies
+LAST = 12
+
+
+@pytest.fixture(scope="session")
+def flags(teacher, vision, data, tmp_path_factory):
+    """flags(script) -> its arguments, but for the batch size and the output folder."""
+    teachers = {"flux": teacher}
+    for name, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
+        teachers[name] = tmp_path_factory.mktemp(name)
+        write(teachers[name])
+
+    def make(script):
+        return [
+            *("--pretrained_model_name_or_path", str(teachers[script]), "--dataset_json", str(data), "--resolution", "64"),
+            *("--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")),
+            *("--gradient_accumulation_steps", "2", "--ttur_ratio", "5", "--max_train_steps", str(LAST)),
+            *(
+                "--checkpointing_steps",
+                "3",
+                "--ida_decay",
+                "0.97",
+                "--export_dtype",
+                "fp32",
+                "--random_flip",
+                "--report_to",
+                "none",
+            ),
+            # The heads' LeakyReLUs have kinks, and Adam divides by gradients that are all rounding: neither shall decide.
+            *("--learning_rate", "1e-3", "--learning_rate_disc", "1e-4", "--adam_epsilon", "1e-3", "--max_grad_norm", "0.05"),
+            *("--report_to", "none"),
+            *(["--max_sequence_length", "16"] if script != "sdxl" else []),
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(flags, tmp_path_factory):
+    """trained(script, mode, precision, processes) -> the output folder of its run; each is run once."""
+    done: dict[tuple, Path] = {}
+
+    def run(script, mode, precision="no", processes=2, *more):
+        if (script, mode, precision) not in done:
+            out = done[script, mode, precision] = tmp_path_factory.mktemp(f"{script}-{mode}-{precision}")
+            extra = ["--gradient_checkpointing", "--validation_prompts", "a", "b", "c", "--validation_steps", "5"]
+            arguments = [*flags(script), "--train_batch_size", str(16 // processes), "--output_dir", str(out)]
+            launch(f"train_senseflow_{script}.py", arguments + extra * (precision == "bf16"), processes, precision, mode, *more)
+        return done[script, mode, precision]
+
+    return run
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the three networks."""
+    files = sorted(checkpoint.rglob("*.safetensors"))
+    return {f"{file.parent.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_near(a: dict, b: dict, tolerance: float = 1e-5) -> None:
+    assert a.keys() == b.keys() and len(a) > 50
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=name)
+
+
+def moved(a: dict, b: dict, role: str) -> torch.Tensor:
+    """How far a network's weights are from each other, as one vector."""
+    return torch.cat(
+        [(b[name] - a[name]).flatten() for name in a if name.startswith(f"{role}/") and name[-3:] not in ("._u", "._v")]
+    )
+
+
+# fsdp_reshard_after_forward false leaves gathered weights behind each forward: IDA must move what they are gathered from.
+MODES = [("flux", mode) for mode in ("ddp", "fsdp2", "zero2", "zero3")]
+MODES += [("sd3", "ddp"), ("sd3", "fsdp2"), ("sdxl", "ddp"), ("sdxl", "fsdp2"), ("sdxl", "zero3")]
+
+
+@pytest.mark.parametrize("script, mode", MODES)
+def test_two_processes_train_as_one(script, mode, trained):
+    """<= 1e-5 after 12 iterations, in which every network moves by more than ten times that; the same pipeline comes out."""
+    one = trained(script, "single", "no", 1)
+    more = ["--fsdp_reshard_after_forward", "false"] if (script, mode) == ("sd3", "fsdp2") else []
+    two = trained(script, mode, "no", 2, *more)
+    for iteration in (3, LAST):
+        assert_near(weights(one / f"checkpoint-{iteration}"), weights(two / f"checkpoint-{iteration}"))
+    for role in (ROLES[script], "fake_score", "discriminator"):
+        distance = moved(*(weights(two / f"checkpoint-{iteration}") for iteration in (3, LAST)), role)
+        assert distance.abs().max() > 1e-4, role
+    exported = [
+        sorted(str(path.relative_to(out)) for path in out.rglob("*") if "checkpoint" not in str(path)) for out in (one, two)
+    ]
+    assert exported[0] == exported[1] and "model_index.json" in exported[0]
+    assert_near(*(load_file(out / ROLES[script] / "diffusion_pytorch_model.safetensors") for out in (one, two)))
+    # The student's first step is the fifth iteration's: nothing may be made up for it before.
+    for file in (two / "checkpoint-3").glob("student_optimizer-*"):
+        stored = torch.load(file, weights_only=True)["state"]
+        assert stored.keys() <= {"0"} if mode.startswith("zero") else not stored
+        assert all(set(state) == {"master"} for state in stored.values())
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_resumed_run_is_the_same_run(mode, at, trained, flags, tmp_path):
+    """To the bit; at 3 the student has not stepped yet, at 6 it has."""
+    whole = trained("flux", mode)
+    shutil.copytree(whole / f"checkpoint-{at}", tmp_path / f"checkpoint-{at}")
+    arguments = [*flags("flux"), "--train_batch_size", "8", "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
+    launch("train_senseflow_flux.py", arguments, 2, "no", mode)
+    assert_same(states(whole / f"checkpoint-{LAST}"), states(tmp_path / f"checkpoint-{LAST}"))
+
+
+@pytest.mark.parametrize("mode, processes", [("fsdp2", 1), ("ddp", 2), ("single", 1)])
+def test_what_fsdp2_saved_goes_on_in_other_numbers(mode, processes, trained, flags, tmp_path):
+    whole = trained("flux", "fsdp2")
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    batch = ["--train_batch_size", str(16 // processes)]
+    arguments = [*flags("flux"), *batch, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
+    launch("train_senseflow_flux.py", arguments, processes, "no", mode)
+    assert_near(weights(whole / f"checkpoint-{LAST}"), weights(tmp_path / f"checkpoint-{LAST}"))
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_bf16_learns_what_fp32_learns(mode, trained):
+    """With gradient checkpointing and three validation prompts for two processes: from iteration 6 to 12 every network goes the
+    same way as in float32."""
+    exact = [weights(trained("flux", "single", "no", 1) / f"checkpoint-{iteration}") for iteration in (6, LAST)]
+    rough = [weights(trained("flux", mode, "bf16") / f"checkpoint-{iteration}") for iteration in (6, LAST)]
+    assert {tensor.dtype for tensor in rough[1].values()} == {torch.float32}, "the masters"
+    for role in ("transformer", "fake_score", "discriminator"):
+        a, b = moved(*exact, role), moved(*rough, role)
+        assert torch.dot(a, b) / (a.norm() * b.norm()) > 0.99, role
+        assert 0.97 < b.norm() / a.norm() < 1.03, role
+
+
+def test_two_nodes_train_as_one(trained, flags, tmp_path):
+    """Two launches, a process each, as on two machines: rows and slots follow the rank over both."""
+    arguments = [*flags("flux"), "--train_batch_size", "8", "--output_dir", str(tmp_path)]
+    nodes = [
+        start("train_senseflow_flux.py", arguments, 2, "no", "fsdp2_2nodes", "--machine_rank", rank, "--main_process_port", "29533")
+        for rank in "01"
+    ]
+    for node in nodes:
+        _, said = node.communicate()
+        assert node.returncode == 0, said[-3000:]
+    assert_same(states(trained("flux", "fsdp2") / f"checkpoint-{LAST}"), states(tmp_path / f"checkpoint-{LAST}"))
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_dmd2_trains_as_one(mode, flags, tmp_path):
+    """The classifier is a part of the fake score: one network runs three times before its backward."""
+    dropped = ("--discriminator_backbone", "--discriminator_text_encoder", "--ida_decay", "--learning_rate_disc")
+    common = flags("sdxl")
+    for flag in dropped:
+        place = common.index(flag)
+        del common[place : place + 2]
+    common += ["--method", "dmd2", "--classifier_weight", "1"]
+    for name, processes, how in (("one", 1, "single"), ("two", 2, mode)):
+        batch = ["--train_batch_size", str(16 // processes), "--output_dir", str(tmp_path / name)]
+        launch("train_senseflow_sdxl.py", [*common, *batch], processes, "no", how)
+    assert_near(*(weights(tmp_path / name / f"checkpoint-{LAST}") for name in ("one", "two")))
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize(
+    "fault, message", [("error", "the disk went away; mount it again"), ("nan", "fake_loss not finite 3 times")]
+)
+def test_what_ends_one_process_ends_all_and_is_said_last(mode, fault, message, flags, tmp_path):
+    arguments = [fault, *flags("flux"), "--train_batch_size", "1", "--output_dir", str(tmp_path)]
+    process = start("tests/one_rank.py", arguments, 2, "no", mode)
+    try:
+        _, said = process.communicate(timeout=90)  # a start takes up to 20 s here
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1
+    (cause,) = re.findall(r"Root Cause.*?traceback : (.*?)\n=", said, re.DOTALL)
+    assert message in cause and said.rstrip().endswith("==="), said[-3000:]
+    assert "[rank" not in said, "no process ends with a traceback"
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero2"])
+def test_sigterm_saves_and_says_so(mode, flags, tmp_path):
+    """To the launcher, as a cluster sends it; all processes stop after the same iteration."""
+    arguments = [*flags("flux"), "--train_batch_size", "1", "--max_train_steps", "100000", "--output_dir", str(tmp_path)]
+    process = start("train_senseflow_flux.py", arguments, 2, "no", mode)
+    while not (tmp_path / "checkpoint-3").exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate()
+    (number,) = re.findall(r"stopped by SIGTERM; checkpoint-(\d+) in .* is complete", said)
+    assert json.loads((tmp_path / f"checkpoint-{number}" / "state.json").read_text())["iteration"] == int(number)
+    assert not (tmp_path / "model_index.json").exists()
+
+
+def test_kills_at_any_moment_lose_nothing():
+    """Three of benchmarks/kill.py's; it is run with twenty before a release."""
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kill.py"), "--kills", "3"], check=True)
