@@ -42,7 +42,8 @@ def assert_same(a: dict, b: dict, **tolerance) -> None:
 
 
 def start(script, arguments, processes: int = 1, precision: str = "no", mode: str = "", *more: str) -> subprocess.Popen:
-    """Launches a script as a user does, under a mode's file of accelerate_configs/; `more` are flags of `accelerate launch`."""
+    """Launches a script as a user does, under a mode's file of accelerate_configs/, or a file of one's own (its path without
+    .yaml); `more` are flags of `accelerate launch`."""
     config = ROOT / "accelerate_configs" / f"{mode or ('single' if processes == 1 else 'ddp')}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes), "--mixed_precision", precision]
