@@ -19,17 +19,20 @@ import os
 import random
 import struct
 import zlib
+from functools import partial
 from typing import Any, Callable, Iterator, Optional, Union
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from senseflow_args import UserError, require_package
 from senseflow_lmdb import LatentRows
+from senseflow_stream import StreamedBatches, StreamedRows, undecoded
 from senseflow_utils import Draws
 
 
@@ -79,14 +82,24 @@ class Rows:
         path, content = (cell["path"], cell["bytes"]) if cell else (None, None)
         # A picture that lives in a table has a file name at best.
         name = path if path and content is None else f"{path or 'picture'} (row {row} of {self.origin})"
-        try:
-            with Image.open(path if content is None and path else io.BytesIO(content or b"")) as picture:
-                return name, ImageOps.exif_transpose(picture).convert("RGB")
-        except UNREADABLE:
-            return name, None
+        return name, read_picture(path, content)
 
 
-AnyRows = Union[Rows, LatentRows]
+AnyRows = Union[Rows, LatentRows, StreamedRows]
+AnyDataset = Union[datasets.Dataset, datasets.IterableDataset]
+
+
+def read_picture(path: Optional[str], content: Optional[bytes]) -> Optional[Image.Image]:
+    """An upright RGB picture out of its bytes or, where there are none, its file or URL; None if it cannot be read."""
+    try:
+        file = path if content is None and path else io.BytesIO(content or b"")
+        if file is path and "://" in path:
+            with xopen(path, "rb") as remote:
+                file = io.BytesIO(remote.read())
+        with Image.open(file) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except UNREADABLE:
+        return None
 
 
 def check_data_args(args) -> Optional[AnyRows]:
@@ -107,6 +120,9 @@ def check_data_args(args) -> Optional[AnyRows]:
         raise _refusal("max_train_samples", args.max_train_samples, "leaves no row", "give 1 or more, or leave it out")
     if args.dataset_config_name is not None and flag != "dataset_name":
         raise _refusal("dataset_config_name", args.dataset_config_name, f"means nothing to --{flag}", "leave it out")
+    if _streamed(args) and flag not in ("dataset_name", "train_data_dir"):
+        fix = "leave it out, or give --dataset_name or --train_data_dir"
+        raise UserError(f"--streaming: --{flag} {path} is not streamed; {fix}", exit_code=2)
 
     if flag == "dataset_json":
         return _read_json(args)
@@ -138,12 +154,12 @@ def load_rows(args, checked: Optional[AnyRows] = None) -> AnyRows:
         return checked
     flag = "dataset_name" if args.dataset_name is not None else "train_data_dir"
     path = getattr(args, flag)
-    dataset = _load_dataset(flag, path, args.dataset_config_name).with_format(None)
-    dataset = dataset.select(range(min(args.max_train_samples or len(dataset), len(dataset))))
-    if len(dataset) == 0:
-        raise _refusal(flag, path, "has no rows", "give a data set that has some")
+    dataset = _load_dataset(flag, path, args.dataset_config_name, _streamed(args))
+    if not _streamed(args):
+        dataset = dataset.with_format(None)
+        dataset = dataset.select(range(min(args.max_train_samples or len(dataset), len(dataset))))
 
-    def column(column_flag: str, fits: Callable[[Any], bool], wanted: str) -> datasets.Dataset:
+    def column(column_flag: str, fits: Callable[[Any], bool], wanted: str) -> AnyDataset:
         name = getattr(args, column_flag)
         if name not in dataset.features or not fits(dataset.features[name]):
             hint = " (captions stand in the folder's metadata.jsonl or metadata.csv)" if flag == "train_data_dir" else ""
@@ -152,11 +168,15 @@ def load_rows(args, checked: Optional[AnyRows] = None) -> AnyRows:
         return dataset.select_columns([name])
 
     prompts = column("caption_column", lambda kind: getattr(kind, "dtype", "") in ("string", "large_string"), "strings")
+    pictures = None
+    if _pictures_needed(args):
+        pictures = column("image_column", lambda kind: isinstance(kind, datasets.Image), "pictures")
+    if _streamed(args):
+        return _stream(args, f"--{flag} {path}", dataset)
     if prompts.with_format("arrow")[:][args.caption_column].null_count:
         raise _refusal("caption_column", args.caption_column, f"is empty in some rows of --{flag} {path}", "caption them")
-    if not _pictures_needed(args):
+    if pictures is None:
         return Rows(f"--{flag} {path}", prompts)
-    pictures = column("image_column", lambda kind: isinstance(kind, datasets.Image), "pictures")
     # Decoding is left to `Rows`: a broken picture is to be passed over, not to end the run.
     return Rows(f"--{flag} {path}", prompts, pictures.cast_column(args.image_column, datasets.Image(decode=False)))
 
@@ -182,22 +202,45 @@ def _pictures_needed(args) -> bool:
     return args.gan_weight != 0 or args.backward_simulation_prob != 1
 
 
-def _load_dataset(flag: str, path: str, config: Optional[str]) -> datasets.Dataset:
+def _streamed(args) -> bool:
+    return getattr(args, "streaming", False)
+
+
+def _stream(args, origin: str, dataset: datasets.IterableDataset) -> StreamedRows:
+    columns = [args.caption_column, args.image_column] if _pictures_needed(args) else [args.caption_column]
+    dataset = dataset.select_columns(columns)
+    if args.max_train_samples is not None:
+        dataset = dataset.take(args.max_train_samples)
+    rows = StreamedRows(origin, dataset, read_picture, *columns)
+    # Every launcher sets the variable; to ask accelerate would need the process group, which is made after the checks.
+    rows.check_split(args.dataloader_num_workers, int(os.environ.get("WORLD_SIZE", "1")), args.max_train_samples)
+    return rows
+
+
+def _load_dataset(flag: str, path: str, config: Optional[str], streaming: bool) -> AnyDataset:
     try:
         if flag == "train_data_dir":
-            loaded = datasets.load_dataset("imagefolder", data_dir=path)
+            loaded = datasets.load_dataset("imagefolder", data_dir=path, streaming=streaming)
         elif any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+            if streaming:
+                problem = f"--{flag} {path} was written by save_to_disk and is read from the disk as it is"
+                raise UserError(f"--streaming: {problem}; leave it out", exit_code=2)
             loaded = datasets.load_from_disk(path)  # from save_to_disk, which load_dataset refuses
         else:
-            loaded = datasets.load_dataset(path, config)
+            loaded = datasets.load_dataset(path, config, streaming=streaming)
+        splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+        if "train" not in splits and len(splits) > 1:
+            raise _refusal(flag, path, f"has no split train but {', '.join(splits)}", "name the one to use train")
+        dataset = splits["train"] if "train" in splits else next(iter(splits.values()))
+        if streaming:
+            dataset = undecoded(dataset)
+        if (next(iter(dataset), None) is None) if streaming else (len(dataset) == 0):
+            raise _refusal(flag, path, "has no rows", "give a data set that has some")
+        return dataset
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # A failed build says nothing itself, its cause does.
         reason = f"cannot be loaded ({error.__cause__ or error})"
         raise _refusal(flag, path, reason, "give a Hub id or a folder that datasets.load_dataset takes") from error
-    splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
-    if "train" not in splits and len(splits) > 1:
-        raise _refusal(flag, path, f"has no split train but {', '.join(splits)}", "name the one to use train")
-    return splits["train"] if "train" in splits else next(iter(splits.values()))
 
 
 def _read_prompts(args) -> Rows:
@@ -331,8 +374,8 @@ class PromptPictures(Dataset):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
-def collate(examples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str, Any], UserError]:
-    """A micro-batch of B samples; a UserError stays what it is.
+def collate(examples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str, Any], UserError, None]:
+    """A micro-batch of B samples; a UserError stays what it is, and no samples (see `StreamedBatches`) become None.
 
     Returns:
         pixel_values  (B, 3, R, R) float32 in [-1, 1], or None; or
@@ -342,8 +385,8 @@ def collate(examples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str,
         unreadable    names of all pictures or latents passed over
         gave_way      how many of the B samples' own rows were unreadable
     """
-    if isinstance(examples[0], UserError):
-        return examples[0]
+    if not examples or isinstance(examples[0], UserError):
+        return examples[0] if examples else None
     field = next(field for field in FIELDS if field in examples[0])
     values = [example[field] for example in examples]
     return {
@@ -416,7 +459,7 @@ class UnreadableCounter:
 
 
 class PromptPictureLoader(DataLoader):
-    """A DataLoader over `PromptPictures` that raises a worker's UserError as such and counts unreadable rows.
+    """A DataLoader over `PromptPictures` or `StreamedBatches` that raises a worker's UserError as such and counts unreadable rows.
 
     It yields one rank's share already: not for `Accelerator.prepare`, which would share it out again.
     """
@@ -426,8 +469,9 @@ class PromptPictureLoader(DataLoader):
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 raise batch
-            counter.add(batch)
-            yield batch
+            if batch is not None:
+                counter.add(batch)
+                yield batch
 
 
 def make_dataloader(
@@ -435,9 +479,17 @@ def make_dataloader(
 ) -> PromptPictureLoader:
     """Endless micro-batches (see `collate`) of this rank, `--gradient_accumulation_steps` of them an iteration.
 
-    `iteration` and `samples_seen` say where to start (see `GlobalBatchSampler`), `needs_pictures` when pictures are read.
+    `iteration` and `samples_seen` say where to start (see `GlobalBatchSampler`; `iteration` alone in a stream, see
+    senseflow_stream), `needs_pictures` when pictures are read.
     """
     batch_size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    if isinstance(rows, StreamedRows):
+        samples = partial(
+            PromptPictures, resolution=args.resolution, center_crop=args.center_crop, random_flip=args.random_flip, seed=args.seed,
+            needs_pictures=needs_pictures,
+        )  # fmt: skip
+        batches = StreamedBatches(rows, samples, args.seed, batch_size, accumulation, rank, world_size, iteration)
+        return PromptPictureLoader(batches, batch_size=None, collate_fn=collate, num_workers=args.dataloader_num_workers)
     sampler = GlobalBatchSampler(len(rows), args.seed, batch_size, accumulation, rank, world_size, iteration, samples_seen)
     dataset = PromptPictures(rows, args.resolution, args.center_crop, args.random_flip, args.seed, needs_pictures)
     # One endless iterator: its workers live as long as the run without being told to persist.

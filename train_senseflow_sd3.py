@@ -7,7 +7,7 @@
         --mixed_precision bf16 --gradient_checkpointing
 
 `train_iteration` is the algorithm, in the paper's order. It speaks of four roles (student, teacher, fake_score, discriminator);
-what stands behind a role is senseflow_runtime's business, the formulas are senseflow_utils'. What `# Copied from` marks is the
+what stands behind a role is senseflow_roles' business, the formulas are senseflow_utils'. What `# Copied from` marks is the
 same in every script, and a test keeps it so.
 """
 
@@ -327,6 +327,7 @@ def parse_args(argv=None):
     add("--dataset_config_name", help="of --dataset_name")
     add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
     add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
+    add("--streaming", action="store_true", help="read --dataset_name or --train_data_dir as a stream, without a copy on the disk")
     add("--resolution", type=int, default=1024,
         help="px, a multiple of 16 for SD 3.5: the shorter side, then a square crop (release)")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")

@@ -7,7 +7,7 @@
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --mixed_precision bf16 --gradient_checkpointing
 
 `train_iteration` is the algorithm, in the paper's order. It speaks of four roles (student, teacher, fake_score, discriminator);
-what stands behind a role is senseflow_runtime's business, the formulas are senseflow_utils'. What `# Copied from` marks is the
+what stands behind a role is senseflow_roles' business, the formulas are senseflow_utils'. What `# Copied from` marks is the
 same in every script, and a test keeps it so. With `--method dmd2` (Yin et al., 2024, arXiv 2405.14867) a classifier on the fake
 score's mid-block stands in for the discriminator; the lines marked dmd2 are its.
 """
@@ -400,6 +400,7 @@ def parse_args(argv=None):
     add("--dataset_config_name", help="of --dataset_name")
     add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
     add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
+    add("--streaming", action="store_true", help="read --dataset_name or --train_data_dir as a stream, without a copy on the disk")
     add("--resolution", type=int, default=1024,
         help="px, a multiple of 8 for SDXL: the shorter side, then a square crop (release)")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")
