@@ -10,6 +10,7 @@
 Iteration `i` trains on one GLOBAL batch of train_batch_size * gradient_accumulation_steps * world_size samples. A sample's
 `slot` is its place in it. Its row, crop and flip follow from (seed, iteration, samples seen before, slot) alone, so the same
 global batch comes at any number of processes and micro-batches, and a resumed run goes on as if it had not stopped.
+With --streaming, the row follows from more than that: see senseflow_stream.
 """
 
 import io

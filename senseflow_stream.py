@@ -177,8 +177,5 @@ class StreamedBatches(IterableDataset):
             iteration, micro = divmod(number, self.accumulation)
             position = number // workers * self.batch_size
             slot = (micro * self.world_size + self.rank) * self.batch_size
-            examples = samples.__getitems__([(position + place, iteration, slot + place) for place in range(self.batch_size)])
-            yield examples
-            if isinstance(examples[0], UserError):
-                return
+            yield samples.__getitems__([(position + place, iteration, slot + place) for place in range(self.batch_size)])
             stream.forget(position + self.batch_size)
