@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SIZES = {"tiny": {}, "mid": {"num_layers": 3, "num_single_layers": 4, "attention_head_dim": 64, "num_attention_heads": 12}}
-ITERATIONS, SKIPPED = 15, 5  # in three of the ten that are timed the student learns
+ITERATIONS, SKIPPED = 15, 5  # in two of the ten that are timed the student learns
 
 
 def write_networks(folder: Path, size: str) -> None:

@@ -55,6 +55,7 @@ LEAK = f"{LOOP_TESTS}::test_a_frozen_discriminator_does_not_change_the_students_
 
 BF16 = "tests/test_modes.py::test_bf16_learns_what_fp32_learns"
 RESUMED = "tests/test_modes.py::test_a_resumed_run_is_the_same_run"
+STREAM, ROLE_TESTS = "senseflow_stream.py", "tests/test_roles.py"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
 
@@ -306,6 +307,31 @@ MUTANTS = [
     Mutant("a copied block drifts", SD3, COPIES,
         "args.ida_decay < 1:",
         "args.ida_decay < 0.99:"),
+    # Streams, and ends
+    Mutant("stream: each process reads the first one's share", STREAM, "tests/test_stream.py",
+        "split_dataset_by_node(order, rank=rank, world_size=world_size)",
+        "split_dataset_by_node(order, rank=0, world_size=world_size)"),
+    Mutant("stream: a resume begins with the first worker", STREAM, "tests/test_stream.py",
+        "        if worker < first % workers:\n            yield []\n",
+        ""),
+    Mutant("stream: a resume begins at the first row", STREAM, "tests/test_stream.py",
+        "self.world_size, made * self.batch_size)",
+        "self.world_size, 0)"),
+    Mutant("stream: every epoch in the same order", STREAM, "tests/test_stream.py",
+        "np.random.default_rng((seed, epoch))",
+        "np.random.default_rng((seed, 0))"),
+    Mutant("SIGTERM is not heard", RUNTIME,
+        f"{ROLE_TESTS}::test_sigterm_ends_the_run_with_a_checkpoint_that_goes_on_as_if_nothing_had_been",
+        "dict(zip(names, means)), terminated > 0",
+        "dict(zip(names, means)), False"),
+    Mutant("a full disk leaves half a checkpoint", "senseflow_checkpoints.py",
+        f"{ROLE_TESTS}::test_a_full_disk_is_one_line_and_older_checkpoints_stay",
+        "        shutil.rmtree(aside, ignore_errors=True)\n        reason",
+        "        reason"),
+    Mutant("DeepSpeed's state is taken by any launch", "senseflow_checkpoints.py",
+        f"{ROLE_TESTS}::test_deepspeeds_state_goes_on_as_it_was_launched",
+        "    if made != now and any(",
+        "    if False and any("),
     # Several processes
     Mutant("DDP: gradients are never averaged", ROLES, f"{MODES}[flux-ddp]",
         "self._gradients_stay_here(self._turns % self.accumulation > 0)",
