@@ -83,8 +83,9 @@ SPLITS = {  # files, --max_train_samples, rows per epoch of (process 0, worker 0
 def test_each_epoch_has_every_row_once_over_processes_and_workers(case, tmp_path):
     files, limit, sizes = SPLITS[case]
     args = stream_args(
-        dataset_name=write_files(tmp_path / "d", files), dataloader_num_workers=2, train_batch_size=1, max_train_samples=limit
-    )
+        dataset_name=write_files(tmp_path / "d", files), dataloader_num_workers=2, train_batch_size=1, max_train_samples=limit,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
     rows = pickle.loads(pickle.dumps(rows_of(args)))  # as a spawned worker gets it
     epochs = {0: [], 1: []}
     for rank in range(2):
