@@ -138,7 +138,9 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, prints: dict, r
 
 def check_disk(args, roles: Iterable[Role]) -> None:
     """Before training: refuses a run whose next checkpoint does not fit on the disk of --output_dir (exit code 1)."""
-    size = sum(role.checkpoint_bytes for role in roles)
+    each = 2 if args.use_8bit_adam else 8  # two Adam moments
+    each += 4 if launched().mode.startswith("zero") else 0  # the masters, beside the weights
+    size = sum(role.weight_bytes + each * role.trained_numbers for role in roles)
     free = shutil.disk_usage(args.output_dir).free
     if free < size:
         raise UserError(

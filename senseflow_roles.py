@@ -121,7 +121,7 @@ class Role:
         module: the bare network, for a pipeline or a config; never call it in a loop.
         parameters: what the optimiser owns, by name; shards where the network is sharded.
         fingerprint: see `fingerprint`.
-        checkpoint_bytes: about what a checkpoint of it takes.
+        weight_bytes, trained_numbers: size of the whole network, and how many of its numbers it trains.
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class Role:
             buffers = dict(module.named_buffers())
             self._stored = [name for name in self._stored if name in self.parameters or name in buffers]
         self.fingerprint = fingerprint(module)
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-        self.checkpoint_bytes = weights + 8 * sum(parameter.numel() for parameter in self.parameters.values())  # Adam's moments
+        self.weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+        self.trained_numbers = sum(parameter.numel() for parameter in self.parameters.values())
 
     def prepare(self, make_optimizer: Callable[[list[torch.nn.Parameter]], tuple]) -> None:
         """Puts the network where it learns; `make_optimizer(parameters) -> (optimizer, lr_scheduler)`."""
@@ -231,7 +231,7 @@ class Role:
         for name in self._stored:
             whole = self._whole(tensors[name]).detach()
             if self.accelerator.is_main_process:
-                weights[name] = whole.to("cpu", copy=whole.device.type != "cpu").contiguous()
+                weights[name] = whole.cpu().contiguous()
         return weights
 
     def save(self, folder: Path) -> None:

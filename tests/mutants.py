@@ -387,8 +387,8 @@ def copy_repository(folder: Path) -> None:
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for name in ("tests", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    for name in ("tests", "benchmarks", "accelerate_configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.png", "out"))
 
 
 def run_tests(folder: Path, tests: list[str], log: Path) -> None:
@@ -414,7 +414,7 @@ def ask(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
             mutate(mutant, folder)
         process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests, log))
         process.start()
-        process.join(timeout=300)
+        process.join(timeout=300 if mutant else 3600)
         if process.is_alive():
             process.kill()
             process.join()
