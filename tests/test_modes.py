@@ -108,7 +108,7 @@ def moved(a: dict, b: dict, role: str) -> torch.Tensor:
     )
 
 
-# fsdp_reshard_after_forward false leaves gathered weights behind each forward: IDA must move what they are gathered from.
+# fsdp_reshard_after_forward false leaves gathered weights behind each forward, frozen ones too.
 MODES = [("flux", mode) for mode in ("ddp", "fsdp2", "zero2", "zero3")]
 MODES += [("sd3", "ddp"), ("sd3", "fsdp2"), ("sdxl", "ddp"), ("sdxl", "fsdp2"), ("sdxl", "zero3")]
 
@@ -134,6 +134,10 @@ def test_two_processes_train_as_one(script, mode, trained):
         stored = torch.load(file, weights_only=True)["state"]
         assert stored.keys() <= {"0"} if mode.startswith("zero") else not stored
         assert all(set(state) == {"master"} for state in stored.values())
+
+
+def test_ida_reaches_the_next_forward_whatever_the_last_has_gathered():
+    launch("tests/sharded_ida.py", [], 2, "no", "fsdp2")
 
 
 def test_zero3_trains_as_one_where_every_weight_is_parted(everything_parted, trained, flags, tmp_path):
