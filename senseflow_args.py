@@ -22,6 +22,7 @@ from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
+from torch import distributed
 from torch.distributed import DistError
 
 
@@ -71,6 +72,8 @@ def run_script(main: Callable[[], None]) -> None:
         if error.exit_code not in (BAD_ARGUMENTS, TERMINATED) or rank == "0":  # all processes find these; one says so
             print(f"{name}: {'' if error.exit_code == TERMINATED else 'error: '}{line}", file=sys.stderr)
         leave_for_launcher(line)
+        if error.exit_code == TERMINATED and distributed.is_initialized():
+            distributed.destroy_process_group()  # all are here; a process whose peer just goes may abort
         sys.exit(error.exit_code)
     except Exception as error:
         if isinstance(error, DistError) or "gloo" in str(error):

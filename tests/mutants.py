@@ -55,6 +55,7 @@ LEAK = f"{LOOP_TESTS}::test_a_frozen_discriminator_does_not_change_the_students_
 
 BF16 = "tests/test_modes.py::test_bf16_learns_what_fp32_learns"
 RESUMED = "tests/test_modes.py::test_a_resumed_run_is_the_same_run"
+AT_ONCE = "tests/test_modes.py::test_ida_reaches_the_next_forward_whatever_the_last_has_gathered"
 STREAM, ROLE_TESTS = "senseflow_stream.py", "tests/test_roles.py"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
@@ -337,7 +338,7 @@ MUTANTS = [
         "self._gradients_stay_here(self._turns % self.accumulation > 0)",
         "self._gradients_stay_here(True)"),
     Mutant("FSDP2: IDA moves shards while gathered weights stay", ROLES,
-        "tests/test_modes.py::test_ida_reaches_the_next_forward_whatever_the_last_has_gathered",
+        f"{AT_ONCE}[fsdp2]",
         "    def align_with(self, other, decay):\n        self._free_gathered()\n",
         "    def align_with(self, other, decay):\n"),
     Mutant("FSDP2: a turn begins with what was gathered frozen", ROLES, f"{MODES}[sd3-fsdp2]",
@@ -355,10 +356,10 @@ MUTANTS = [
     Mutant("ZeRO: IDA moves the network and not the masters", ROLES, f"{MODES}[flux-zero2]",
         "        ida_update(self._masters(), other._masters(), decay)\n        self._fill_network()\n",
         "        super().align_with(other, decay)\n"),
-    Mutant("ZeRO: IDA does not reach the network", ROLES, f"{MODES}[flux-zero2]",
+    Mutant("ZeRO: IDA does not reach the network", ROLES, f"{AT_ONCE}[zero2]",
         "decay)\n        self._fill_network()\n",
         "decay)\n"),
-    Mutant("ZeRO-3: small weights stay as they were", ROLES, f"{MODES}[flux-zero3]",
+    Mutant("ZeRO-3: small weights stay as they were", ROLES, f"{AT_ONCE}[zero3]",
         "        zero.empty_partition_cache()",
         "        pass"),
     Mutant("ZeRO: masters are not restored", ROLES, f"{RESUMED}[6-zero2]",
