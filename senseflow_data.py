@@ -121,7 +121,7 @@ def check_data_args(args) -> Optional[AnyRows]:
         raise _refusal("max_train_samples", args.max_train_samples, "leaves no row", "give 1 or more, or leave it out")
     if args.dataset_config_name is not None and flag != "dataset_name":
         raise _refusal("dataset_config_name", args.dataset_config_name, f"means nothing to --{flag}", "leave it out")
-    if _streamed(args) and flag not in ("dataset_name", "train_data_dir"):
+    if args.streaming and flag not in ("dataset_name", "train_data_dir"):
         fix = "leave it out, or give --dataset_name or --train_data_dir"
         raise UserError(f"--streaming: --{flag} {path} is not streamed; {fix}", exit_code=2)
 
@@ -155,8 +155,8 @@ def load_rows(args, checked: Optional[AnyRows] = None) -> AnyRows:
         return checked
     flag = "dataset_name" if args.dataset_name is not None else "train_data_dir"
     path = getattr(args, flag)
-    dataset = _load_dataset(flag, path, args.dataset_config_name, _streamed(args))
-    if not _streamed(args):
+    dataset = _load_dataset(flag, path, args.dataset_config_name, args.streaming)
+    if not args.streaming:
         dataset = dataset.with_format(None)
         dataset = dataset.select(range(min(args.max_train_samples or len(dataset), len(dataset))))
 
@@ -172,7 +172,7 @@ def load_rows(args, checked: Optional[AnyRows] = None) -> AnyRows:
     pictures = None
     if _pictures_needed(args):
         pictures = column("image_column", lambda kind: isinstance(kind, datasets.Image), "pictures")
-    if _streamed(args):
+    if args.streaming:
         return _stream(args, f"--{flag} {path}", dataset)
     if prompts.with_format("arrow")[:][args.caption_column].null_count:
         raise _refusal("caption_column", args.caption_column, f"is empty in some rows of --{flag} {path}", "caption them")
@@ -201,10 +201,6 @@ def check_latents(args, rows: AnyRows, shape: tuple[int, int, int]) -> None:
 def _pictures_needed(args) -> bool:
     # By the GAN term, and where the input is a noised real latent.
     return args.gan_weight != 0 or args.backward_simulation_prob != 1
-
-
-def _streamed(args) -> bool:
-    return getattr(args, "streaming", False)
 
 
 def _stream(args, origin: str, dataset: datasets.IterableDataset) -> StreamedRows:

@@ -405,7 +405,7 @@ def parse_args(argv=None):
         help="px, a multiple of 8 for SDXL: the shorter side, then a square crop (release)")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")
     add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
-    add("--max_train_samples", type=int, help="use the first so many rows")
+    add("--max_train_samples", type=int, help="use the first so many rows; of a stream, so many")
     add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures, per rank (diffusers)")
 
     add = parser.add_argument_group("senseflow").add_argument

@@ -57,7 +57,7 @@ def write_files(folder, files=4, rows=ROWS, broken=(), **columns):
 
 
 def stream_args(**changes):
-    return changed(make_args(**changes), streaming=True)
+    return make_args(**changes, streaming=True)
 
 
 def never(iteration):
