@@ -26,7 +26,7 @@ from torch import distributed
 from torch.distributed import DistError
 
 
-BAD_ARGUMENTS, TERMINATED = 2, 143  # exit codes; the latter is 128 + SIGTERM
+TERMINATED = 143  # exit code: 128 + SIGTERM
 LAUNCHER_LOOKS = 3  # seconds; torchrun looks at its processes ten times a second
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
@@ -69,7 +69,7 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         traceback.clear_frames(error.__traceback__)  # the progress bar goes first, or it would stand below the message
         line = " ".join(str(error).split())
-        if error.exit_code not in (BAD_ARGUMENTS, TERMINATED) or rank == "0":  # all processes find these; one says so
+        if error.exit_code not in (2, TERMINATED) or rank == "0":  # all processes find these; one says so
             print(f"{name}: {'' if error.exit_code == TERMINATED else 'error: '}{line}", file=sys.stderr)
         leave_for_launcher(line)
         if error.exit_code == TERMINATED and distributed.is_initialized():

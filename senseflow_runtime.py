@@ -88,7 +88,7 @@ class Runtime:
         if self.launch.mode == "fsdp2":
             shard(module, self.mesh, self.launch.plugin.reshard_after_forward)
         elif self.launch.mode == "zero3":
-            role.engine = engine_of(module, self._deepspeed_config(half=True))  # kept, as nothing else refers to it
+            role._wrapped = engine_of(module, self._deepspeed_config(half=True))
         else:
             module.to(self.device)
         return role

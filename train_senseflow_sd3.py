@@ -2,7 +2,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Distils an SD 3.5 teacher, Medium or Large, to few steps with SenseFlow (Ge et al., ICLR 2026, arXiv 2506.00523).
 
-    accelerate launch --config_file accelerate_configs/ddp.yaml train_senseflow_sd3.py \
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml train_senseflow_sd3.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_json data.json --output_dir sd35-4step \
         --mixed_precision bf16 --gradient_checkpointing
 
@@ -380,7 +380,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        help="bf16: frozen networks in bf16, trained ones in fp32 under autocast (default: accelerate's configuration)")
+        help="bf16: frozen networks in bf16, trained ones with fp32 masters (default: accelerate's configuration)")
     add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
     add("--offload_text_encoders", action="store_true", help="keep them on the CPU; freed if the prompts are few (ours)")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release uses it for Large)")

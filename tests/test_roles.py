@@ -7,11 +7,13 @@ import resource
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import senseflow_checkpoints
+import senseflow_pipeline
 import senseflow_runtime
 import train_senseflow_flux as script
 from scripts import ROOT, assert_same, refused, states
@@ -156,6 +158,22 @@ def test_deepspeed_is_imported_where_it_is_launched_alone():
     for file in ROOT.glob("*.py"):
         for node in ast.parse(file.read_text()).body:
             assert not (isinstance(node, (ast.Import, ast.ImportFrom)) and "deepspeed" in ast.unparse(node)), file
+
+
+@pytest.mark.parametrize("offload, where", [(True, "cpu"), (False, "meta")])
+def test_encoders_on_the_cpu_run_there_and_what_they_say_goes_to_the_device(offload, where):
+    """The device is `meta`, which computes nothing."""
+    encoder, asked = torch.nn.Linear(1, 1), []
+    encoder.device = torch.device(where)
+
+    def encode(prompts, device):
+        asked.append(str(device))
+        return "untouched", torch.zeros(len(prompts), device=device)
+
+    pipeline = SimpleNamespace(components={"text_encoder": encoder, "text_encoder_2": None}, encode_prompt=encode)
+    senseflow_pipeline.place_text_encoders(SimpleNamespace(offload_text_encoders=offload), pipeline, "meta")
+    assert encoder.weight.device.type == where and not encoder.weight.requires_grad
+    assert pipeline.encode_prompt(["a"], device="meta")[1].device.type == "meta" and asked == [where]
 
 
 @pytest.mark.parametrize("few, validate", [(True, False), (True, True), (False, True)])
