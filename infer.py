@@ -37,7 +37,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from senseflow_args import Parser, UserError, loading, run_script
-from senseflow_pipeline import bind_generator, left_out
+from senseflow_hub import left_out
+from senseflow_pipeline import bind_generator
 from senseflow_utils import SAMPLERS
 
 

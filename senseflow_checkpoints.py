@@ -102,8 +102,8 @@ def fingerprints_of(parts) -> dict[str, str]:
     """What stored state belongs to, of a script's `Parts`: the frozen networks and the kind of optimiser."""
     prints = {"teacher": parts.teacher.fingerprint, "optimizer": type(parts.student.optimizer).__name__}
     if parts.discriminator is not None:
-        prints["discriminator_backbone"] = f"{fingerprint(parts.see)} {parts.see.layers}"
-        prints["discriminator_text_encoder"] = fingerprint(parts.read)
+        prints["discriminator_backbone"] = f"{fingerprint(parts.vision_features)} {parts.vision_features.layers}"
+        prints["discriminator_text_encoder"] = fingerprint(parts.text_features)
     return prints
 
 

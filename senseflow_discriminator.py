@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, Dinov2Model
 
-from senseflow_args import UserError
+from senseflow_args import UserError, loading
 from senseflow_utils import Draws
 
 
@@ -282,6 +282,16 @@ class LatentClassifier(nn.Sequential):
         norm = partial(nn.GroupNorm, math.gcd(32, max(1, channels // 8)), channels)
         blocks = [part for layer in layers for part in (layer, norm(), nn.SiLU())]
         super().__init__(*blocks, nn.Conv2d(channels, 1, 1), nn.Flatten(0))
+
+
+def load_discriminator(args, runtime) -> tuple:
+    """The VFM discriminator and what it looks and reads through; only its heads learn."""
+    with loading("--discriminator_backbone", args.discriminator_backbone):
+        vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, runtime.weight_dtype).to(runtime.device)
+    with loading("--discriminator_text_encoder", args.discriminator_text_encoder):
+        text = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)
+    heads = Discriminator(vision.channels, vision.num_maps, text.channels)
+    return runtime.trained_role("discriminator", heads, args.learning_rate_disc, half=False), vision, text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

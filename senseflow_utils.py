@@ -118,7 +118,7 @@ class Schedule:
         """(alpha, sigma) of x_t = alpha x0 + sigma noise at timesteps t; float64, the shape of t."""
         raise NotImplementedError
 
-    def split(self, x_t: torch.Tensor, output: torch.Tensor, t: torch.Tensor) -> Prediction:
+    def as_prediction(self, x_t: torch.Tensor, output: torch.Tensor, t: torch.Tensor) -> Prediction:
         """Reads a network's output at x_t (B, ...) and t (B,) as an (x0, noise) pair. Gradient flows through `output`."""
         raise NotImplementedError
 
@@ -177,7 +177,7 @@ class FlowSchedule(Schedule):
         sigma = t.double() / 1000
         return 1 - sigma, sigma
 
-    def split(self, x_t, output, t):
+    def as_prediction(self, x_t, output, t):
         alpha, sigma = self._levels_like(x_t, t)
         output = output.float()
         return Prediction(output, (x_t - sigma * output).float(), (x_t + alpha * output).float())
@@ -222,7 +222,7 @@ class DDPMSchedule(Schedule):
         abar = self.abar[t.long()]
         return abar.sqrt(), (1 - abar).sqrt()
 
-    def split(self, x_t, output, t):
+    def as_prediction(self, x_t, output, t):
         # abar goes down to .005: the division by its root is done in float64.
         alpha, sigma = self._levels_like(x_t, t)
         output = output.float()
@@ -230,6 +230,18 @@ class DDPMSchedule(Schedule):
 
     def target(self, x0, noise):
         return noise
+
+
+class Guidance(NamedTuple):
+    """Guidance scales of a batch."""
+
+    scale: torch.Tensor  # (B,)
+    above_one: bool  # whether any scale can be; known without a look at the device: where not, no unconditional pass is needed
+
+
+def draw_guidance(draws: Draws, name: str, slots: Sequence[int], bounds: Sequence[float]) -> Guidance:
+    """Scales drawn uniformly from `bounds`, (MIN, MAX)."""
+    return Guidance(draws.uniform(name, slots, *bounds), max(bounds) > 1)
 
 
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

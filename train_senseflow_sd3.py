@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 import transformers
@@ -30,15 +30,19 @@ from tqdm.auto import tqdm
 
 import senseflow_args as args_tools
 import senseflow_checkpoints as checkpoint_tools
+import senseflow_hub as hub_tools
 import senseflow_pipeline as pipeline_tools
+import senseflow_prompts as prompt_tools
+import senseflow_vae as vae_tools
 from senseflow_args import Parser, UserError
 from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
-from senseflow_discriminator import check_discriminator_args, diff_augment
+from senseflow_discriminator import check_discriminator_args, diff_augment, load_discriminator
 from senseflow_roles import Role
 from senseflow_runtime import Metrics, Runtime
 from senseflow_utils import (
     SAMPLERS,
     Draws,
+    Guidance,
     IndexedFlowSchedule,
     Prediction,
     Schedule,
@@ -46,6 +50,7 @@ from senseflow_utils import (
     backward_simulation,
     denoising_loss,
     dmd_loss,
+    draw_guidance,
     fit_flow_scheduler,
     guide,
     hinge_loss,
@@ -85,20 +90,23 @@ ANCHOR_INDICES = (999, 749, 499, 249)  # of 1000, into the ascending levels: sig
 # Copied from train_senseflow_flux.Parts
 @dataclass
 class Parts:
-    """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning."""
+    """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning.
+
+    A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B.
+    """
 
     student: Role
     teacher: Role
     fake_score: Role
     discriminator: Optional[Role]  # None with --gan_weight 0; what follows `latent_shape` is not called then
-    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None)
-    encode_prompts: Callable[[list[str]], Any]  # prompts -> condition
+    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
+    encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
     latent_shape: tuple[int, ...]  # of one x0
     real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
     decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
-    see: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> features of the frozen vision model, with gradient
-    read: Optional[Callable[[list[str]], torch.Tensor]] = None  # prompts -> text embedding for the discriminator
+    vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> maps of the frozen network, with gradient
+    text_features: Optional[Callable[[Sequence[str]], torch.Tensor]] = None  # prompts -> (B, T) for the discriminator
     gan_weight_at: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
 
 
@@ -119,15 +127,15 @@ def needs_pictures(seed: int, gan_weight: float, probability: float, iteration: 
 # Copied from train_senseflow_flux.student_input
 def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, condition, args):
     """Step 1: x_t (B, ...) and the index (B,) of its anchor, without gradient."""
-    slots, count = batch["slots"], len(schedule.anchors)
+    slots, num_anchors = batch["slots"], len(schedule.anchors)
     noise = draws.normal("input_noise", slots, parts.latent_shape)
-    steps = simulated_steps(draws, args.backward_simulation_prob, count)
+    steps = simulated_steps(draws, args.backward_simulation_prob, num_anchors)
     if steps is not None:
         predict = partial(parts.predict, parts.student, condition=condition)
         x_t = backward_simulation(predict, schedule, args.sampler, draws, slots, noise, steps)
         return x_t, torch.full((len(slots),), steps, device=noise.device)
     # On the host: a sample that draws the top anchor starts from pure noise, as a sampler does, and is not encoded.
-    index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, count - 1)
+    index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, num_anchors - 1)
     rows = index.nonzero().flatten()
     if len(rows) > 0:
         x0 = parts.real_latents(batch, rows, draws)
@@ -137,29 +145,29 @@ def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, c
 
 # Copied from train_senseflow_flux.student_losses
 def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t, t_next, prediction, condition, args):
-    """Step 3, without the adversarial term: ({name: loss}, {name: tensors that people look at})."""
+    """Step 3, without the adversarial term: ({name: loss}, {name: latents of the panel that people look at})."""
     predict, student_x0 = parts.predict, prediction.x0
-    losses, seen = {}, {"student_x0": student_x0}
+    losses, panel = {}, {"student_x0": student_x0}
 
     # L_DMD: both scores look at the noised x0 of the student.
     t_dmd = schedule.draw_dmd_timesteps(draws, slots)
     with torch.no_grad():
         noised = schedule.add_noise(student_x0, draws.normal("dmd_noise", slots, student_x0.shape[1:]), t_dmd)
-        guidance = draws.uniform("dmd_guidance", slots, *args.dmd_guidance_scale)
-        seen["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
-        seen["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
-    losses["dmd_loss"], losses["dmd_non_finite"] = dmd_loss(student_x0, seen["fake_x0"], seen["teacher_x0"])
+        guidance = draw_guidance(draws, "dmd_guidance", slots, args.dmd_guidance_scale)
+        panel["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
+        panel["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
+    losses["dmd_loss"], losses["dmd_non_finite"] = dmd_loss(student_x0, panel["fake_x0"], panel["teacher_x0"])
 
     # L_ISG: the student's own step should end where teacher, then student arrive over an intermediate timestep.
     if args.isg_weight > 0:
         t_mid = schedule.draw_mid_timesteps(draws, slots, t, t_next, args.isg_margin)
-        guidance = draws.uniform("isg_guidance", slots, *args.isg_guidance_scale)
+        guidance = draw_guidance(draws, "isg_guidance", slots, args.isg_guidance_scale)
         guided = partial(predict, parts.teacher, condition=condition, guidance=guidance)
         unguided = partial(predict, parts.student, condition=condition)
-        seen["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
-        seen["isg_direct"] = schedule.step(prediction, t_next)
-        losses["isg_loss"] = isg_loss(seen["isg_direct"], seen["isg_target"])
-    return losses, {name: tensor.detach() for name, tensor in seen.items()}
+        panel["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
+        panel["isg_direct"] = schedule.step(prediction, t_next)
+        losses["isg_loss"] = isg_loss(panel["isg_direct"], panel["isg_target"])
+    return losses, {name: tensor.detach() for name, tensor in panel.items()}
 
 
 # Copied from train_senseflow_flux.train_iteration
@@ -176,10 +184,10 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
     draws = Draws(args.seed, iteration, device)
     student_turn = (iteration + 1) % args.ttur_ratio == 0
     totals: dict[str, torch.Tensor] = {}
-    seen: dict[str, torch.Tensor] = {}
+    panel: dict[str, torch.Tensor] = {}
     drawn = []  # what the student drew, for the fake score to learn
 
-    def count(values: dict[str, torch.Tensor]) -> None:
+    def record(values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(batches)
 
@@ -191,18 +199,18 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
             x_t, index = student_input(parts, schedule, draws, batch, condition, args)
             t, t_next = schedule.anchors[index], schedule.nexts[index]
             if discriminator is not None:
-                real, text, omega = parts.real_pictures(batch), parts.read(batch["prompts"]), parts.gan_weight_at(t)
-                reference = parts.see(real)
+                real, text, omega = parts.real_pictures(batch), parts.text_features(batch["prompts"]), parts.gan_weight_at(t)
+                reference = parts.vision_features(real)
 
         # 2. What the student makes of it; with gradient on its turn only.
         with student.turn() if student_turn else torch.no_grad():
             prediction = parts.predict(student, x_t, t, condition)
             if discriminator is not None:
-                fake = parts.see(diff_augment(parts.decode(prediction.x0), draws, slots, "fake"))
+                fake = parts.vision_features(diff_augment(parts.decode(prediction.x0), draws, slots, "fake"))
 
-            # 3. The student's turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
+            # 3. The student's losses, on its turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
             if student_turn:
-                losses, seen = student_losses(parts, schedule, draws, slots, x_t, t, t_next, prediction, condition, args)
+                losses, panel = student_losses(parts, schedule, draws, slots, x_t, t, t_next, prediction, condition, args)
                 loss = losses["dmd_loss"]
                 if "isg_loss" in losses:
                     loss = loss + args.isg_weight * losses["isg_loss"]
@@ -211,57 +219,58 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
                     losses["adversarial_loss"] = adversarial_loss(logits, omega)
                     loss = loss + args.gan_weight * losses["adversarial_loss"]
                 student.backward(loss)
-                count(losses)
+                record(losses)
         drawn.append((slots, prediction.x0.detach(), condition))
 
-        # 5. The discriminator's turn, here because it shares the decoded picture and its features: hinge loss.
+        # 4. The discriminator's turn, which shares the student's decoded picture and its features: hinge loss.
         if discriminator is not None:
             fake = [features.detach() for features in fake]
             with torch.no_grad():
-                real = parts.see(diff_augment(real, draws, slots, "real"))
+                real = parts.vision_features(diff_augment(real, draws, slots, "real"))
             with discriminator.turn():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)
                 discriminator.backward(loss)
-            count({"discriminator_loss": loss, "D(real)": real_logits.mean(), "D(fake)": fake_logits.mean()})
+            record({"discriminator_loss": loss, "real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()})
 
-    # 3, ended: the student's step, then implicit distribution alignment, before the fake score learns.
+    # 5. The student's step, then implicit distribution alignment, before the fake score learns.
     if student_turn:
         totals["student_grad_norm"] = student.step()
         if args.ida_decay < 1:
             fake_score.align_with(student, args.ida_decay)
 
-    # 4. The fake score's turn: it learns to denoise what the student drew before its step.
+    # 6. The fake score's turn: it learns to denoise what the student drew before its step.
     for slots, x0, condition in drawn:
         t = schedule.draw_fake_timesteps(draws, slots)
         noise = draws.normal("fake_noise", slots, x0.shape[1:])
         with fake_score.turn():
             output = parts.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise))
-            count({"fake_loss": loss})
+            record({"fake_loss": loss})
             fake_score.backward(loss)
     totals["fake_score_grad_norm"] = fake_score.step()
     if discriminator is not None:
         totals["discriminator_grad_norm"] = discriminator.step()
-    return totals, seen
+    return totals, panel
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SD 3.5: the network call, the levels
 # ---------------------------------------------------------------------------------------------------------------------
-def sd3_predict(schedule: Schedule, empty: Optional[tuple], role: Role, x_t, t, condition, guidance=None) -> Prediction:
+def sd3_predict(
+    schedule: Schedule, empty: Optional[tuple], role: Role, x_t, t, condition, guidance: Optional[Guidance] = None
+) -> Prediction:
     """Asks a role about latents x_t (B, C, H, W) at timesteps t (B,).
 
     Args:
-        empty: condition of the empty prompt, batch 1, for classifier-free guidance; None where no guidance scale is above 1: the
-            pass for the empty prompt is not run then.
+        empty: condition of the empty prompt, batch 1, for classifier-free guidance; None where no guidance scale is above 1.
         condition: (prompt_embeds (B, L, D), pooled (B, P)).
-        guidance: (B,) scales, for the teacher only.
+        guidance: for the teacher only. Where none of its scales is above 1, the pass for the empty prompt is not run.
     """
     embeds, pooled = condition
-    twice = guidance is not None and empty is not None
+    classifier_free = guidance is not None and guidance.above_one
     latents, steps = x_t, t
-    if twice:
+    if classifier_free:
         latents, steps = torch.cat([x_t, x_t]), torch.cat([t, t])
         embeds = torch.cat([empty[0].expand_as(embeds), embeds])
         pooled = torch.cat([empty[1].expand_as(pooled), pooled])
@@ -272,9 +281,9 @@ def sd3_predict(schedule: Schedule, empty: Optional[tuple], role: Role, x_t, t, 
         pooled_projections=pooled,
         return_dict=False,
     )[0]
-    if twice:
-        output = guide(*output.float().chunk(2), guidance)
-    return schedule.split(x_t, output, t)
+    if classifier_free:
+        output = guide(*output.float().chunk(2), guidance.scale)
+    return schedule.as_prediction(x_t, output, t)
 
 
 def stock_sigmas(scheduler, steps: int) -> list[float]:
@@ -307,7 +316,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=args_tools.HelpFormatter)
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="the teacher: a StableDiffusion3Pipeline, Hub id or folder")
+    add("--pretrained_model_name_or_path", required=True, help=f"the teacher: a {PIPELINE.__name__}, Hub id or folder")
     add("--revision", help="of the teacher on the Hub")
     add("--variant", help="of the teacher's weight files, e.g. fp16")
     add("--student_model_name_or_path",
@@ -411,28 +420,28 @@ def parse_args(argv=None):
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    pipeline_tools.check_pipeline(PIPELINE, flag, path, args.revision)
-    transformer = pipeline_tools.config_of(TRANSFORMER, flag, path, "transformer", args.revision)
+    hub_tools.check_pipeline(PIPELINE, flag, path, args.revision)
+    transformer = hub_tools.config_of(TRANSFORMER, flag, path, "transformer", args.revision)
     apply_preset(args, transformer["num_layers"])
     args_tools.check_common_args(args)
     checked = check_data_args(args)
     if args.max_sequence_length > 512:
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2)
-    vae = pipeline_tools.config_of(VAE, flag, path, "vae", args.revision)
-    pipeline_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
+    vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
+    hub_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     if args.student_model_name_or_path:
         names = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size", "pos_embed_max_size")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        pipeline_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names)
+        hub_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names)
     if args.gan_weight > 0:
         check_discriminator_args(args)
-    pipeline_tools.check_resolution(args, transformer["patch_size"] * pipeline_tools.vae_scale_of(vae))
-    largest = transformer["pos_embed_max_size"] * transformer["patch_size"] * pipeline_tools.vae_scale_of(vae)
+    pipeline_tools.check_resolution(args, transformer["patch_size"] * vae_tools.vae_scale_of(vae))
+    largest = transformer["pos_embed_max_size"] * transformer["patch_size"] * vae_tools.vae_scale_of(vae)
     if args.resolution > largest:
         raise UserError(f"--resolution {args.resolution}: this teacher knows positions up to {largest} px", exit_code=2)
     make_schedule(args, "cpu")
     rows = load_rows(args, checked)
-    check_latents(args, rows, pipeline_tools.latent_shape_of(vae, args.resolution))
+    check_latents(args, rows, vae_tools.latent_shape_of(vae, args.resolution))
     return rows
 
 
@@ -453,17 +462,17 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     logger.info(f"preset {args.preset}: {', '.join(f'{name} {getattr(args, name)}' for name in PRESETS[args.preset])}")
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
-    transformer = pipeline_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
+    transformer = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
     start_flag, start, where = flag, path, {"revision": args.revision, "variant": args.variant}
     if args.student_model_name_or_path:
         start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {}
-    student = pipeline_tools.load_network(TRANSFORMER, start_flag, start, "transformer", dtype=torch.float32, **where)
+    student = hub_tools.load_network(TRANSFORMER, start_flag, start, "transformer", dtype=torch.float32, **where)
     fake_score = copy.deepcopy(student)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
-    vae = pipeline_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, **source)
-    pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
-    pipeline_tools.place_text_encoders(args, pipeline, device)
+    vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, **source)
+    pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
+    prompt_tools.place_text_encoders(args, pipeline, device)
 
     @torch.no_grad()
     def encode_prompts(prompts):
@@ -479,7 +488,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
-    config = pipeline_tools.config_of(VAE, flag, path, "vae", args.revision)
+    config = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     parts = Parts(
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
         teacher=runtime.frozen_role("teacher", transformer),
@@ -487,12 +496,12 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
         discriminator=None,
         predict=partial(sd3_predict, schedule, encode_prompts([""]) if guided else None),
         encode_prompts=encode_prompts,
-        real_latents=partial(pipeline_tools.real_latents, vae),
-        latent_shape=pipeline_tools.latent_shape_of(config, args.resolution),
+        real_latents=partial(vae_tools.real_latents, vae),
+        latent_shape=vae_tools.latent_shape_of(config, args.resolution),
     )
     if args.gan_weight > 0:
-        parts.discriminator, parts.see, parts.read = pipeline_tools.load_discriminator(args, runtime)
-        parts.real_pictures, parts.decode = partial(pipeline_tools.real_pictures, vae), partial(pipeline_tools.decode, vae)
+        parts.discriminator, parts.vision_features, parts.text_features = load_discriminator(args, runtime)
+        parts.real_pictures, parts.decode = partial(vae_tools.real_pictures, vae), partial(vae_tools.decode, vae)
         parts.gan_weight_at = schedule.descending_sigma_squared
     return parts, pipeline
 
@@ -517,7 +526,7 @@ def main(argv=None):
     schedule, scheduler, call = make_schedule(args, runtime.device)
     components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
     parts, pipeline = load_parts(args, runtime, schedule)
-    parts.encode_prompts = pipeline_tools.encode_small_set(args, rows, pipeline, parts.encode_prompts, runtime.device)
+    parts.encode_prompts = prompt_tools.encode_small_set(args, rows, pipeline, parts.encode_prompts, runtime.device)
     prints = checkpoint_tools.fingerprints_of(parts)
     if checkpoint:
         checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
@@ -544,17 +553,17 @@ def main(argv=None):
         validate(parts.teacher, pipeline.scheduler, "teacher", call | teacher_call(args, parts.teacher.module))
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
     metrics = Metrics(runtime, parts.student, per_iteration, progress)
-    seen: dict[str, torch.Tensor] = {}
+    panel: dict[str, torch.Tensor] = {}
     while iteration < args.max_train_steps and not metrics.interrupted:
         batches = [runtime.to_device(next(data)) for _ in range(args.gradient_accumulation_steps)]
-        values, new = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
-        seen = new or seen
+        values, new_panel = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
+        panel = new_panel or panel
         iteration, samples_seen = iteration + 1, samples_seen + per_iteration
         metrics.push(iteration, values)
         if args.validation_prompts and iteration % args.validation_steps == 0:
             validate(parts.student, scheduler, "student", call)
-            if seen:
-                runtime.log_picture("panel/" + " ".join(seen), pipeline_tools.draw_panel(pipeline.vae, seen), iteration)
+            if panel:
+                runtime.log_picture("panel/" + " ".join(panel), pipeline_tools.draw_panel(pipeline.vae, panel), iteration)
         if iteration % args.checkpointing_steps == 0 or metrics.interrupted:
             metrics.flush()  # a diverged student does not replace a sound one
             record = pipeline_tools.usage_record(args, schedule, call, iteration)

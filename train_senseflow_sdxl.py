@@ -18,7 +18,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 import transformers
@@ -32,21 +32,26 @@ from tqdm.auto import tqdm
 
 import senseflow_args as args_tools
 import senseflow_checkpoints as checkpoint_tools
+import senseflow_hub as hub_tools
 import senseflow_pipeline as pipeline_tools
+import senseflow_prompts as prompt_tools
+import senseflow_vae as vae_tools
 from senseflow_args import Parser, UserError
 from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
-from senseflow_discriminator import LatentClassifier, check_discriminator_args, diff_augment
+from senseflow_discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
 from senseflow_roles import Role
 from senseflow_runtime import Metrics, Runtime
 from senseflow_utils import (
     DDPMSchedule,
     Draws,
+    Guidance,
     Prediction,
     Schedule,
     adversarial_loss,
     backward_simulation,
     denoising_loss,
     dmd_loss,
+    draw_guidance,
     guide,
     hinge_loss,
     isg_loss,
@@ -58,7 +63,8 @@ from senseflow_utils import (
 
 logger = get_logger(__name__)
 
-PIPELINE = StableDiffusionXLPipeline  # what the teacher is, and what the student is saved as
+# What the teacher is and what the student is saved as, and of what it is made.
+PIPELINE, UNET, VAE = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
 ANCHORS = [999, 749, 499, 249]
 
 # What `--method` decides where a flag does not, and the flags that it has no use for and refuses.
@@ -99,20 +105,23 @@ UNUSED = {
 # Copied from train_senseflow_flux.Parts but for lines marked dmd2
 @dataclass
 class Parts:
-    """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning."""
+    """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning.
+
+    A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B.
+    """
 
     student: Role
     teacher: Role
     fake_score: Role
     discriminator: Optional[Role]  # None with --gan_weight 0; what follows `latent_shape` is not called then
-    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None)
-    encode_prompts: Callable[[list[str]], Any]  # prompts -> condition
+    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
+    encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
     latent_shape: tuple[int, ...]  # of one x0
     real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
     decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
-    see: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> features of the frozen vision model, with gradient
-    read: Optional[Callable[[list[str]], torch.Tensor]] = None  # prompts -> text embedding for the discriminator
+    vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> maps of the frozen network, with gradient
+    text_features: Optional[Callable[[Sequence[str]], torch.Tensor]] = None  # prompts -> (B, T) for the discriminator
     gan_weight_at: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
     # (role, x0, draws, slots, name, condition) -> logits (B,); None but with --method dmd2  # dmd2
     classify: Optional[Callable[..., torch.Tensor]] = None  # dmd2
@@ -135,15 +144,15 @@ def needs_pictures(seed: int, gan_weight: float, probability: float, iteration: 
 # Copied from train_senseflow_flux.student_input
 def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, condition, args):
     """Step 1: x_t (B, ...) and the index (B,) of its anchor, without gradient."""
-    slots, count = batch["slots"], len(schedule.anchors)
+    slots, num_anchors = batch["slots"], len(schedule.anchors)
     noise = draws.normal("input_noise", slots, parts.latent_shape)
-    steps = simulated_steps(draws, args.backward_simulation_prob, count)
+    steps = simulated_steps(draws, args.backward_simulation_prob, num_anchors)
     if steps is not None:
         predict = partial(parts.predict, parts.student, condition=condition)
         x_t = backward_simulation(predict, schedule, args.sampler, draws, slots, noise, steps)
         return x_t, torch.full((len(slots),), steps, device=noise.device)
     # On the host: a sample that draws the top anchor starts from pure noise, as a sampler does, and is not encoded.
-    index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, count - 1)
+    index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, num_anchors - 1)
     rows = index.nonzero().flatten()
     if len(rows) > 0:
         x0 = parts.real_latents(batch, rows, draws)
@@ -153,29 +162,29 @@ def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, c
 
 # Copied from train_senseflow_flux.student_losses
 def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t, t_next, prediction, condition, args):
-    """Step 3, without the adversarial term: ({name: loss}, {name: tensors that people look at})."""
+    """Step 3, without the adversarial term: ({name: loss}, {name: latents of the panel that people look at})."""
     predict, student_x0 = parts.predict, prediction.x0
-    losses, seen = {}, {"student_x0": student_x0}
+    losses, panel = {}, {"student_x0": student_x0}
 
     # L_DMD: both scores look at the noised x0 of the student.
     t_dmd = schedule.draw_dmd_timesteps(draws, slots)
     with torch.no_grad():
         noised = schedule.add_noise(student_x0, draws.normal("dmd_noise", slots, student_x0.shape[1:]), t_dmd)
-        guidance = draws.uniform("dmd_guidance", slots, *args.dmd_guidance_scale)
-        seen["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
-        seen["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
-    losses["dmd_loss"], losses["dmd_non_finite"] = dmd_loss(student_x0, seen["fake_x0"], seen["teacher_x0"])
+        guidance = draw_guidance(draws, "dmd_guidance", slots, args.dmd_guidance_scale)
+        panel["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
+        panel["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
+    losses["dmd_loss"], losses["dmd_non_finite"] = dmd_loss(student_x0, panel["fake_x0"], panel["teacher_x0"])
 
     # L_ISG: the student's own step should end where teacher, then student arrive over an intermediate timestep.
     if args.isg_weight > 0:
         t_mid = schedule.draw_mid_timesteps(draws, slots, t, t_next, args.isg_margin)
-        guidance = draws.uniform("isg_guidance", slots, *args.isg_guidance_scale)
+        guidance = draw_guidance(draws, "isg_guidance", slots, args.isg_guidance_scale)
         guided = partial(predict, parts.teacher, condition=condition, guidance=guidance)
         unguided = partial(predict, parts.student, condition=condition)
-        seen["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
-        seen["isg_direct"] = schedule.step(prediction, t_next)
-        losses["isg_loss"] = isg_loss(seen["isg_direct"], seen["isg_target"])
-    return losses, {name: tensor.detach() for name, tensor in seen.items()}
+        panel["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
+        panel["isg_direct"] = schedule.step(prediction, t_next)
+        losses["isg_loss"] = isg_loss(panel["isg_direct"], panel["isg_target"])
+    return losses, {name: tensor.detach() for name, tensor in panel.items()}
 
 
 # Copied from train_senseflow_flux.train_iteration but for lines marked dmd2
@@ -192,11 +201,11 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
     draws = Draws(args.seed, iteration, device)
     student_turn = (iteration + 1) % args.ttur_ratio == 0
     totals: dict[str, torch.Tensor] = {}
-    seen: dict[str, torch.Tensor] = {}
+    panel: dict[str, torch.Tensor] = {}
     drawn = []  # what the student drew, for the fake score to learn
     reals = []  # what the classifier should tell it from: latents of real pictures  # dmd2
 
-    def count(values: dict[str, torch.Tensor]) -> None:
+    def record(values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(batches)
 
@@ -212,18 +221,18 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
             x_t, index = student_input(parts, schedule, draws, batch, condition, args)
             t, t_next = schedule.anchors[index], schedule.nexts[index]
             if discriminator is not None:
-                real, text, omega = parts.real_pictures(batch), parts.read(batch["prompts"]), parts.gan_weight_at(t)
-                reference = parts.see(real)
+                real, text, omega = parts.real_pictures(batch), parts.text_features(batch["prompts"]), parts.gan_weight_at(t)
+                reference = parts.vision_features(real)
 
         # 2. What the student makes of it; with gradient on its turn only.
         with student.turn() if student_turn else torch.no_grad():
             prediction = parts.predict(student, x_t, t, condition)
             if discriminator is not None:
-                fake = parts.see(diff_augment(parts.decode(prediction.x0), draws, slots, "fake"))
+                fake = parts.vision_features(diff_augment(parts.decode(prediction.x0), draws, slots, "fake"))
 
-            # 3. The student's turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
+            # 3. The student's losses, on its turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
             if student_turn:
-                losses, seen = student_losses(parts, schedule, draws, slots, x_t, t, t_next, prediction, condition, args)
+                losses, panel = student_losses(parts, schedule, draws, slots, x_t, t, t_next, prediction, condition, args)
                 loss = losses["dmd_loss"]
                 if "isg_loss" in losses:
                     loss = loss + args.isg_weight * losses["isg_loss"]
@@ -236,45 +245,46 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
                     losses["adversarial_loss"] = non_saturating_loss(logits)  # dmd2
                     loss = loss + args.gan_weight * losses["adversarial_loss"]  # dmd2
                 student.backward(loss)
-                count(losses)
+                record(losses)
         drawn.append((slots, prediction.x0.detach(), condition))
 
-        # 5. The discriminator's turn, here because it shares the decoded picture and its features: hinge loss.
+        # 4. The discriminator's turn, which shares the student's decoded picture and its features: hinge loss.
         if discriminator is not None:
             fake = [features.detach() for features in fake]
             with torch.no_grad():
-                real = parts.see(diff_augment(real, draws, slots, "real"))
+                real = parts.vision_features(diff_augment(real, draws, slots, "real"))
             with discriminator.turn():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)
                 discriminator.backward(loss)
-            count({"discriminator_loss": loss, "D(real)": real_logits.mean(), "D(fake)": fake_logits.mean()})
+            record({"discriminator_loss": loss, "real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()})
 
-    # 3, ended: the student's step, then implicit distribution alignment, before the fake score learns.
+    # 5. The student's step, then implicit distribution alignment, before the fake score learns.
     if student_turn:
         totals["student_grad_norm"] = student.step()
         if args.ida_decay < 1:
             fake_score.align_with(student, args.ida_decay)
 
-    # 4. The fake score's turn: it learns to denoise what the student drew before its step.
+    # 6. The fake score's turn: it learns to denoise what the student drew before its step.
     for slots, x0, condition in drawn:
         t = schedule.draw_fake_timesteps(draws, slots)
         noise = draws.normal("fake_noise", slots, x0.shape[1:])
         with fake_score.turn():
             output = parts.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise))
-            count({"fake_loss": loss})
+            record({"fake_loss": loss})
             if parts.classify is not None:  # dmd2
                 real_logits = parts.classify(fake_score, reals.pop(0), draws, slots, "real", condition)  # dmd2
                 fake_logits = parts.classify(fake_score, x0, draws, slots, "fake", condition)  # dmd2
                 classifier_loss = logistic_loss(real_logits, fake_logits)  # dmd2
-                count({"classifier_loss": classifier_loss, "D(real)": real_logits.mean(), "D(fake)": fake_logits.mean()})  # dmd2
+                record({"classifier_loss": classifier_loss})  # dmd2
+                record({"real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()})  # dmd2
                 loss = loss + args.classifier_weight * classifier_loss  # dmd2
             fake_score.backward(loss)
     totals["fake_score_grad_norm"] = fake_score.step()
     if discriminator is not None:
         totals["discriminator_grad_norm"] = discriminator.step()
-    return totals, seen
+    return totals, panel
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,17 +301,16 @@ def sdxl_inputs(role: Role, x_t, t, condition) -> dict:
     }
 
 
-def sdxl_predict(schedule: Schedule, guided: bool, role: Role, x_t, t, condition, guidance=None) -> Prediction:
+def sdxl_predict(schedule: Schedule, role: Role, x_t, t, condition, guidance: Optional[Guidance] = None) -> Prediction:
     """Asks a role about latents x_t (B, C, H, W) at timesteps t (B,).
 
     Args:
-        guided: whether any guidance scale is above 1: the pass without a prompt, which is zero embeddings, is not run else.
         condition: (prompt_embeds (B, L, D), pooled (B, P), time_ids (B, 6)).
-        guidance: (B,) scales, for the teacher only.
+        guidance: for the teacher only. Where none of its scales is above 1, the pass without a prompt (zeros) is not run.
     """
-    twice = guidance is not None and guided
+    classifier_free = guidance is not None and guidance.above_one
     latents, steps = x_t, t
-    if twice:
+    if classifier_free:
         latents, steps = torch.cat([x_t, x_t]), torch.cat([t, t])
         embeds, pooled, time_ids = condition
         condition = (
@@ -310,9 +319,9 @@ def sdxl_predict(schedule: Schedule, guided: bool, role: Role, x_t, t, condition
             torch.cat([time_ids, time_ids]),
         )
     output = role(**sdxl_inputs(role, latents, steps, condition), return_dict=False)[0]
-    if twice:
-        output = guide(*output.float().chunk(2), guidance)
-    return schedule.split(x_t, output, t)
+    if classifier_free:
+        output = guide(*output.float().chunk(2), guidance.scale)
+    return schedule.as_prediction(x_t, output, t)
 
 
 class Score(torch.nn.Module):
@@ -321,7 +330,7 @@ class Score(torch.nn.Module):
     The classifier is a part of the fake score: it learns with it, and a checkpoint holds both in one place.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, classifier: LatentClassifier):
+    def __init__(self, unet: UNET, classifier: LatentClassifier):
         super().__init__()
         self.unet, self.classifier = unet, classifier
 
@@ -329,7 +338,7 @@ class Score(torch.nn.Module):
         return self.classifier(middle(self.unet, **inputs)) if classify else self.unet(**inputs, return_dict=return_dict)
 
 
-def middle(unet: UNet2DConditionModel, sample, timestep, encoder_hidden_states, added_cond_kwargs) -> torch.Tensor:
+def middle(unet: UNET, sample, timestep, encoder_hidden_states, added_cond_kwargs) -> torch.Tensor:
     """Features (B, C, h, w) after the mid-block: the first half of UNet2DConditionModel.forward; the up-blocks are not run."""
     embedding = unet.time_embedding(unet.get_time_embed(sample, timestep))
     embedding = embedding + unet.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs)
@@ -341,7 +350,7 @@ def middle(unet: UNet2DConditionModel, sample, timestep, encoder_hidden_states, 
     return sample
 
 
-def middle_size(unet: UNet2DConditionModel, latent_size: int) -> int:
+def middle_size(unet: UNET, latent_size: int) -> int:
     """Side of the mid-block's features for latents of this side: a down-block that halves rounds up."""
     for block in unet.down_blocks:
         latent_size = math.ceil(latent_size / 2) if block.downsamplers else latent_size
@@ -358,14 +367,14 @@ def classify(schedule: Schedule, role: Role, x0, draws: Draws, slots, name: str,
 def make_schedule(args, device) -> tuple[DDPMSchedule, LCMScheduler, dict]:
     """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
     path, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-    config = pipeline_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False)
+    config = hub_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False)
     teacher = DDPMScheduler.from_config(config)
-    count, steps = teacher.config.num_train_timesteps, len(args.anchors)
-    ranges = {"dmd_range": (round(0.02 * count), round(0.98 * count)), "fake_range": (0, count - 1)}
-    schedule = DDPMSchedule(teacher.alphas_cumprod, torch.arange(count), args.anchors, device=device, **ranges)
+    num_timesteps, steps = teacher.config.num_train_timesteps, len(args.anchors)
+    ranges = {"dmd_range": (round(0.02 * num_timesteps), round(0.98 * num_timesteps)), "fake_range": (0, num_timesteps - 1)}
+    schedule = DDPMSchedule(teacher.alphas_cumprod, torch.arange(num_timesteps), args.anchors, device=device, **ranges)
     pipeline_tools.check_margin(args, schedule)
     betas = {name: teacher.config[name] for name in ("beta_start", "beta_end", "beta_schedule", "trained_betas")}
-    scheduler = LCMScheduler(num_train_timesteps=count, original_inference_steps=steps, **betas)
+    scheduler = LCMScheduler(num_train_timesteps=num_timesteps, original_inference_steps=steps, **betas)
     call = {"num_inference_steps": steps, "guidance_scale": 0.0, "height": args.resolution, "width": args.resolution}
     visiting = LCMScheduler.from_config(scheduler.config)
     visiting.set_timesteps(steps)
@@ -382,7 +391,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=args_tools.HelpFormatter)
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="the teacher: a StableDiffusionXLPipeline, Hub id or folder")
+    add("--pretrained_model_name_or_path", required=True, help=f"the teacher: a {PIPELINE.__name__}, Hub id or folder")
     add("--revision", help="of the teacher on the Hub")
     add("--variant", help="of the teacher's weight files, e.g. fp16")
     add("--pretrained_vae_model_name_or_path", help="another VAE, e.g. the fp16-fix one; saved with the student (diffusers)")
@@ -518,18 +527,18 @@ def check_args(args):
         shown = " ".join(f"{t:g}" for t in args.anchors)
         raise UserError(f"--anchors {shown}: SDXL has integer timesteps up to 999", exit_code=2)
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    pipeline_tools.check_pipeline(PIPELINE, flag, path, args.revision)
-    vae = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
+    hub_tools.check_pipeline(PIPELINE, flag, path, args.revision)
+    vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     if args.pretrained_vae_model_name_or_path:
         vae_flag, vae_path = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
-        pipeline_tools.check_alike(vae_flag, vae_path, AutoencoderKL, "vae", vae, ("latent_channels", "block_out_channels"))
-    check_levels(flag, path, pipeline_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False), vae)
-    unet = pipeline_tools.config_of(UNet2DConditionModel, flag, path, "unet", args.revision)
+        hub_tools.check_alike(vae_flag, vae_path, VAE, "vae", vae, ("latent_channels", "block_out_channels"))
+    check_levels(flag, path, hub_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False), vae)
+    unet = hub_tools.config_of(UNET, flag, path, "unet", args.revision)
     if args.student_model_name_or_path:
         names = ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim")
         names += ("time_cond_proj_dim", "mid_block_type")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        pipeline_tools.check_alike(start_flag, start, UNet2DConditionModel, "unet", unet, names)
+        hub_tools.check_alike(start_flag, start, UNET, "unet", unet, names)
     if args.gan_weight > 0 and args.method == "dmd2" and unet.get("mid_block_type", "") is None:
         message = f"{flag} {path}: its UNet has no mid-block for --method dmd2's classifier; give --gan_weight 0 or another teacher"
         raise UserError(message, exit_code=2)
@@ -537,10 +546,10 @@ def check_args(args):
         raise UserError("--classifier_weight 0: the classifier would never learn; give --gan_weight 0 to do without", exit_code=2)
     if args.gan_weight > 0 and args.method == "senseflow":
         check_discriminator_args(args)
-    pipeline_tools.check_resolution(args, pipeline_tools.vae_scale_of(vae))
+    pipeline_tools.check_resolution(args, vae_tools.vae_scale_of(vae))
     make_schedule(args, "cpu")
     rows = load_rows(args, checked)
-    check_latents(args, rows, pipeline_tools.latent_shape_of(vae, args.resolution))
+    check_latents(args, rows, vae_tools.latent_shape_of(vae, args.resolution))
     return rows
 
 
@@ -560,27 +569,27 @@ def own_vae(args) -> dict:
     if not args.pretrained_vae_model_name_or_path:
         return {}
     flag, path, where = vae_source(args)
-    return {"vae": pipeline_tools.load_network(AutoencoderKL, flag, path, "vae", **where)}
+    return {"vae": hub_tools.load_network(VAE, flag, path, "vae", **where)}
 
 
-def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, StableDiffusionXLPipeline]:
+def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, PIPELINE]:
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
-    unet = pipeline_tools.load_network(UNet2DConditionModel, flag, path, "unet", **source)
+    unet = hub_tools.load_network(UNET, flag, path, "unet", **source)
     start_flag, start, where = flag, path, {"revision": args.revision, "variant": args.variant}
     if args.student_model_name_or_path:
         start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {}
-    student = pipeline_tools.load_network(UNet2DConditionModel, start_flag, start, "unet", dtype=torch.float32, **where)
+    student = hub_tools.load_network(UNET, start_flag, start, "unet", dtype=torch.float32, **where)
     fake_score = copy.deepcopy(student)
     dmd2 = args.method == "dmd2" and args.gan_weight > 0
     encodes = (args.backward_simulation_prob < 1 or dmd2) and not args.dataset_lmdb
     decodes = (args.gan_weight > 0 and not dmd2) or bool(args.validation_prompts)
     vae_flag, vae_path, where = vae_source(args)
     where["dtype"] = runtime.weight_dtype
-    vae = pipeline_tools.load_vae(AutoencoderKL, vae_flag, vae_path, args, device, encodes, decodes, **where)
-    pipeline = pipeline_tools.load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
-    pipeline_tools.place_text_encoders(args, pipeline, device)
+    vae = vae_tools.load_vae(VAE, vae_flag, vae_path, args, device, encodes, decodes, **where)
+    pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
+    prompt_tools.place_text_encoders(args, pipeline, device)
     size = (args.resolution, args.resolution)
     time_ids = torch.tensor([[*size, 0, 0, *size]], device=device, dtype=runtime.weight_dtype)  # whole pictures, as a stock call
 
@@ -589,16 +598,14 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, S
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         return embeds, pooled, time_ids.expand(len(prompts), -1)
 
-    scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
-    guided = max(scales) > 1
     for network in (unet, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
             network.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
-    config = pipeline_tools.config_of(AutoencoderKL, flag, path, "vae", args.revision)
-    latent_shape = pipeline_tools.latent_shape_of(config, args.resolution)
+    config = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
+    latent_shape = vae_tools.latent_shape_of(config, args.resolution)
     if dmd2:
         fake_score = Score(
             fake_score, LatentClassifier(student.config.block_out_channels[-1], middle_size(student, latent_shape[-1]))
@@ -608,16 +615,16 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, S
         teacher=runtime.frozen_role("teacher", unet),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
-        predict=partial(sdxl_predict, schedule, guided),
+        predict=partial(sdxl_predict, schedule),
         encode_prompts=encode_prompts,
-        real_latents=partial(pipeline_tools.real_latents, vae),
+        real_latents=partial(vae_tools.real_latents, vae),
         latent_shape=latent_shape,
     )
     if dmd2:
         parts.classify = partial(classify, schedule)
     elif args.gan_weight > 0:
-        parts.discriminator, parts.see, parts.read = pipeline_tools.load_discriminator(args, runtime)
-        parts.real_pictures, parts.decode = partial(pipeline_tools.real_pictures, vae), partial(pipeline_tools.decode, vae)
+        parts.discriminator, parts.vision_features, parts.text_features = load_discriminator(args, runtime)
+        parts.real_pictures, parts.decode = partial(vae_tools.real_pictures, vae), partial(vae_tools.decode, vae)
         parts.gan_weight_at = lambda t: schedule.levels(t)[0].float()
     return parts, pipeline
 
@@ -643,7 +650,7 @@ def main(argv=None):
     components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
     components |= own_vae(args)  # vae
     parts, pipeline = load_parts(args, runtime, schedule)
-    parts.encode_prompts = pipeline_tools.encode_small_set(args, rows, pipeline, parts.encode_prompts, runtime.device)
+    parts.encode_prompts = prompt_tools.encode_small_set(args, rows, pipeline, parts.encode_prompts, runtime.device)
     prints = checkpoint_tools.fingerprints_of(parts)
     prints["vae"] = checkpoint_tools.fingerprint(components["vae"]) if "vae" in components else "the teacher's"  # vae
     if checkpoint:
@@ -671,17 +678,17 @@ def main(argv=None):
         validate(parts.teacher, pipeline.scheduler, "teacher", call | teacher_call(args, parts.teacher.module))
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
     metrics = Metrics(runtime, parts.student, per_iteration, progress)
-    seen: dict[str, torch.Tensor] = {}
+    panel: dict[str, torch.Tensor] = {}
     while iteration < args.max_train_steps and not metrics.interrupted:
         batches = [runtime.to_device(next(data)) for _ in range(args.gradient_accumulation_steps)]
-        values, new = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
-        seen = new or seen
+        values, new_panel = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
+        panel = new_panel or panel
         iteration, samples_seen = iteration + 1, samples_seen + per_iteration
         metrics.push(iteration, values)
         if args.validation_prompts and iteration % args.validation_steps == 0:
             validate(parts.student, scheduler, "student", call)
-            if seen:
-                runtime.log_picture("panel/" + " ".join(seen), pipeline_tools.draw_panel(pipeline.vae, seen), iteration)
+            if panel:
+                runtime.log_picture("panel/" + " ".join(panel), pipeline_tools.draw_panel(pipeline.vae, panel), iteration)
         if iteration % args.checkpointing_steps == 0 or metrics.interrupted:
             metrics.flush()  # a diverged student does not replace a sound one
             record = pipeline_tools.usage_record(args, schedule, call, iteration)

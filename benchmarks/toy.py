@@ -200,24 +200,23 @@ def make_args(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{**args, **changes})
 
 
-def toy_predict(schedule: Schedule, guided: bool, role: Role, x_t, t, condition, guidance=None) -> Prediction:
+def toy_predict(schedule: Schedule, role: Role, x_t, t, condition, guidance=None) -> Prediction:
     """As flux_predict, for x_t (B, POINTS, D) and classes (B,)."""
     output = role(x_t, t, condition)
-    if guided and guidance is not None:
-        output = guide(role(x_t, t, torch.full_like(condition, EMPTY)), output, guidance)
-    return schedule.split(x_t, output, t)
+    if guidance is not None and guidance.above_one:
+        output = guide(role(x_t, t, torch.full_like(condition, EMPTY)), output, guidance.scale)
+    return schedule.as_prediction(x_t, output, t)
 
 
 def make_parts(args, teacher: Mixture, network: torch.nn.Module) -> Parts:
     """Roles of a Runtime, and the toy's prompts ("0", "1", ...) and pictures (exact samples, no VAE)."""
     runtime = Runtime(args)
-    guided = max(*args.dmd_guidance_scale, *args.isg_guidance_scale) > 1
     return Parts(
         student=runtime.trained_role("student", copy.deepcopy(network), args.learning_rate, args.ttur_ratio),
         teacher=runtime.frozen_role("teacher", teacher),
         fake_score=runtime.trained_role("fake_score", copy.deepcopy(network), args.learning_rate_fake),
         discriminator=None,
-        predict=partial(toy_predict, teacher.schedule, guided),
+        predict=partial(toy_predict, teacher.schedule),
         encode_prompts=lambda prompts: torch.tensor([int(prompt) for prompt in prompts]),
         real_latents=lambda batch, rows, draws: batch["pixel_values"][rows],
         latent_shape=teacher.shape,
@@ -256,7 +255,7 @@ def few_step_samples(network, teacher: Mixture, condition: torch.Tensor, sampler
     draws, last = Draws(seed, 0), len(schedule.anchors) - 1
 
     def predict(x_t, t):
-        return schedule.split(x_t, network(x_t, t, condition), t)
+        return schedule.as_prediction(x_t, network(x_t, t, condition), t)
 
     noise = draws.normal("input_noise", slots, teacher.shape)
     x_t = backward_simulation(predict, schedule, sampler, draws, slots, noise, last)

@@ -72,7 +72,7 @@ def test_each_backward_reaches_only_the_network_of_the_turn(build, monkeypatch):
     run.step(0)
     assert touched == [(name, [name]) for name in ("student", "discriminator", "fake_score")]
     assert all(total == 0 for total in gradients().values()), "a step leaves no gradient behind"
-    assert run.pipeline.vae.decoder.conv_in.weight.grad is None and next(run.parts.see.parameters()).grad is None
+    assert run.pipeline.vae.decoder.conv_in.weight.grad is None and next(run.parts.vision_features.parameters()).grad is None
 
 
 def test_a_frozen_discriminator_does_not_change_the_students_turn(build):
@@ -146,7 +146,7 @@ def test_passes_per_ttur_cycle_are_the_minimum(build, gan):
     counting("encode", run.pipeline.vae.encoder)
     if gan:
         counting("decode", run.pipeline.vae.decoder)
-        counting("vision", parts.see)
+        counting("vision", parts.vision_features)
         counting("heads", parts.discriminator.module)
         counting("reader", parts.read)
     for iteration in range(ratio):
@@ -272,7 +272,7 @@ def test_three_roles_may_share_one_module(build):
 
     def predict(role, x_t, t, condition, guidance=None):
         output = role(torch.cat([x_t, t.view(-1, 1).float() / 1000], 1))
-        return schedule.split(x_t, output if guidance is None else output * guidance.view(-1, 1), t)
+        return schedule.as_prediction(x_t, output if guidance is None else output * guidance.scale.view(-1, 1), t)
 
     def train(shared: bool):
         runtime, networks = Runtime(args), [Adapted() for _ in range(1 if shared else 3)]

@@ -80,7 +80,7 @@ def test_the_exact_output_splits_into_the_pair_that_made_x_t(family):
     schedule, t, x0, noise = FAMILIES[family](), TIMES[family], randn(5, *SHAPE), randn(5, *SHAPE, seed=1)
     output = schedule.target(x0, noise)
     torch.testing.assert_close(output, noise - x0 if family == "flow" else noise)
-    prediction = schedule.split(schedule.add_noise(x0, noise, t), output, t)
+    prediction = schedule.as_prediction(schedule.add_noise(x0, noise, t), output, t)
     torch.testing.assert_close(prediction.output, output)
     torch.testing.assert_close(prediction.x0, x0, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prediction.noise, noise, rtol=1e-5, atol=1e-5)
@@ -91,7 +91,7 @@ def test_split_of_any_output_is_a_pair_of_x_t_and_carries_its_gradient(family):
     t, x_t = TIMES[family], randn(5, *SHAPE)
     output = randn(5, *SHAPE, seed=1).requires_grad_()
     alpha, sigma = levels_of(family, t)
-    prediction = FAMILIES[family]().split(x_t, output, t)
+    prediction = FAMILIES[family]().as_prediction(x_t, output, t)
     torch.testing.assert_close(alpha * prediction.x0 + sigma * prediction.noise, x_t.double(), rtol=1e-5, atol=1e-5)
     prediction.x0.sum().backward()
     slope = -sigma if family == "flow" else -sigma / alpha
@@ -101,7 +101,7 @@ def test_split_of_any_output_is_a_pair_of_x_t_and_carries_its_gradient(family):
 def test_a_flow_s_solver_step_is_euler():
     schedule, x_t, velocity = flow(), randn(5, *SHAPE), randn(5, *SHAPE, seed=1)
     t, t_next = TIMES["flow"], torch.tensor([904.5, 300.0, 0.0, 10.0, 0.0], dtype=torch.float64)
-    stepped = schedule.step(schedule.split(x_t, velocity, t), t_next)
+    stepped = schedule.step(schedule.as_prediction(x_t, velocity, t), t_next)
     expected = x_t + ((t_next - t) / 1000).view(-1, 1, 1, 1) * velocity
     torch.testing.assert_close(stepped, expected.float(), rtol=1e-5, atol=1e-5)
 
@@ -111,14 +111,14 @@ def test_ddpm_s_solver_step_is_ddim():
     ddim = DDIMScheduler.from_config(SDXL.config, clip_sample=False, set_alpha_to_one=False)
     ddim.set_timesteps(4)  # 750 500 250 0
     for t in (750, 500):
-        stepped = schedule.step(schedule.split(x_t, epsilon, torch.tensor([t])), torch.tensor([t - 250]))
+        stepped = schedule.step(schedule.as_prediction(x_t, epsilon, torch.tensor([t])), torch.tensor([t - 250]))
         torch.testing.assert_close(stepped, ddim.step(epsilon, t, x_t, eta=0.0).prev_sample, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_back_to_the_same_level_changes_nothing():
     for family, make in FAMILIES.items():
         schedule, x_t, t = make(), randn(5, *SHAPE), TIMES[family]
-        prediction = schedule.split(x_t, randn(5, *SHAPE, seed=1), t)
+        prediction = schedule.as_prediction(x_t, randn(5, *SHAPE, seed=1), t)
         torch.testing.assert_close(schedule.step(prediction, t), x_t, rtol=1e-5, atol=1e-5)
 
 
@@ -207,7 +207,7 @@ def test_backward_simulation_runs_the_first_anchors_in_order(family, sampler, st
 
     def predict(x_t, t):
         asked.append((t.tolist(), x_t))
-        return schedule.split(x_t, network(x_t), t)
+        return schedule.as_prediction(x_t, network(x_t), t)
 
     x_t = backward_simulation(predict, schedule, sampler, Draws(7, 3), [4, 9], noise, steps)
     assert not x_t.requires_grad
@@ -216,7 +216,7 @@ def test_backward_simulation_runs_the_first_anchors_in_order(family, sampler, st
     expected, used = noise, []
     for i in range(steps):
         torch.testing.assert_close(asked[i][1], expected, rtol=1e-4, atol=1e-4)
-        prediction = schedule.split(expected, network(expected).detach(), schedule.anchors[i].repeat(2))
+        prediction = schedule.as_prediction(expected, network(expected).detach(), schedule.anchors[i].repeat(2))
         alpha, sigma = levels_of(family, schedule.anchors[i + 1].repeat(2))
         used.append(Draws(7, 3).normal(f"renoise_{i}", [4, 9], SHAPE) if sampler == "stochastic" else prediction.noise)
         expected = (alpha * prediction.x0 + sigma * used[-1]).float()
@@ -294,7 +294,7 @@ def test_the_isg_target_of_linear_networks_is_the_closed_form(family):
     t_mid, t_next = t - torch.tensor([10.0, 100.0, 200.0]), t - torch.tensor([95.0, 150.0, 249.0])
 
     def predict(slope, offset):
-        return lambda x, at: schedule.split(x, slope * x + offset, at)
+        return lambda x, at: schedule.as_prediction(x, slope * x + offset, at)
 
     def step(x, start, end, output):
         (a, s), (b, r) = levels_of(family, start), levels_of(family, end)
@@ -314,7 +314,7 @@ def test_isg_is_at_rest_where_student_and_teacher_share_one_straight_flow():
     t, t_mid, t_next = (torch.full((2,), value, dtype=torch.float64) for value in (904.5, 800.0, 759.5))
 
     def predict(x, at):
-        return schedule.split(x, velocity, at)
+        return schedule.as_prediction(x, velocity, at)
 
     target = isg_target(predict, predict, schedule, x_t, t, t_mid, t_next)
     assert isg_loss(schedule.step(predict(x_t, t), t_next), target) < 1e-8

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import senseflow_checkpoints
-import senseflow_pipeline
+import senseflow_prompts as prompt_tools
 import senseflow_runtime
 import train_senseflow_flux as script
 from scripts import ROOT, assert_same, refused, states
@@ -171,7 +171,7 @@ def test_encoders_on_the_cpu_run_there_and_what_they_say_goes_to_the_device(offl
         return "untouched", torch.zeros(len(prompts), device=device)
 
     pipeline = SimpleNamespace(components={"text_encoder": encoder, "text_encoder_2": None}, encode_prompt=encode)
-    senseflow_pipeline.place_text_encoders(SimpleNamespace(offload_text_encoders=offload), pipeline, "meta")
+    prompt_tools.place_text_encoders(SimpleNamespace(offload_text_encoders=offload), pipeline, "meta")
     assert encoder.weight.device.type == where and not encoder.weight.requires_grad
     assert pipeline.encode_prompt(["a"], device="meta")[1].device.type == "meta" and asked == [where]
 
@@ -180,7 +180,7 @@ def test_encoders_on_the_cpu_run_there_and_what_they_say_goes_to_the_device(offl
 def test_text_encoders_leave_the_device(few, validate, flags, tmp_path, monkeypatch):
     """The same run with and without; a small set's prompts are encoded once, and only validation keeps the encoders then."""
     calls, found = [], []
-    place = script.pipeline_tools.encode_small_set
+    place = script.prompt_tools.encode_small_set
 
     def watched(args, rows, pipeline, encode_prompts, device):
         if args.offload_text_encoders:

@@ -232,7 +232,12 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
         if with_gan:
             parts.discriminator = Runtime(args).trained_role("discriminator", copy.deepcopy(critic), 0.5e6)
             parts.real_pictures = lambda batch: batch["pixel_values"]
-            parts.decode, parts.see, parts.read, parts.gan_weight_at = decode, lambda p: [p], lambda prompts: text, omega
+            parts.decode, parts.vision_features, parts.text_features, parts.gan_weight_at = (
+                decode,
+                lambda p: [p],
+                lambda prompts: text,
+                omega,
+            )
             discriminator = parts.discriminator.module
         train_iteration(iteration, [batch], parts, teacher.schedule, args, "cpu")
         moved[with_gan] = [p.detach() - q.detach() for p, q in zip(parts.student.module.parameters(), start.parameters())]

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 import senseflow_checkpoints
-import senseflow_pipeline
+import senseflow_hub as hub_tools
 import senseflow_roles
 import train_senseflow_flux as script
 from scripts import (
@@ -57,7 +57,7 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
 
     # What was logged.
     events = logged(whole)
-    losses = {"dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss", "D(real)", "D(fake)"}
+    losses = {"dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss", "real_logits", "fake_logits"}
     norms = {"student_grad_norm", "fake_score_grad_norm", "discriminator_grad_norm"}
     assert losses | norms | {"dmd_non_finite", "lr", "samples_per_second"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("fake_loss")] == [1, 2, 3, 4]
@@ -262,7 +262,7 @@ def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
 )
 def test_the_teachers_licence_is_named(card, found, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
-    assert senseflow_pipeline.license_of(str(tmp_path)) == found
+    assert hub_tools.license_of(str(tmp_path)) == found
 
 
 def test_a_fingerprint_is_the_networks_and_not_its_precisions():
@@ -311,7 +311,7 @@ def test_a_network_is_found_by_itself_or_in_a_pipeline(tmp_path, monkeypatch):
             raise LocalEntryNotFoundError(f"{repository} has no {file}")
         return file
 
-    monkeypatch.setattr(senseflow_pipeline, "hf_hub_download", download)
+    monkeypatch.setattr(hub_tools, "hf_hub_download", download)
     places = {str(tmp_path): "vae", str(tmp_path / "alone"): None, "someone/vae": None, "someone/pipeline": "vae"}
     places |= {str(tmp_path / "both"): "vae", "someone/both": "vae"}
-    assert {path: senseflow_pipeline.subfolder_of(path, "vae") for path in places} == places
+    assert {path: hub_tools.subfolder_of(path, "vae") for path in places} == places

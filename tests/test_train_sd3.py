@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderDC, SD3Transformer2DModel
 from safetensors.torch import load_file
 
-import senseflow_pipeline as pipeline_tools
+import senseflow_vae as vae_tools
 import train_senseflow_sd3 as script
 from scripts import launch, logged, picture_of, refused, resume_is_the_same_run, states, the_cards_call_is_infers_picture, without
 from senseflow_runtime import Runtime
@@ -145,10 +145,10 @@ def test_a_vae_without_posterior_and_shift_encodes_and_decodes():
     ).eval()
     pictures = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
-        x0 = pipeline_tools.encode(vae, pictures, Draws(0, 0), [0, 1])
+        x0 = vae_tools.encode(vae, pictures, Draws(0, 0), [0, 1])
         torch.testing.assert_close(x0, vae.encode(pictures).latent * 0.5)
-        torch.testing.assert_close(pipeline_tools.decode(vae, x0), vae.decode(x0 / 0.5).sample)
-    assert x0.shape == (2, *pipeline_tools.latent_shape_of(vae.config, 16))
+        torch.testing.assert_close(vae_tools.decode(vae, x0), vae.decode(x0 / 0.5).sample)
+    assert x0.shape == (2, *vae_tools.latent_shape_of(vae.config, 16))
 
 
 BAD = {

@@ -65,7 +65,7 @@ def test_each_method_resume_export_and_a_stock_call(method, flags, senseflow, tm
     assert np.array_equal(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
     tags = logged(whole).Tags()
     own = {"senseflow": {"isg_loss", "discriminator_loss"}, "dmd2": {"classifier_loss"}}
-    assert {"dmd_loss", "adversarial_loss", "D(real)", "D(fake)"} | own[method] <= set(tags["scalars"])
+    assert {"dmd_loss", "adversarial_loss", "real_logits", "fake_logits"} | own[method] <= set(tags["scalars"])
     assert {"validation/teacher", "validation/student"} <= set(tags["images"])
 
 

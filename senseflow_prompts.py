@@ -1,0 +1,70 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Prompts to conditions: where the frozen text encoders are, and for how long."""
+
+import os
+from functools import partial
+from typing import Optional
+
+import torch
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+
+logger = get_logger(__name__)
+
+SMALL_SET = 1000  # prompts whose embeddings are kept; those of FLUX.1-dev take 4 MB each in bf16
+
+
+def text_encoders_of(pipeline) -> dict[str, torch.nn.Module]:
+    """The text encoders that a pipeline has, by component."""
+    components = pipeline.components.items()
+    return {name: part for name, part in components if name.startswith("text_encoder") and part is not None}
+
+
+def place_text_encoders(args, pipeline, device) -> None:
+    """Puts the frozen text encoders on the device or, with --offload_text_encoders, leaves them on the CPU to run there."""
+    for encoder in text_encoders_of(pipeline).values():
+        encoder.requires_grad_(False).eval().to("cpu" if args.offload_text_encoders else device)
+    if args.offload_text_encoders:
+        pipeline.encode_prompt = partial(_encode_where_they_are, pipeline, pipeline.encode_prompt)  # the stock call's, too
+
+
+def _encode_where_they_are(pipeline, encode_prompt, *args, device, **kwargs) -> tuple:
+    where = next(iter(text_encoders_of(pipeline).values())).device
+    outputs = encode_prompt(*args, device=where, **kwargs)
+    return tuple(output.to(device) if torch.is_tensor(output) else output for output in outputs)
+
+
+def encode_small_set(args, rows, pipeline, encode_prompts, device):
+    """With --offload_text_encoders and at most SMALL_SET different prompts: encodes them all, once, and frees the encoders.
+
+    Args:
+        rows: of the data set.
+        encode_prompts: `encode_prompts(prompts) -> condition`, a tuple of tensors (B, ...).
+    Returns:
+        What takes the place of `encode_prompts`. The encoders stay on the CPU where --validation_prompts will need them.
+    """
+    prompts = few_prompts(rows) if args.offload_text_encoders else None
+    if prompts is None:
+        return encode_prompts
+    encoders = text_encoders_of(pipeline)
+    for encoder in encoders.values():
+        encoder.to(device)
+    shown = tqdm(prompts, "prompts", disable=os.environ.get("LOCAL_RANK", "0") != "0")
+    table = {prompt: [part.cpu() for part in encode_prompts([prompt])] for prompt in shown}
+    for encoder in encoders.values():
+        encoder.to("cpu")
+    if not args.validation_prompts:
+        pipeline.register_modules(**dict.fromkeys(encoders))
+    logger.info(f"{len(table)} prompts are encoded; the text encoders are {'on the CPU' if args.validation_prompts else 'freed'}")
+    return lambda prompts: tuple(torch.cat(parts).to(device) for parts in zip(*[table[prompt] for prompt in prompts]))
+
+
+def few_prompts(rows) -> Optional[list[str]]:
+    """The different prompts of a data set, if they are at most SMALL_SET; None for more, and for a stream."""
+    found: dict[str, None] = {}
+    for row in range(len(rows) if hasattr(rows, "__len__") else 0):
+        found[rows.prompt(row)] = None
+        if len(found) > SMALL_SET:
+            return None
+    return list(found) or None
