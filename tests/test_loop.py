@@ -12,7 +12,7 @@ from senseflow_args import LR_SCHEDULERS
 from senseflow_data import load_rows, make_dataloader
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
-from senseflow_utils import Draws, FlowSchedule
+from senseflow_utils import Draws, FlowSchedule, Guidance
 from train_senseflow_flux import Parts, load_parts, make_schedule, needs_pictures, parse_args, simulated_steps, train_iteration
 
 
@@ -148,7 +148,7 @@ def test_passes_per_ttur_cycle_are_the_minimum(build, gan):
         counting("decode", run.pipeline.vae.decoder)
         counting("vision", parts.vision_features)
         counting("heads", parts.discriminator.module)
-        counting("reader", parts.read)
+        counting("reader", parts.text_features)
     for iteration in range(ratio):
         run.step(iteration)
     simulated = [simulated_steps(Draws(run.args.seed, i), 0.5, 4) for i in range(ratio)]
@@ -202,7 +202,7 @@ def test_classifier_free_guidance_where_the_teacher_embeds_none(tmp_path_factory
     with torch.no_grad():
         condition, empty = (run.parts.encode_prompts(prompts) for prompts in (["red", "blue"], ["", ""]))
         conditional, unconditional = (run.parts.predict(run.parts.teacher, x_t, t, c).output for c in (condition, empty))
-        guided = run.parts.predict(run.parts.teacher, x_t, t, condition, torch.tensor([4.0, 0.5])).output
+        guided = run.parts.predict(run.parts.teacher, x_t, t, condition, Guidance(torch.tensor([4.0, 0.5]), True)).output
     torch.testing.assert_close(guided[0], unconditional[0] + 4 * (conditional[0] - unconditional[0]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(guided[1], conditional[1], atol=1e-4, rtol=1e-4)
 
@@ -212,8 +212,8 @@ def test_the_student_starts_as_the_teacher_at_the_folded_guidance(build):
     x_t, t = torch.randn(2, *run.parts.latent_shape), torch.tensor([1000.0, 512.8])
     with torch.no_grad():
         condition = run.parts.encode_prompts(["red square", "blue"])
-        teacher = run.parts.predict(run.parts.teacher, x_t, t, condition, torch.full((2,), 3.5)).x0
-        other = run.parts.predict(run.parts.teacher, x_t, t, condition, torch.full((2,), 1.0)).x0
+        teacher = run.parts.predict(run.parts.teacher, x_t, t, condition, Guidance(torch.full((2,), 3.5), True)).x0
+        other = run.parts.predict(run.parts.teacher, x_t, t, condition, Guidance(torch.full((2,), 1.0), False)).x0
         student = run.parts.predict(run.parts.student, x_t, t, condition).x0
         fake = run.parts.predict(run.parts.fake_score, x_t, t, condition).x0
     torch.testing.assert_close(student, teacher, atol=2e-5, rtol=1e-5)

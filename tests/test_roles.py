@@ -189,8 +189,8 @@ def test_text_encoders_leave_the_device(few, validate, flags, tmp_path, monkeypa
             found.append(pipeline)
         return place(args, rows, pipeline, encode_prompts, device)
 
-    monkeypatch.setattr(script.pipeline_tools, "encode_small_set", watched)
-    monkeypatch.setattr(script.pipeline_tools, "SMALL_SET", 12 if few else 11)  # the data set has 12 prompts
+    monkeypatch.setattr(script.prompt_tools, "encode_small_set", watched)
+    monkeypatch.setattr(script.prompt_tools, "SMALL_SET", 12 if few else 11)  # the data set has 12 prompts
     flags = [*flags, "--max_train_steps", "2", *(["--validation_prompts", "a red square"] if validate else [])]
     for name, add in (("with", ["--offload_text_encoders"]), ("without", [])):
         script.main([*flags, *add, "--output_dir", str(tmp_path / name)])

@@ -12,7 +12,7 @@ import senseflow_vae as vae_tools
 import train_senseflow_sd3 as script
 from scripts import launch, logged, picture_of, refused, resume_is_the_same_run, states, the_cards_call_is_infers_picture, without
 from senseflow_runtime import Runtime
-from senseflow_utils import Draws
+from senseflow_utils import Draws, Guidance
 from tiny_pipelines import write_sd3
 
 
@@ -126,7 +126,7 @@ def test_the_network_is_called_as_the_stock_pipeline_calls_it(parts):
             parts.teacher.module(x_t, encoder_hidden_states=e, pooled_projections=p, timestep=t).sample
             for e, p in (condition, empty)
         )
-        guided = parts.predict(parts.teacher, x_t, t, condition, torch.tensor([4.0, 0.5]))
+        guided = parts.predict(parts.teacher, x_t, t, condition, Guidance(torch.tensor([4.0, 0.5]), True))
         student = parts.predict(parts.student, x_t, t, condition)
     torch.testing.assert_close(guided.output[0], u[0] + 4 * (c[0] - u[0]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(guided.output[1], c[1], atol=1e-5, rtol=1e-5)

@@ -27,7 +27,7 @@ from senseflow_data import make_dataloader
 from senseflow_discriminator import LatentClassifier
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
-from senseflow_utils import Draws, Prediction
+from senseflow_utils import Draws, Guidance, Prediction
 from tiny_pipelines import tiny_vae, write_sdxl
 
 
@@ -146,7 +146,7 @@ def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
             parts.teacher.module(x_t, t, e, added_cond_kwargs={"text_embeds": p, "time_ids": time_ids}).sample
             for e, p in (condition[:2], [torch.zeros_like(part) for part in condition[:2]])
         )
-        guided = parts.predict(parts.teacher, x_t, t, condition, torch.tensor([8.0, 0.5]))
+        guided = parts.predict(parts.teacher, x_t, t, condition, Guidance(torch.tensor([8.0, 0.5]), True))
         student = parts.predict(parts.student, x_t, t, condition)
     torch.testing.assert_close(guided.output[0], u[0] + 8 * (c[0] - u[0]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(guided.output[1], c[1], atol=1e-5, rtol=1e-5)
