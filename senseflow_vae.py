@@ -56,9 +56,9 @@ def load_vae(kind, flag: str, path: str, args, device, encodes: bool, decodes: b
     auto = auto if args.mixed_precision == "bf16" else "fp32"
     vae = load_network(kind, flag, path, "vae", dtype=DTYPES[auto if args.vae_dtype == "auto" else args.vae_dtype], **source)
     if not encodes:
-        vae.encoder = None
+        vae.encoder = torch.nn.Module()  # not None: some count the layers of both halves whenever they run one
     if not decodes:
-        vae.decoder = None
+        vae.decoder = torch.nn.Module()
     elif args.gradient_checkpointing and vae._supports_gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     # Whoever calls, a stock pipeline under autocast too.

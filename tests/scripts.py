@@ -149,12 +149,15 @@ def without_gan(flags: list[str]) -> list[str]:
 def built(script, arguments: list[str]) -> SimpleNamespace:
     """What `main` makes of these arguments before its loop, with the pipeline's scheduler already that of the student.
 
-    Attributes: args, schedule, call, parts, pipeline, and step(iteration) -> (what `train_iteration` returns, its batches).
+    Attributes:
+        args, schedule, call, runtime, parts, pipeline: the script's.
+        step: step(iteration) -> (what `train_iteration` returns, its batches).
     """
     args = script.parse_args(arguments)
     rows = script.check_args(args)
     schedule, scheduler, call = script.make_schedule(args, "cpu")
-    parts, pipeline = script.load_parts(args, Runtime(args), schedule)
+    runtime = Runtime(args)
+    parts, pipeline = script.load_parts(args, runtime, schedule)
     pipeline.register_modules(scheduler=scheduler)
     data = iter(make_dataloader(args, rows, 0, 1, 0, 0, lambda iteration: True))
 
@@ -162,7 +165,7 @@ def built(script, arguments: list[str]) -> SimpleNamespace:
         batches = [next(data) for _ in range(args.gradient_accumulation_steps)]
         return script.train_iteration(iteration, batches, parts, schedule, args, "cpu"), batches
 
-    return SimpleNamespace(args=args, schedule=schedule, call=call, parts=parts, pipeline=pipeline, step=step)
+    return SimpleNamespace(args=args, schedule=schedule, call=call, runtime=runtime, parts=parts, pipeline=pipeline, step=step)
 
 
 @torch.no_grad()
@@ -181,9 +184,9 @@ def assert_guided_where_asked(build) -> None:
     one_student_turn = ("--ttur_ratio", "1", "--gradient_accumulation_steps", "1", "--isg_weight", "1")
     for dmd, isg in (("1", "4"), ("4", "1"), ("1", "1")):
         run = build(*one_student_turn, "--dmd_guidance_scale", dmd, "--isg_guidance_scale", isg)
-        batches = []
-        run.parts.teacher.module.register_forward_pre_hook(
-            lambda _, args, inputs: batches.append(len(inputs.get("hidden_states", inputs.get("sample")))), with_kwargs=True
-        )
+        outputs: list[tuple] = []
+        run.parts.teacher.module.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output))
         run.step(0)
-        assert batches == [run.args.train_batch_size * (2 if float(scale) > 1 else 1) for scale in (dmd, isg)]
+        assert [len(output[0]) for output in outputs] == [
+            run.args.train_batch_size * (2 if float(scale) > 1 else 1) for scale in (dmd, isg)
+        ]

@@ -1,4 +1,4 @@
-"""Is the network called as the stock pipeline calls it? The stock call itself is recorded, and a script's `predict` compared with it.
+"""Is the network called as the stock pipeline calls it? The stock call is recorded, and a script's `predict` compared with it.
 
 For a script of your own (`test_the_network_is_called_as_the_stock_pipeline_calls_it` of the three scripts' tests shows it whole):
 

@@ -135,6 +135,32 @@ def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(bu
     assert_guided_where_asked(lambda *add: build(*without_embedder, *add))
 
 
+def test_anchors_that_nobody_gave_serve_or_are_refused(flags, teacher, tmp_path, capsys):
+    """Qwen-Image's scheduler ends its four steps at 20 of 1000; without shift_terminal, at 345, they are FLUX's at 64 px."""
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_terminal": 0.02}))
+    flags = [*flags, "--output_dir", str(tmp_path / "out")]
+    there = ["--pretrained_model_name_or_path", str(other)]
+    for isg in ([], ["--isg_weight", "0"]):
+        said = "--anchors 1000 739.6 420.4 20 (found for this teacher): 20 is below 50"
+        refused(script, [*flags, *there, *isg], 2, said, capsys)
+    # The user's own are his will; but ISG must find a timestep between them.
+    given = ["--anchors", "1000", "743", "425", "20"]
+    script.make_schedule(script.parse_args([*flags, *there, *given, "--isg_weight", "0"]), "cpu")
+    refused(script, [*flags, *there, *given, "--isg_margin", "11"], 2, "11 leaves no timestep between 20 and 0", capsys)
+    script.make_schedule(script.parse_args([*flags, *there, *given, "--isg_margin", "9"]), "cpu")
+
+    # Too near each other, for ISG's default margin; without ISG, the margin is not what helps.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_terminal": 0.9}))
+    said = "(found for this teacher): --isg_margin 20 leaves no timestep between 1000 and"
+    for isg, fix in (([], "lower it, or give --anchors further apart"), (["--isg_weight", "0"], "; give --anchors, such as 1000")):
+        with pytest.raises(UserError) as error:
+            script.make_schedule(script.parse_args([*flags, *there, *isg]), "cpu")
+        assert said in str(error.value) and fix in str(error.value) and error.value.exit_code == 2
+
+
 def test_two_processes_train_as_one(flags, tmp_path):
     """The same global batch of 16 in two processes and in one: the virtual batch of the local batch norm (8) divides both."""
     common = [*flags, "--gradient_accumulation_steps", "1", "--checkpointing_steps", "4", "--adam_epsilon", "1e-3"]
