@@ -220,7 +220,12 @@ def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
         if args.report_to not in [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]:
             refuse("report_to", "is no tracker of accelerate; give tensorboard, wandb, ... or none")
         require_package(args.report_to, f"--report_to {args.report_to}")
-    for is_off, where, names in (*unused, *UNUSED):
+    refuse_unused(args, (*unused, *UNUSED))
+
+
+def refuse_unused(args, table: Sequence[tuple]) -> None:
+    """Refuses (exit code 2) the first flag that was given and would change nothing; `table` as UNUSED."""
+    for is_off, where, names in table:
         for name in names:
             if name in args.given and is_off(args):
                 value = getattr(args, name)
@@ -229,7 +234,7 @@ def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
                 raise UserError(f"{f'--{name} {shown}'.strip()}: {where} has no use for it; leave it out", exit_code=2)
 
 
-# What was given and would change nothing: (when it is off, where that is so, flags).
+# (whether this is so, what this is, the flags that then change nothing).
 UNUSED = (
     (lambda args: args.gan_weight == 0, "--gan_weight 0",
      ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder", "classifier_weight")),

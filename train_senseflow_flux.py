@@ -443,6 +443,9 @@ def check_args(args):
     vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     hub_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     transformer = hub_tools.config_of(TRANSFORMER, flag, path, "transformer", args.revision)
+    if not transformer.get("guidance_embeds") and not args.validation_prompts:
+        unused = (lambda args: True, "a teacher without guidance embedder", ("student_guidance_scale",))
+        args_tools.refuse_unused(args, [unused])
     if args.student_model_name_or_path:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path

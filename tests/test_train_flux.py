@@ -135,6 +135,12 @@ def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(bu
     assert_guided_where_asked(lambda *add: build(*without_embedder, *add))
 
 
+def test_a_guidance_that_nothing_embeds_is_refused(build, without_embedder):
+    with pytest.raises(UserError, match="--student_guidance_scale 2: a teacher without guidance embedder has no use for it"):
+        build(*without_embedder, "--student_guidance_scale", "2")
+    build("--student_guidance_scale", "2")
+
+
 def test_anchors_that_nobody_gave_serve_or_are_refused(flags, teacher, tmp_path, capsys):
     """Qwen-Image's scheduler ends its four steps at 20 of 1000; without shift_terminal, at 345, they are FLUX's at 64 px."""
     other = tmp_path / "other"
