@@ -234,7 +234,7 @@ def refuse_unused(args, table: Sequence[tuple]) -> None:
                 raise UserError(f"{f'--{name} {shown}'.strip()}: {where} has no use for it; leave it out", exit_code=2)
 
 
-# (whether this is so, what this is, the flags that then change nothing).
+# (whether something is off, how a message names that, the flags that then change nothing)
 UNUSED = (
     (lambda args: args.gan_weight == 0, "--gan_weight 0",
      ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder", "classifier_weight")),
