@@ -12,7 +12,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import datasets
 import diffusers
@@ -120,11 +120,24 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.help} [{shown}]".replace("%", "%%")
 
 
+class Arguments(argparse.Namespace):
+    """Parsed arguments, and in `given` the names of those that stood on the command line, which vars() does not show."""
+
+    __slots__ = ("given",)
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a bad argument in one line, as everything else here does."""
+    """An ArgumentParser that reports a bad argument in one line, as everything else here does, and knows what was given."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, argv=None) -> Arguments:
+        args, absent = super().parse_args(argv, Arguments()), object()
+        names = [action.dest for action in self._actions]
+        without_defaults = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+        args.given = frozenset(name for name in names if getattr(without_defaults, name) is not absent)
+        return args
 
     def error(self, message):
         raise UserError(f"{message} (see --help)", exit_code=2)
@@ -143,8 +156,12 @@ def complete_args(args):
     return args
 
 
-def check_common_args(args) -> None:
-    """What every script's arguments must satisfy; UserError (exit code 2) for the first that does not."""
+def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
+    """What every script's arguments must satisfy; UserError (exit code 2) for the first that does not.
+
+    Args:
+        unused: of the script's own, as UNUSED is, and looked at before it.
+    """
 
     def refuse(name: str, fix: str):
         raise UserError(f"--{name} {getattr(args, name)}: {fix}", exit_code=2)
@@ -203,3 +220,34 @@ def check_common_args(args) -> None:
         if args.report_to not in [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]:
             refuse("report_to", "is no tracker of accelerate; give tensorboard, wandb, ... or none")
         require_package(args.report_to, f"--report_to {args.report_to}")
+    refuse_unused(args, (*unused, *UNUSED))
+
+
+def refuse_unused(args, table: Sequence[tuple]) -> None:
+    """Refuses (exit code 2) the first flag that was given and would change nothing; `table` as UNUSED."""
+    for is_off, where, names in table:
+        for name in names:
+            if name in args.given and is_off(args):
+                value = getattr(args, name)
+                values = value if isinstance(value, list) else [value] * (value is not True)
+                shown = " ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in values)
+                raise UserError(f"{f'--{name} {shown}'.strip()}: {where} has no use for it; leave it out", exit_code=2)
+
+
+# (whether something is off, how a message names that, the flags that then change nothing)
+UNUSED = (
+    (lambda args: args.gan_weight == 0, "--gan_weight 0",
+     ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder", "classifier_weight")),
+    (lambda args: args.isg_weight == 0, "--isg_weight 0", ("isg_margin", "isg_guidance_scale")),
+    (lambda args: args.lr_scheduler == "constant" and args.lr_warmup_steps > 0, "--lr_scheduler constant",
+     ("lr_warmup_steps", "lr_warmup_start")),
+    (lambda args: args.lr_warmup_steps == 0, "--lr_warmup_steps 0", ("lr_warmup_start",)),
+    (lambda args: not args.validation_prompts, "a run without --validation_prompts",
+     ("validation_steps", "num_validation_images", "teacher_num_inference_steps", "teacher_guidance_scale")),
+    (lambda args: args.report_to == "none", "--report_to none", ("logging_dir",)),
+    (lambda args: not (args.dataset_name or args.train_data_dir), "a data set without columns", ("image_column", "caption_column")),
+    (lambda args: args.gan_weight == 0 and args.backward_simulation_prob == 1, "a run that looks at no picture",
+     ("image_column", "center_crop", "random_flip")),
+    (lambda args: args.gan_weight == 0 and not args.validation_prompts and (args.backward_simulation_prob == 1
+     or args.dataset_lmdb), "a run without a VAE", ("vae_dtype",)),
+)  # fmt: skip

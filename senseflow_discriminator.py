@@ -148,7 +148,7 @@ class TextFeatures(_Frozen):
     def forward(self, prompts: list[str]) -> torch.Tensor:
         """(B, T) float32, of unit length."""
         length = self.model.config.max_position_embeddings
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         ids = tokens.input_ids.to(self.model.device)
         return F.normalize(self.model(ids).text_embeds.float(), dim=-1)
 

@@ -29,6 +29,8 @@ from senseflow_vae import decode
 
 logger = get_logger(__name__)
 
+LOWEST_DEFAULT = 50  # the timestep, of 1000, below which no anchor is chosen for a user
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before any weight loads
@@ -40,15 +42,20 @@ def check_resolution(args, multiple: int) -> None:
         raise UserError(message, exit_code=2)
 
 
-def check_margin(args, schedule: Schedule) -> None:
-    """Refuses (exit code 2) an --isg_margin that leaves a segment between anchors without a timestep."""
-    crowded = schedule.check_margin(args.isg_margin) if args.isg_weight > 0 else None
-    if crowded:
-        raise UserError(
-            f"--isg_margin {args.isg_margin:g} leaves no timestep between anchors {crowded[0]:g} and {crowded[1]:g}: lower it, "
-            "or move the --anchors apart",
-            exit_code=2,
-        )
+def check_anchors(args, schedule: Schedule) -> None:
+    """Refuses (exit code 2) an --isg_margin that leaves a segment between anchors without a timestep; and, ISG or not, anchors
+    that nobody gave and that are crowded in this way, or end below LOWEST_DEFAULT."""
+    default, crowded = "anchors" not in args.given, schedule.check_margin(args.isg_margin)
+    shown = [f"{t:.4g}" for t in schedule.anchors]
+    problem, fix = None, "give --anchors, such as 1000 900 750 500"
+    if default and schedule.anchors[-1] < LOWEST_DEFAULT:
+        problem = f"{shown[-1]} is below {LOWEST_DEFAULT}, where next to nothing is left to draw"
+    elif crowded and (default or args.isg_weight > 0):
+        problem = f"--isg_margin {args.isg_margin:g} leaves no timestep between {crowded[0]:.4g} and {crowded[1]:.4g}"
+        fix = "lower it, or give --anchors further apart" if args.isg_weight > 0 else fix
+    if problem:
+        origin = f"--anchors {' '.join(shown)}{' (found for this teacher)' if default else ''}"
+        raise UserError(f"{origin}: {problem}; {fix}", exit_code=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

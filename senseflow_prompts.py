@@ -3,11 +3,14 @@
 
 import os
 from functools import partial
-from typing import Optional
+from typing import Optional, Sequence, Union
 
 import torch
+import torch.nn.functional as F
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
+
+from senseflow_args import UserError
 
 
 logger = get_logger(__name__)
@@ -58,6 +61,29 @@ def encode_small_set(args, rows, pipeline, encode_prompts, device):
         pipeline.register_modules(**dict.fromkeys(encoders))
     logger.info(f"{len(table)} prompts are encoded; the text encoders are {'on the CPU' if args.validation_prompts else 'freed'}")
     return lambda prompts: tuple(torch.cat(parts).to(device) for parts in zip(*[table[prompt] for prompt in prompts]))
+
+
+def pad_condition(
+    embeds: Union[torch.Tensor, Sequence[torch.Tensor]], length: int, mask: Optional[torch.Tensor] = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text of variable length as a condition must be, of one length throughout a run: (embeds (B, length, D), mask (B, length)).
+
+    Args:
+        embeds: (B, L, D), or (L, D) a prompt, each of a length of its own.
+        length: --max_sequence_length.
+        mask: (B, L), nonzero where a place of `embeds` is text (default: everywhere).
+    Returns:
+        The text at the start of each row, then zeros; and a mask, bool, true where there is text.
+    Raises:
+        UserError: a prompt is longer than `length`.
+    """
+    texts = list(embeds) if mask is None else [text[own.bool()] for text, own in zip(embeds, mask, strict=True)]
+    longest = max(map(len, texts))
+    if longest > length:
+        raise UserError(f"--max_sequence_length {length}: a prompt has {longest} tokens; raise it, or shorten the prompt")
+    padded = torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])
+    lengths = torch.tensor([len(text) for text in texts], device=padded.device)
+    return padded, torch.arange(length, device=padded.device) < lengths[:, None]
 
 
 def few_prompts(rows) -> Optional[list[str]]:

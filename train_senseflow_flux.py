@@ -73,7 +73,8 @@ PIPELINE, TRANSFORMER, VAE = FluxPipeline, FluxTransformer2DModel, AutoencoderKL
 class Parts:
     """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning.
 
-    A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B.
+    A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B. Text of
+    variable length is padded to one, with a mask (senseflow_prompts.pad_condition).
     """
 
     student: Role
@@ -83,7 +84,7 @@ class Parts:
     predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
     encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
-    latent_shape: tuple[int, ...]  # of one x0
+    latent_shape: tuple[int, ...]  # of one x0 (senseflow_vae.latent_shape_of)
     real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
     decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
     vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> maps of the frozen network, with gradient
@@ -310,7 +311,7 @@ def make_schedule(args, device) -> tuple[FlowSchedule, FlowMatchEulerDiscreteSch
     wanted = [t / 1000 for t in args.anchors] if args.anchors else stock_sigmas(teacher, 4, tokens)
     scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted), tokens), args.sampler)
     schedule = FlowSchedule(table, [1000 * sigma for sigma in sigmas], device=device)
-    pipeline_tools.check_margin(args, schedule)
+    pipeline_tools.check_anchors(args, schedule)
     call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
     visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), tokens)
     if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
@@ -330,11 +331,11 @@ def parse_args(argv=None):
     add("--revision", help="of the teacher on the Hub")
     add("--variant", help="of the teacher's weight files, e.g. fp16")
     add("--student_model_name_or_path",
-        help="warm start of student and fake score: a FLUX transformer or pipeline, Hub id or folder")
+        help=f"warm start of student and fake score: a {TRANSFORMER.__name__} or {PIPELINE.__name__}, Hub id or folder")
     add("--student_guidance_scale", type=float, default=3.5,
         help="guidance folded into student and fake score, so that they start "
-        "as the teacher at it; 0 drops the embedder as the release does (3.5: FluxPipeline's default)")
-    add("--max_sequence_length", type=int, default=512, help="T5 tokens (release)")
+        "as the teacher at it; 0 drops the embedder as the release, FLUX, does (3.5: FluxPipeline's default)")
+    add("--max_sequence_length", type=int, default=512, help="T5 tokens (release, FLUX)")
 
     add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json",
@@ -349,7 +350,7 @@ def parse_args(argv=None):
     add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
     add("--streaming", action="store_true", help="read --dataset_name or --train_data_dir as a stream, without a copy on the disk")
     add("--resolution", type=int, default=1024,
-        help="px, a multiple of 16 for FLUX's VAE: the shorter side, then a square crop (release)")
+        help="px, a multiple of 16 (FLUX): the shorter side, then a square crop (release, FLUX)")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")
     add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
     add("--max_train_samples", type=int, help="use the first so many rows; of a stream, so many")
@@ -358,57 +359,63 @@ def parse_args(argv=None):
     add = parser.add_argument_group("senseflow").add_argument
     add("--anchors", type=float, nargs="+",
         help="decreasing timesteps in (0, 1000] at which the student is run (default: the teacher's "
-        "stock 4-step schedule at --resolution; 1024 px: 1000 904.5 759.5 512.8)")
+        "stock 4-step schedule at --resolution; FLUX at 1024 px: 1000 904.5 759.5 512.8)")
     add("--sampler", choices=SAMPLERS, default="stochastic",
         help="how backward simulation and the saved pipeline go from anchor to "
         "anchor (paper: stochastic)")
-    add("--ttur_ratio", type=int, default=5, help="iterations per step of the student (release)")
+    add("--ttur_ratio", type=int, default=5, help="iterations per step of the student (release, FLUX)")
     add("--ida_decay", type=float, default=0.97,
-        help="fake <- decay fake + (1 - decay) student after its step; 1 = off (release)")
-    add("--isg_weight", type=float, default=1.0, help="of intra-segment guidance; 0 = off (release)")
-    add("--isg_margin", type=float, default=20, help="timesteps that t_mid keeps from both ends of its segment (release)")
-    add("--gan_weight", type=float, default=2.0, help="of the adversarial loss; 0 = off, no discriminator is loaded (release)")
-    add("--backward_simulation_prob", type=float, default=0.5, help="else real latents are noised (release)")
+        help="fake <- decay fake + (1 - decay) student after its step; 1 = off (release, FLUX)")
+    add("--isg_weight", type=float, default=1.0,
+        help="of intra-segment guidance, a Charbonnier loss as in the release (paper: squared L2); 0 = off (release, FLUX)")
+    add("--isg_margin", type=float, default=20, help="timesteps that t_mid keeps from both ends of its segment (release, FLUX)")
+    add("--gan_weight", type=float, default=2.0,
+        help="of the adversarial loss times omega(t) = (1 - sigma)^2, as in paper and release; "
+        "0 = off, no discriminator is loaded (release, FLUX)")
+    add("--backward_simulation_prob", type=float, default=0.5, help="else real latents are noised (release, FLUX)")
     add("--dmd_guidance_scale", type=float, nargs="+", default=[1.0, 8.0],
-        help="the teacher's in L_DMD: a value or MIN MAX (release)")
+        help="the teacher's in L_DMD: a value or MIN MAX (release, FLUX)")
     add("--isg_guidance_scale", type=float, nargs="+", default=[1.0, 8.0],
-        help="the teacher's in L_ISG: a value or MIN MAX (release)")
-    add("--discriminator_backbone", default="facebook/dinov2-large", help="a DINOv2, Hub id or folder (release)")
+        help="the teacher's in L_ISG: a value or MIN MAX (release, FLUX)")
+    add("--discriminator_backbone", default="facebook/dinov2-large", help="a DINOv2, Hub id or folder (release, FLUX)")
     add("--discriminator_layers", type=int, nargs="+",
         help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
-        "the same depths of any other; release)")
-    add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14", help="a CLIP with projection (release)")
+        "the same depths of any other; release, FLUX)")
+    add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14", help="a CLIP with projection (release, FLUX)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release)")
-    add("--max_train_steps", type=int, default=12000, help="iterations = fake-score updates (ours)")
-    add("--learning_rate", type=float, default=1e-5, help="of the student (release)")
+    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release, FLUX)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release, FLUX)")
+    add("--max_train_steps", type=int, default=12000,
+        help="iterations = fake-score updates, of 8 pictures in the paper (paper, FLUX)")
+    add("--learning_rate", type=float, default=1e-5, help="of the student (release, FLUX)")
     add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate)")
     add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate)")
     add("--lr_scheduler", default="constant_with_warmup", choices=args_tools.LR_SCHEDULERS,
-        help="as in diffusers (release)")
-    add("--lr_warmup_steps", type=int, default=500, help="in iterations (release)")
-    add("--lr_warmup_start", type=float, default=0.5, help="fraction of the rate that the warm-up starts from (release)")
-    add("--adam_beta1", type=float, default=0.9, help="(release)")
-    add("--adam_beta2", type=float, default=0.999, help="(release)")
-    add("--adam_epsilon", type=float, default=1e-8, help="(release)")
-    add("--adam_weight_decay", type=float, default=0.0, help="(release)")
-    add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release)")
+        help="as in diffusers (release, FLUX)")
+    add("--lr_warmup_steps", type=int, default=500, help="in iterations (release, FLUX)")
+    add("--lr_warmup_start", type=float, default=0.5, help="fraction of the rate that the warm-up starts from (release, FLUX)")
+    add("--adam_beta1", type=float, default=0.9, help="(release, FLUX)")
+    add("--adam_beta2", type=float, default=0.999, help="(release, FLUX)")
+    add("--adam_epsilon", type=float, default=1e-8, help="(release, FLUX)")
+    add("--adam_weight_decay", type=float, default=0.0, help="(release, FLUX)")
+    add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release, FLUX)")
     add("--seed", type=int, default=0, help="of every random draw (ours)")
 
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         help="bf16: frozen networks in bf16, trained ones with fp32 masters (default: accelerate's configuration)")
+    add("--vae_dtype", choices=["auto", "fp32", "bf16"], default="auto",
+        help="in which the VAE encodes and decodes; auto: bf16 under --mixed_precision bf16, else fp32 (release, FLUX)")
     add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
     add("--offload_text_encoders", action="store_true", help="keep them on the CPU; freed if the prompts are few (ours)")
-    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release uses it; off here)")
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release, FLUX, uses it; off here)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
 
     add = parser.add_argument_group("checkpointing").add_argument
     add("--output_dir", required=True, help="checkpoints, logs, and in the end the pipeline")
-    add("--checkpointing_steps", type=int, default=1500, help="iterations (release)")
+    add("--checkpointing_steps", type=int, default=1500, help="iterations (release, FLUX)")
     add("--checkpoints_total_limit", type=int, help="keep the newest so many")
     add("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
     add("--export_dtype", choices=list(args_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
@@ -436,6 +443,9 @@ def check_args(args):
     vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     hub_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     transformer = hub_tools.config_of(TRANSFORMER, flag, path, "transformer", args.revision)
+    if not transformer.get("guidance_embeds") and not args.validation_prompts:
+        unused = (lambda args: True, "a teacher without guidance embedder", ("student_guidance_scale",))
+        args_tools.refuse_unused(args, [unused])
     if args.student_model_name_or_path:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
@@ -455,20 +465,21 @@ def check_args(args):
 def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, PIPELINE]:
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
-    source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
+    where = {"revision": args.revision, "variant": args.variant}
+    source = {**where, "dtype": runtime.weight_dtype}
     transformer = start = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
     if args.student_model_name_or_path:
         start_flag, start_path = "--student_model_name_or_path", args.student_model_name_or_path
         start = hub_tools.load_network(TRANSFORMER, start_flag, start_path, "transformer")
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
-    vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, **source)
+    vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "bf16", **where)
     pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
     prompt_tools.place_text_encoders(args, pipeline, device)
 
     @torch.no_grad()
     def encode_prompts(prompts):
-        return pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=args.max_sequence_length)[:2]
+        return pipeline.encode_prompt(list(prompts), None, device=device, max_sequence_length=args.max_sequence_length)[:2]
 
     scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
     guided = max(scales) > 1 and not transformer.config.guidance_embeds

@@ -92,7 +92,8 @@ ANCHOR_INDICES = (999, 749, 499, 249)  # of 1000, into the ascending levels: sig
 class Parts:
     """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning.
 
-    A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B.
+    A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B. Text of
+    variable length is padded to one, with a mask (senseflow_prompts.pad_condition).
     """
 
     student: Role
@@ -102,7 +103,7 @@ class Parts:
     predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
     encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
-    latent_shape: tuple[int, ...]  # of one x0
+    latent_shape: tuple[int, ...]  # of one x0 (senseflow_vae.latent_shape_of)
     real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
     decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
     vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> maps of the frozen network, with gradient
@@ -300,7 +301,7 @@ def make_schedule(args, device) -> tuple[IndexedFlowSchedule, FlowMatchEulerDisc
     wanted = [t / 1000 for t in args.anchors or table[list(ANCHOR_INDICES)].tolist()]
     scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted)), args.sampler)
     schedule = IndexedFlowSchedule(table, [1000 * sigma for sigma in sigmas], dmd_range=(20, 980), device=device)
-    pipeline_tools.check_margin(args, schedule)
+    pipeline_tools.check_anchors(args, schedule)
     call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
     visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
     if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
@@ -320,10 +321,10 @@ def parse_args(argv=None):
     add("--revision", help="of the teacher on the Hub")
     add("--variant", help="of the teacher's weight files, e.g. fp16")
     add("--student_model_name_or_path",
-        help="warm start of student and fake score: an SD 3.5 transformer or pipeline, Hub id or folder")
+        help=f"warm start of student and fake score: a {TRANSFORMER.__name__} or {PIPELINE.__name__}, Hub id or folder")
     add("--preset", choices=["auto", *PRESETS], default="auto",
         help="defaults of the flags marked (preset): medium / large; auto: large above 30 transformer blocks")
-    add("--max_sequence_length", type=int, default=77, help="T5 tokens (release)")
+    add("--max_sequence_length", type=int, default=77, help="T5 tokens (release, SD 3.5)")
 
     add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json",
@@ -338,7 +339,7 @@ def parse_args(argv=None):
     add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
     add("--streaming", action="store_true", help="read --dataset_name or --train_data_dir as a stream, without a copy on the disk")
     add("--resolution", type=int, default=1024,
-        help="px, a multiple of 16 for SD 3.5: the shorter side, then a square crop (release)")
+        help="px, a multiple of 16 (SD 3.5): the shorter side, then a square crop (release, SD 3.5)")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")
     add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
     add("--max_train_samples", type=int, help="use the first so many rows; of a stream, so many")
@@ -347,58 +348,65 @@ def parse_args(argv=None):
     add = parser.add_argument_group("senseflow").add_argument
     add("--anchors", type=float, nargs="+",
         help="decreasing timesteps in (0, 1000] at which the student is run (default: indices 999 749 499 249 "
-        "of the teacher's ascending levels, 1000 900 750 500; release)")
+        "of the teacher's ascending levels, with a shift of 3 1000 900 750 500; release, SD 3.5)")
     add("--sampler", choices=SAMPLERS, default="stochastic",
         help="how backward simulation and the saved pipeline go from anchor to "
         "anchor (paper: stochastic)")
-    add("--ttur_ratio", type=int, help="iterations per step of the student (preset: 10 / 5; release)")
+    add("--ttur_ratio", type=int, help="iterations per step of the student (preset: 10 / 5; release, SD 3.5)")
     add("--ida_decay", type=float,
-        help="fake <- decay fake + (1 - decay) student after its step; 1 = off (preset: 0.98 / 0.97; release)")
-    add("--isg_weight", type=float, help="of intra-segment guidance; 0 = off (preset: 0.5 / 1; release)")
+        help="fake <- decay fake + (1 - decay) student after its step; 1 = off (preset: 0.98 / 0.97; release, SD 3.5)")
+    add("--isg_weight", type=float,
+        help="of intra-segment guidance, a Charbonnier loss as in the release (paper: squared L2); "
+        "0 = off (preset: 0.5 / 1; release, SD 3.5)")
     add("--isg_margin", type=float, default=50,
-        help="indices of the teacher's 1000 levels that t_mid keeps from both ends of its segment (release)")
-    add("--gan_weight", type=float, default=0.1, help="of the adversarial loss; 0 = off, no discriminator is loaded (release)")
-    add("--backward_simulation_prob", type=float, default=0.5, help="else real latents are noised (release)")
+        help="indices of the teacher's 1000 levels that t_mid keeps from both ends of its segment (release, SD 3.5)")
+    add("--gan_weight", type=float, default=0.1,
+        help="of the adversarial loss times omega(t), the release's descending sigma^2 (paper: alpha(t)^2); "
+        "0 = off, no discriminator is loaded (release, SD 3.5)")
+    add("--backward_simulation_prob", type=float, default=0.5, help="else real latents are noised (release, SD 3.5)")
     add("--dmd_guidance_scale", type=float, nargs="+",
-        help="the teacher's in L_DMD: a value or MIN MAX (preset: 2 8 / 3 10; release)")
+        help="the teacher's in L_DMD: a value or MIN MAX (preset: 2 8 / 3 10; release, SD 3.5)")
     add("--isg_guidance_scale", type=float, nargs="+",
-        help="the teacher's in L_ISG: a value or MIN MAX (preset: 2 4 / 5; release)")
-    add("--discriminator_backbone", default="facebook/dinov2-large", help="a DINOv2, Hub id or folder (release)")
+        help="the teacher's in L_ISG: a value or MIN MAX (preset: 2 4 / 5; release, SD 3.5)")
+    add("--discriminator_backbone", default="facebook/dinov2-large", help="a DINOv2, Hub id or folder (release, SD 3.5)")
     add("--discriminator_layers", type=int, nargs="+",
         help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
-        "the same depths of any other; release)")
-    add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14", help="a CLIP with projection (release)")
+        "the same depths of any other; release, SD 3.5)")
+    add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14", help="a CLIP with projection (release, SD 3.5)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release)")
-    add("--max_train_steps", type=int, default=12000, help="iterations = fake-score updates (ours)")
-    add("--learning_rate", type=float, default=1e-6, help="of the student (release)")
+    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release, SD 3.5)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release, SD 3.5)")
+    add("--max_train_steps", type=int, default=27000,
+        help="iterations = fake-score updates, of 8 pictures in the paper (paper, SD 3.5 Large; ours for Medium)")
+    add("--learning_rate", type=float, default=1e-6, help="of the student (release, SD 3.5)")
     add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate)")
     add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate)")
     add("--lr_scheduler", default="constant", choices=args_tools.LR_SCHEDULERS,
-        help="as in diffusers (release)")
-    add("--lr_warmup_steps", type=int, default=0, help="in iterations (release)")
+        help="as in diffusers (release, SD 3.5)")
+    add("--lr_warmup_steps", type=int, default=0, help="in iterations (release, SD 3.5)")
     add("--lr_warmup_start", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
-    add("--adam_beta1", type=float, default=0.9, help="(release)")
-    add("--adam_beta2", type=float, default=0.999, help="(release)")
-    add("--adam_epsilon", type=float, default=1e-8, help="(release)")
-    add("--adam_weight_decay", type=float, default=0.0, help="(release)")
-    add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release)")
+    add("--adam_beta1", type=float, default=0.9, help="(release, SD 3.5)")
+    add("--adam_beta2", type=float, default=0.999, help="(release, SD 3.5)")
+    add("--adam_epsilon", type=float, default=1e-8, help="(release, SD 3.5)")
+    add("--adam_weight_decay", type=float, default=0.0, help="(release, SD 3.5)")
+    add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release, SD 3.5)")
     add("--seed", type=int, default=0, help="of every random draw (ours)")
 
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         help="bf16: frozen networks in bf16, trained ones with fp32 masters (default: accelerate's configuration)")
+    add("--vae_dtype", choices=["auto", "fp32", "bf16"], default="auto",
+        help="in which the VAE encodes and decodes; auto: fp32, under --mixed_precision bf16 too (release, SD 3.5)")
     add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
     add("--offload_text_encoders", action="store_true", help="keep them on the CPU; freed if the prompts are few (ours)")
-    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release uses it for Large)")
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release uses it for SD 3.5 Large)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
 
     add = parser.add_argument_group("checkpointing").add_argument
     add("--output_dir", required=True, help="checkpoints, logs, and in the end the pipeline")
-    add("--checkpointing_steps", type=int, default=3000, help="iterations (release)")
+    add("--checkpointing_steps", type=int, default=3000, help="iterations (release, SD 3.5)")
     add("--checkpoints_total_limit", type=int, help="keep the newest so many")
     add("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
     add("--export_dtype", choices=list(args_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
@@ -461,23 +469,24 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
     logger.info(f"preset {args.preset}: {', '.join(f'{name} {getattr(args, name)}' for name in PRESETS[args.preset])}")
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
-    source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
+    where = {"revision": args.revision, "variant": args.variant}
+    source = {**where, "dtype": runtime.weight_dtype}
     transformer = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
-    start_flag, start, where = flag, path, {"revision": args.revision, "variant": args.variant}
+    start_flag, start, start_where = flag, path, where
     if args.student_model_name_or_path:
-        start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {}
-    student = hub_tools.load_network(TRANSFORMER, start_flag, start, "transformer", dtype=torch.float32, **where)
+        start_flag, start, start_where = "--student_model_name_or_path", args.student_model_name_or_path, {}
+    student = hub_tools.load_network(TRANSFORMER, start_flag, start, "transformer", dtype=torch.float32, **start_where)
     fake_score = copy.deepcopy(student)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
-    vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, **source)
+    vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "fp32", **where)
     pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
     prompt_tools.place_text_encoders(args, pipeline, device)
 
     @torch.no_grad()
     def encode_prompts(prompts):
         options = {"do_classifier_free_guidance": False, "max_sequence_length": args.max_sequence_length}
-        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device=device, **options)
+        embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, None, device=device, **options)
         return embeds, pooled
 
     scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]

@@ -67,7 +67,7 @@ logger = get_logger(__name__)
 PIPELINE, UNET, VAE = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
 ANCHORS = [999, 749, 499, 249]
 
-# What `--method` decides where a flag does not, and the flags that it has no use for and refuses.
+# What `--method` decides where a flag does not, and the flags that it has no use for (as senseflow_args.UNUSED).
 PRESETS = {
     "senseflow": {
         "ida_decay": 1.0,
@@ -90,13 +90,14 @@ PRESETS = {
         "backward_simulation_prob": 1.0,
     },
 }
-UNUSED = {
-    "senseflow": ("classifier_weight",),
-    "dmd2": (
-        "ida_decay", "isg_weight", "isg_margin", "isg_guidance_scale",
-        "learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder",
-    ),
-}  # fmt: skip
+UNUSED = (
+    (lambda args: args.method == "senseflow", "--method senseflow", ("classifier_weight",)),
+    (lambda args: args.method == "dmd2", "--method dmd2",
+     ("ida_decay", "isg_weight", "isg_margin", "isg_guidance_scale",
+      "learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder")),
+    (lambda args: args.method == "dmd2" and args.dataset_lmdb and not args.validation_prompts, "--method dmd2 on latents",
+     ("vae_dtype",)),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +108,8 @@ UNUSED = {
 class Parts:
     """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning.
 
-    A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B.
+    A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B. Text of
+    variable length is padded to one, with a mask (senseflow_prompts.pad_condition).
     """
 
     student: Role
@@ -117,7 +119,7 @@ class Parts:
     predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
     encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
-    latent_shape: tuple[int, ...]  # of one x0
+    latent_shape: tuple[int, ...]  # of one x0 (senseflow_vae.latent_shape_of)
     real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
     decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
     vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> maps of the frozen network, with gradient
@@ -372,7 +374,7 @@ def make_schedule(args, device) -> tuple[DDPMSchedule, LCMScheduler, dict]:
     num_timesteps, steps = teacher.config.num_train_timesteps, len(args.anchors)
     ranges = {"dmd_range": (round(0.02 * num_timesteps), round(0.98 * num_timesteps)), "fake_range": (0, num_timesteps - 1)}
     schedule = DDPMSchedule(teacher.alphas_cumprod, torch.arange(num_timesteps), args.anchors, device=device, **ranges)
-    pipeline_tools.check_margin(args, schedule)
+    pipeline_tools.check_anchors(args, schedule)
     betas = {name: teacher.config[name] for name in ("beta_start", "beta_end", "beta_schedule", "trained_betas")}
     scheduler = LCMScheduler(num_train_timesteps=num_timesteps, original_inference_steps=steps, **betas)
     call = {"num_inference_steps": steps, "guidance_scale": 0.0, "height": args.resolution, "width": args.resolution}
@@ -396,7 +398,7 @@ def parse_args(argv=None):
     add("--variant", help="of the teacher's weight files, e.g. fp16")
     add("--pretrained_vae_model_name_or_path", help="another VAE, e.g. the fp16-fix one; saved with the student (diffusers)")
     add("--student_model_name_or_path",
-        help="warm start of student and fake score: an SDXL UNet or pipeline, Hub id or folder")
+        help=f"warm start of student and fake score: a {UNET.__name__} or {PIPELINE.__name__}, Hub id or folder")
 
     add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json",
@@ -411,7 +413,7 @@ def parse_args(argv=None):
     add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
     add("--streaming", action="store_true", help="read --dataset_name or --train_data_dir as a stream, without a copy on the disk")
     add("--resolution", type=int, default=1024,
-        help="px, a multiple of 8 for SDXL: the shorter side, then a square crop (release)")
+        help="px, a multiple of 8 (SDXL): the shorter side, then a square crop (release, SDXL)")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")
     add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
     add("--max_train_samples", type=int, help="use the first so many rows; of a stream, so many")
@@ -422,59 +424,67 @@ def parse_args(argv=None):
         help="senseflow, or its baseline dmd2: no ISG, no IDA, and a classifier on the fake score's mid-block for the "
         "discriminator; decides the defaults marked (method: senseflow / dmd2)")
     add("--anchors", type=float, nargs="+", default=ANCHORS,
-        help="decreasing integer timesteps in [1, 999] at which the student is run (release)")
-    add("--ttur_ratio", type=int, default=5, help="iterations per step of the student (release)")
+        help="decreasing integer timesteps in [1, 999] at which the student is run (release, SDXL)")
+    add("--ttur_ratio", type=int, default=5, help="iterations per step of the student (release, SDXL)")
     add("--ida_decay", type=float,
-        help="fake <- decay fake + (1 - decay) student after its step; 1 = off, as in the released SDXL trainer; "
-        "0.97-0.98 for the other teachers (method: 1 / none)")
-    add("--isg_weight", type=float, help="of intra-segment guidance; 0 = off (method: 0.2 / none; release)")
-    add("--isg_margin", type=float, help="timesteps that t_mid keeps from both ends of its segment (method: 20 / none; release)")
+        help="fake <- decay fake + (1 - decay) student after its step; 1 = off (release, SDXL); "
+        "0.97-0.98 for FLUX and SD 3.5 (method: 1 / none)")
+    add("--isg_weight", type=float,
+        help="of intra-segment guidance, a Charbonnier loss as in the release (paper: squared L2); 0 = off (method: 0.2 / none; "
+        "release, SDXL, of a loss in which t_mid cancels, times sqrt(abar(t_next)) .24 .53 .82 1; this one is whole)")
+    add("--isg_margin", type=float,
+        help="timesteps that t_mid keeps from both ends of its segment (method: 20 / none; release, SDXL)")
     add("--gan_weight", type=float,
-        help="of the adversarial loss; 0 = off, no discriminator is loaded (method: 0.5 / 0.005; release)")
-    add("--classifier_weight", type=float, help="of the classifier's loss beside the fake score's (method: none / 0.01; release)")
+        help="of the adversarial loss, with senseflow times omega(t), the release's sqrt(abar) (paper: abar); "
+        "0 = off, no discriminator is loaded (method: 0.5 / 0.005; release, SDXL)")
+    add("--classifier_weight", type=float,
+        help="of the classifier's loss beside the fake score's (method: none / 0.01; release, SDXL)")
     add("--backward_simulation_prob", type=float,
-        help="else real latents are noised (method: 0.5, release / 1, DMD2's paper; the release has 0 for dmd2)")
+        help="else real latents are noised (method: 0.5, release, SDXL / 1, DMD2's paper; the release has 0)")
     add("--dmd_guidance_scale", type=float, nargs="+", default=[8.0],
-        help="the teacher's in L_DMD: a value or MIN MAX (release)")
+        help="the teacher's in L_DMD: a value or MIN MAX (release, SDXL)")
     add("--isg_guidance_scale", type=float, nargs="+",
-        help="the teacher's in L_ISG: a value or MIN MAX (method: 3 15 / none; release)")
-    add("--discriminator_backbone", help="a DINOv2, Hub id or folder (method: facebook/dinov2-large / none; release)")
+        help="the teacher's in L_ISG: a value or MIN MAX (method: 3 15 / none; release, SDXL)")
+    add("--discriminator_backbone", help="a DINOv2, Hub id or folder (method: facebook/dinov2-large / none; release, SDXL)")
     add("--discriminator_layers", type=int, nargs="+",
         help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
-        "the same depths of any other; release)")
+        "the same depths of any other; release, SDXL)")
     add("--discriminator_text_encoder",
-        help="a CLIP with projection (method: openai/clip-vit-large-patch14 / none; release)")
+        help="a CLIP with projection (method: openai/clip-vit-large-patch14 / none; release, SDXL)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release)")
-    add("--max_train_steps", type=int, default=12000, help="iterations = fake-score updates (ours)")
-    add("--learning_rate", type=float, default=1e-6, help="of the student (release)")
+    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release, SDXL)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release, SDXL)")
+    add("--max_train_steps", type=int, default=18000,
+        help="iterations = fake-score updates, of 8 pictures in the paper (paper, SDXL)")
+    add("--learning_rate", type=float, default=1e-6, help="of the student (release, SDXL)")
     add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate)")
     add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate)")
     add("--lr_scheduler", default="constant", choices=args_tools.LR_SCHEDULERS,
-        help="as in diffusers (release)")
-    add("--lr_warmup_steps", type=int, default=0, help="in iterations (release)")
+        help="as in diffusers (release, SDXL)")
+    add("--lr_warmup_steps", type=int, default=0, help="in iterations (release, SDXL)")
     add("--lr_warmup_start", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
-    add("--adam_beta1", type=float, default=0.9, help="(release)")
-    add("--adam_beta2", type=float, default=0.999, help="(release)")
-    add("--adam_epsilon", type=float, default=1e-8, help="(release)")
-    add("--adam_weight_decay", type=float, default=0.0, help="(release)")
-    add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release)")
+    add("--adam_beta1", type=float, default=0.9, help="(release, SDXL)")
+    add("--adam_beta2", type=float, default=0.999, help="(release, SDXL)")
+    add("--adam_epsilon", type=float, default=1e-8, help="(release, SDXL)")
+    add("--adam_weight_decay", type=float, default=0.0, help="(release, SDXL)")
+    add("--max_grad_norm", type=float, default=1.0, help="clipping, each network by itself (release, SDXL)")
     add("--seed", type=int, default=0, help="of every random draw (ours)")
 
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         help="bf16: frozen networks in bf16, trained ones with fp32 masters (default: accelerate's configuration)")
+    add("--vae_dtype", choices=["auto", "fp32", "bf16"], default="auto",
+        help="in which the VAE encodes and decodes; auto: fp32, under --mixed_precision bf16 too (release, SDXL)")
     add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
     add("--offload_text_encoders", action="store_true", help="keep them on the CPU; freed if the prompts are few (ours)")
-    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (off in the release)")
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (off in the release, SDXL)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
 
     add = parser.add_argument_group("checkpointing").add_argument
     add("--output_dir", required=True, help="checkpoints, logs, and in the end the pipeline")
-    add("--checkpointing_steps", type=int, default=3000, help="iterations (release)")
+    add("--checkpointing_steps", type=int, default=3000, help="iterations (release, SDXL)")
     add("--checkpoints_total_limit", type=int, help="keep the newest so many")
     add("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
     add("--export_dtype", choices=list(args_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
@@ -495,33 +505,27 @@ def parse_args(argv=None):
 
 
 def apply_method(args):
-    """Fills every flag of PRESETS that was not given; UserError (exit code 2) for one that the method has no use for."""
-    for name in UNUSED[args.method]:
-        if getattr(args, name) is not None:
-            given = f"--{name} {getattr(args, name)}"
-            raise UserError(f"{given}: --method {args.method} has no use for it; leave it out", exit_code=2)
+    """Fills every flag of PRESETS that was not given."""
     for name, value in PRESETS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
 
 
-def check_levels(flag: str, path: str, scheduler: dict, vae: dict) -> None:
-    """Refuses (exit code 2) teachers that look like SDXL and have other noise levels, another prediction or other latents."""
+def check_levels(flag: str, path: str, scheduler: dict) -> None:
+    """Refuses (exit code 2) teachers that look like SDXL and have other noise levels or another prediction."""
     found = scheduler.get("prediction_type", "epsilon")
     if "beta_schedule" not in scheduler:
         found = f"the levels of {scheduler.get('_class_name')}"
     elif scheduler.get("rescale_betas_zero_snr"):
         found = "rescale_betas_zero_snr"
-    elif vae.get("latents_mean"):
-        found = "a VAE with latents_mean"
     if found != "epsilon":
         raise UserError(f"{flag} {path}: has {found}; this script trains teachers that predict epsilon, as SDXL does", exit_code=2)
 
 
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
-    args_tools.check_common_args(args)
+    args_tools.check_common_args(args, UNUSED)
     checked = check_data_args(args)
     if any(t != int(t) or t > 999 for t in args.anchors):
         shown = " ".join(f"{t:g}" for t in args.anchors)
@@ -531,8 +535,9 @@ def check_args(args):
     vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     if args.pretrained_vae_model_name_or_path:
         vae_flag, vae_path = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
-        hub_tools.check_alike(vae_flag, vae_path, VAE, "vae", vae, ("latent_channels", "block_out_channels"))
-    check_levels(flag, path, hub_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False), vae)
+        names = ("latent_channels", "block_out_channels", "latents_mean", "latents_std")
+        hub_tools.check_alike(vae_flag, vae_path, VAE, "vae", vae, names)
+    check_levels(flag, path, hub_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False))
     unet = hub_tools.config_of(UNET, flag, path, "unet", args.revision)
     if args.student_model_name_or_path:
         names = ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim")
@@ -586,8 +591,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
     encodes = (args.backward_simulation_prob < 1 or dmd2) and not args.dataset_lmdb
     decodes = (args.gan_weight > 0 and not dmd2) or bool(args.validation_prompts)
     vae_flag, vae_path, where = vae_source(args)
-    where["dtype"] = runtime.weight_dtype
-    vae = vae_tools.load_vae(VAE, vae_flag, vae_path, args, device, encodes, decodes, **where)
+    vae = vae_tools.load_vae(VAE, vae_flag, vae_path, args, device, encodes, decodes, "fp32", **where)
     pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
     prompt_tools.place_text_encoders(args, pipeline, device)
     size = (args.resolution, args.resolution)
@@ -595,7 +599,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
 
     @torch.no_grad()
     def encode_prompts(prompts):
-        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
         return embeds, pooled, time_ids.expand(len(prompts), -1)
 
     for network in (unet, student, fake_score):

@@ -46,6 +46,12 @@ SD3_LEVELS = "tests/test_train_sd3.py::test_levels_time_weight_and_intermediate_
 SD3_CALL = "tests/test_train_sd3.py::test_the_network_is_called_as_the_stock_pipeline_calls_it"
 SD3_PRESET = "tests/test_train_sd3.py::test_the_preset_follows_the_size_and_flags_override_it"
 SDXL_CALL = "tests/test_train_sdxl.py::test_the_network_is_called_as_the_stock_pipeline_calls_it"
+FLUX_CALL = "tests/test_train_flux.py::test_the_network_is_called_as_the_stock_pipeline_calls_it"
+ROWS = "test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided"
+ANCHORS = "tests/test_train_flux.py::test_anchors_that_nobody_gave_serve_or_are_refused"
+VAE = "senseflow_vae.py"
+STOCK_VAE = "tests/test_vae.py::test_pictures_become_the_latents_and_latents_the_pictures_of_the_stock_pipeline"
+VAE_DTYPE = "tests/test_vae.py::test_the_vae_computes_in_its_own_precision_in_training_and_validation"
 SDXL_OMEGA = "tests/test_train_sdxl.py::test_the_discriminators_weight_is_the_roots_of_abar"
 DMD2 = "tests/test_train_sdxl.py::test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn_only"
 SHOWN = "tests/test_train_sdxl.py::test_the_classifier_is_shown_noised_latents_of_student_and_real_pictures"
@@ -270,6 +276,57 @@ MUTANTS = [
     Mutant("SD 3.5: the sizes' presets swapped", SD3, SD3_PRESET,
         '"large" if blocks > 30 else "medium"',
         '"medium" if blocks > 30 else "large"'),
+    # FLUX, and guidance in all of them
+    Mutant("FLUX: pictures packed across their sides", LOOP, FLUX_CALL,
+        "_prepare_latent_image_ids(batch, height // 2, width // 2,",
+        "_prepare_latent_image_ids(batch, 2 * height // 2, width // 4,"),
+    Mutant("FLUX: the teacher told another guidance", LOOP, FLUX_CALL,
+        "guidance=guidance.scale.to(dtype) if embedded",
+        "guidance=(guidance.scale - 1).to(dtype) if embedded"),
+    Mutant("FLUX: guidance counted from 0", LOOP, FLUX_CALL,
+        "guide(*output.float().chunk(2), guidance.scale)",
+        "guide(*output.float().chunk(2), guidance.scale + 1)"),
+    *(Mutant(f"{name}: a loss that is not guided runs without a prompt, too", UTILS, f"tests/test_train_{name}.py::{ROWS}",
+        "max(bounds) > 1)",
+        "True)") for name in ("flux", "sd3", "sdxl")),
+    Mutant("anchors that nobody gave may end at 20", "senseflow_pipeline.py", ANCHORS,
+        "schedule.anchors[-1] < LOWEST_DEFAULT:",
+        "schedule.anchors[-1] < 0:"),
+    Mutant("anchors that nobody gave are not looked at without ISG", "senseflow_pipeline.py", ANCHORS,
+        "crowded and (default or args.isg_weight > 0)",
+        "crowded and args.isg_weight > 0"),
+    # VAEs and prompts
+    Mutant("VAE: encoded without its mean", VAE, STOCK_VAE,
+        "- mean) / std",
+        ") / std"),
+    Mutant("VAE: variance for standard deviation", VAE, STOCK_VAE,
+        "+ config.batch_norm_eps).sqrt()",
+        "+ config.batch_norm_eps)"),
+    Mutant("VAE: latents scaled the wrong way", VAE, STOCK_VAE,
+        'torch.tensor(std) / (config.get("scaling_factor") or 1)',
+        'torch.tensor(std) * (config.get("scaling_factor") or 1)'),
+    Mutant("VAE: statistics of latents before they are folded", VAE, STOCK_VAE,
+        "F.pixel_shuffle(x0 * std + mean, fold_of(vae.config))",
+        "F.pixel_shuffle(x0, fold_of(vae.config)) * std.mean() + mean.mean()"),
+    Mutant("VAE: autocast decides its precision", VAE, VAE_DTYPE,
+        "torch.autocast(x.device.type, enabled=False)",
+        "torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type))"),
+    Mutant("VAE: --vae_dtype ignored", VAE, VAE_DTYPE,
+        'DTYPES[auto if args.vae_dtype == "auto" else args.vae_dtype]',
+        "DTYPES[auto]"),
+    Mutant("text padded on the left", "senseflow_prompts.py", "tests/test_prompts.py",
+        "F.pad(text, (0, 0, 0, length - len(text)))",
+        "F.pad(text, (0, 0, length - len(text), 0))"),
+    Mutant("the text's mask one too long", "senseflow_prompts.py", "tests/test_prompts.py",
+        "device=padded.device) < lengths",
+        "device=padded.device) <= lengths"),
+    # Flags
+    Mutant("a default counts as given", "senseflow_args.py", "tests/test_args.py",
+        "if getattr(without_defaults, name) is not absent",
+        "if getattr(args, name, None) is not None"),
+    Mutant("a flag that would change nothing passes", "senseflow_args.py", "tests/test_args.py",
+        "if name in args.given and is_off(args):",
+        "if False:"),
     # SDXL and DMD2
     Mutant("SDXL: no prompt is the prompt itself", SDXL, SDXL_CALL,
         "torch.cat([torch.zeros_like(embeds), embeds])",

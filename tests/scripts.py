@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Optional
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ from safetensors.torch import load_file
 
 import infer
 import senseflow_args
+from senseflow_data import make_dataloader
+from senseflow_runtime import Runtime
+from senseflow_utils import Guidance
 
 
 ROOT = Path(__file__).parent.parent
@@ -134,3 +139,54 @@ def without(flags: list[str], *names: str) -> list[str]:
         dropping = part in names if part.startswith("--") else dropping
         kept += [] if dropping else [part]
     return kept
+
+
+def without_gan(flags: list[str]) -> list[str]:
+    """Flags without the adversarial term, and without what then has no use."""
+    return [*without(flags, "--discriminator_backbone", "--discriminator_text_encoder"), "--gan_weight", "0"]
+
+
+def built(script, arguments: list[str]) -> SimpleNamespace:
+    """What `main` makes of these arguments before its loop, with the pipeline's scheduler already that of the student.
+
+    Attributes:
+        args, schedule, call, runtime, parts, pipeline: the script's.
+        step: step(iteration) -> (what `train_iteration` returns, its batches).
+    """
+    args = script.parse_args(arguments)
+    rows = script.check_args(args)
+    schedule, scheduler, call = script.make_schedule(args, "cpu")
+    runtime = Runtime(args)
+    parts, pipeline = script.load_parts(args, runtime, schedule)
+    pipeline.register_modules(scheduler=scheduler)
+    data = iter(make_dataloader(args, rows, 0, 1, 0, 0, lambda iteration: True))
+
+    def step(iteration):
+        batches = [next(data) for _ in range(args.gradient_accumulation_steps)]
+        return script.train_iteration(iteration, batches, parts, schedule, args, "cpu"), batches
+
+    return SimpleNamespace(args=args, schedule=schedule, call=call, runtime=runtime, parts=parts, pipeline=pipeline, step=step)
+
+
+@torch.no_grad()
+def assert_starts_as_the_teacher(parts, guidance: Optional[Guidance] = None) -> None:
+    """Student and fake score, which are never guided, say what the teacher says at this guidance."""
+    x_t, t = torch.randn(2, *parts.latent_shape), torch.tensor([900.0, 500.0])
+    condition = parts.encode_prompts(("a red square", "blue"))
+    teacher = parts.predict(parts.teacher, x_t, t, condition, guidance).x0
+    for role in (parts.student, parts.fake_score):
+        torch.testing.assert_close(parts.predict(role, x_t, t, condition).x0, teacher, atol=2e-5, rtol=1e-5)
+
+
+def assert_guided_where_asked(build) -> None:
+    """The teacher's forwards of a student's turn, in L_DMD and then in L_ISG: twice the batch where that loss guides, and there
+    alone. `build(*flags) -> built(...)` of a script, whose teacher has no guidance embedder."""
+    one_student_turn = ("--ttur_ratio", "1", "--gradient_accumulation_steps", "1", "--isg_weight", "1")
+    for dmd, isg in (("1", "4"), ("4", "1"), ("1", "1")):
+        run = build(*one_student_turn, "--dmd_guidance_scale", dmd, "--isg_guidance_scale", isg)
+        outputs: list[tuple] = []
+        run.parts.teacher.module.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output))
+        run.step(0)
+        assert [len(output[0]) for output in outputs] == [
+            run.args.train_batch_size * (2 if float(scale) > 1 else 1) for scale in (dmd, isg)
+        ]

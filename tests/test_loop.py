@@ -165,7 +165,7 @@ def test_passes_per_ttur_cycle_are_the_minimum(build, gan):
         "reader": ratio if gan else 0,
     }
     assert counts == expected
-    assert gan or run.pipeline.vae.decoder is None
+    assert gan or not list(run.pipeline.vae.decoder.parameters())
 
 
 def settle(heads: torch.nn.Module) -> None:
@@ -190,21 +190,6 @@ def test_accumulation_trains_the_same_global_batch_alike(build):
         results.append((values, *trained))
     for once, twice in zip(*results):
         torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-5, check_dtype=False)
-
-
-def test_classifier_free_guidance_where_the_teacher_embeds_none(tmp_path_factory, build, monkeypatch):
-    from tiny_pipelines import write_flux
-
-    plain = tmp_path_factory.mktemp("schnell")
-    write_flux(plain, guidance_embeds=False)
-    run = build("--pretrained_model_name_or_path", str(plain), "--gan_weight", "0")
-    x_t, t = torch.randn(2, *run.parts.latent_shape), torch.tensor([900.0, 300.0])
-    with torch.no_grad():
-        condition, empty = (run.parts.encode_prompts(prompts) for prompts in (["red", "blue"], ["", ""]))
-        conditional, unconditional = (run.parts.predict(run.parts.teacher, x_t, t, c).output for c in (condition, empty))
-        guided = run.parts.predict(run.parts.teacher, x_t, t, condition, Guidance(torch.tensor([4.0, 0.5]), True)).output
-    torch.testing.assert_close(guided[0], unconditional[0] + 4 * (conditional[0] - unconditional[0]), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(guided[1], conditional[1], atol=1e-4, rtol=1e-4)
 
 
 def test_the_student_starts_as_the_teacher_at_the_folded_guidance(build):

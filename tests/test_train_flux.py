@@ -19,7 +19,9 @@ import senseflow_roles
 import train_senseflow_flux as script
 from scripts import (
     ROOT,
+    assert_guided_where_asked,
     assert_same,
+    built,
     launch,
     logged,
     picture_of,
@@ -29,9 +31,11 @@ from scripts import (
     states,
     the_cards_call_is_infers_picture,
     without,
+    without_gan,
 )
 from senseflow_args import UserError
-from tiny_pipelines import write_discriminator
+from stock_call import assert_called_as_stock
+from tiny_pipelines import write_discriminator, write_flux
 
 
 SCRIPT = "train_senseflow_flux.py"
@@ -99,6 +103,70 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
         script.main([*flags, "--output_dir", str(tmp_path / "full")])
 
 
+@pytest.fixture
+def build(flags, tmp_path):
+    """build(*flags) -> what tests/scripts.py `built` has to say, without the adversarial term."""
+    return lambda *add: built(script, [*without_gan(flags), "--output_dir", str(tmp_path), "--report_to", "none", *add])
+
+
+@pytest.fixture(scope="module")
+def without_embedder(tmp_path_factory):
+    """The flags of a teacher without guidance embedder, as FLUX.1-schnell is."""
+    path = tmp_path_factory.mktemp("schnell")
+    write_flux(path, guidance_embeds=False)
+    return "--pretrained_model_name_or_path", str(path)
+
+
+def unpacked(latents: torch.Tensor) -> torch.Tensor:
+    return script.PIPELINE._unpack_latents(latents, 64, 64, 8)
+
+
+def test_the_network_is_called_as_the_stock_pipeline_calls_it(build, without_embedder):
+    run = build()
+    assert_called_as_stock(run.parts, run.pipeline, run.call | {"guidance_scale": 3.5}, 3.5, unpacked)
+    assert_called_as_stock(run.parts, run.pipeline, run.call, 1.0, unpacked)
+    run = build(*without_embedder)
+    guided = {"true_cfg_scale": 4.0, "negative_prompt": ""}
+    assert_called_as_stock(run.parts, run.pipeline, run.call | guided, 4.0, unpacked)
+    assert_called_as_stock(run.parts, run.pipeline, run.call, None, unpacked)
+
+
+def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(build, without_embedder):
+    assert_guided_where_asked(lambda *add: build(*without_embedder, *add))
+
+
+def test_a_guidance_that_nothing_embeds_is_refused(build, without_embedder):
+    with pytest.raises(UserError, match="--student_guidance_scale 2: a teacher without guidance embedder has no use for it"):
+        build(*without_embedder, "--student_guidance_scale", "2")
+    build("--student_guidance_scale", "2")
+
+
+def test_anchors_that_nobody_gave_serve_or_are_refused(flags, teacher, tmp_path, capsys):
+    """Qwen-Image's scheduler ends its four steps at 20 of 1000; without shift_terminal, at 345, they are FLUX's at 64 px."""
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_terminal": 0.02}))
+    flags = [*flags, "--output_dir", str(tmp_path / "out")]
+    there = ["--pretrained_model_name_or_path", str(other)]
+    for isg in ([], ["--isg_weight", "0"]):
+        said = "--anchors 1000 739.6 420.4 20 (found for this teacher): 20 is below 50"
+        refused(script, [*flags, *there, *isg], 2, said, capsys)
+    # The user's own are his will; but ISG must find a timestep between them.
+    given = ["--anchors", "1000", "743", "425", "20"]
+    script.make_schedule(script.parse_args([*flags, *there, *given, "--isg_weight", "0"]), "cpu")
+    refused(script, [*flags, *there, *given, "--isg_margin", "11"], 2, "11 leaves no timestep between 20 and 0", capsys)
+    script.make_schedule(script.parse_args([*flags, *there, *given, "--isg_margin", "9"]), "cpu")
+
+    # Too near each other, for ISG's default margin; without ISG, the margin is not what helps.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_terminal": 0.9}))
+    said = "(found for this teacher): --isg_margin 20 leaves no timestep between 1000 and"
+    for isg, fix in (([], "lower it, or give --anchors further apart"), (["--isg_weight", "0"], "; give --anchors, such as 1000")):
+        with pytest.raises(UserError) as error:
+            script.make_schedule(script.parse_args([*flags, *there, *isg]), "cpu")
+        assert said in str(error.value) and fix in str(error.value) and error.value.exit_code == 2
+
+
 def test_two_processes_train_as_one(flags, tmp_path):
     """The same global batch of 16 in two processes and in one: the virtual batch of the local batch norm (8) divides both."""
     common = [*flags, "--gradient_accumulation_steps", "1", "--checkpointing_steps", "4", "--adam_epsilon", "1e-3"]
@@ -114,8 +182,8 @@ def test_two_processes_train_as_one(flags, tmp_path):
 def test_prompts_alone_train_other_anchors_and_a_warm_start(flags, teacher, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\n\na blue circle\n")
-    flags = without(flags, "--dataset_json", "--random_flip")
-    alone = ["--prompts_file", str(prompts), "--gan_weight", "0", "--backward_simulation_prob", "1", "--max_train_steps", "2"]
+    flags = without_gan(without(flags, "--dataset_json", "--random_flip"))
+    alone = ["--prompts_file", str(prompts), "--backward_simulation_prob", "1", "--max_train_steps", "2"]
     first = tmp_path / "first"
     script.main([*flags, *alone, "--output_dir", str(first), "--anchors", "1000", "900.5", "300", "120", "--sampler", "euler"])
     record = json.loads((first / "senseflow.json").read_text())
@@ -280,7 +348,7 @@ def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch)
 
     monkeypatch.setattr(script, "train_iteration", spoil)
     for steps, folder in (("2", "checkpoint"), ("1", "export")):
-        arguments = [*flags, "--gan_weight", "0", "--max_train_steps", steps, "--output_dir", str(tmp_path / folder)]
+        arguments = [*without_gan(flags), "--max_train_steps", steps, "--output_dir", str(tmp_path / folder)]
         with pytest.raises(UserError, match="weights of the student are not finite"):
             script.main(arguments)
         assert not list((tmp_path / folder).glob("checkpoint-*")) and not (tmp_path / folder / "model_index.json").exists()
@@ -294,7 +362,7 @@ def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):
     script_loss = script.dmd_loss
     monkeypatch.setattr(script, "dmd_loss", broken)
     with pytest.raises(UserError, match="dmd_gradient not finite 3 times in a row"):
-        script.main([*flags, "--output_dir", str(tmp_path), "--ttur_ratio", "1", "--max_train_steps", "8", "--gan_weight", "0"])
+        script.main([*without_gan(flags), "--output_dir", str(tmp_path), "--ttur_ratio", "1", "--max_train_steps", "8"])
 
 
 def test_a_network_is_found_by_itself_or_in_a_pipeline(tmp_path, monkeypatch):

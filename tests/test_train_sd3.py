@@ -5,14 +5,26 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderDC, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
-import senseflow_vae as vae_tools
 import train_senseflow_sd3 as script
-from scripts import launch, logged, picture_of, refused, resume_is_the_same_run, states, the_cards_call_is_infers_picture, without
-from senseflow_runtime import Runtime
-from senseflow_utils import Draws, Guidance
+from scripts import (
+    assert_guided_where_asked,
+    assert_starts_as_the_teacher,
+    built,
+    launch,
+    logged,
+    picture_of,
+    refused,
+    resume_is_the_same_run,
+    states,
+    the_cards_call_is_infers_picture,
+    without,
+    without_gan,
+)
+from senseflow_utils import Draws
+from stock_call import assert_called_as_stock
 from tiny_pipelines import write_sd3
 
 
@@ -51,9 +63,9 @@ def test_prompts_alone_euler_without_t5_a_warm_start_and_bf16(flags, tmp_path):
     write_sd3(bare, t5=False)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\na blue circle\n")
-    flags = without(flags, "--dataset_json", "--pretrained_model_name_or_path", "--max_train_steps")
-    flags += ["--pretrained_model_name_or_path", str(bare), "--prompts_file", str(prompts), "--gan_weight", "0"]
-    flags += ["--backward_simulation_prob", "1", "--max_train_steps", "2", "--random_flip", "--center_crop"]
+    flags = without_gan(without(flags, "--dataset_json", "--pretrained_model_name_or_path", "--max_train_steps"))
+    flags += ["--pretrained_model_name_or_path", str(bare), "--prompts_file", str(prompts)]
+    flags += ["--backward_simulation_prob", "1", "--max_train_steps", "2"]
     first, second = tmp_path / "first", tmp_path / "second"
     script.main([*flags, "--output_dir", str(first), "--anchors", "1000", "700", "--sampler", "euler", "--preset", "large"])
     record = json.loads((first / "senseflow.json").read_text())
@@ -91,15 +103,14 @@ def test_the_preset_follows_the_size_and_flags_override_it(sd3, data, tmp_path):
 
 
 @pytest.fixture
-def parts(flags, tmp_path):
-    args = script.parse_args([*flags, "--output_dir", str(tmp_path), "--report_to", "none"])
-    script.check_args(args)
-    schedule, _, _ = script.make_schedule(args, "cpu")
-    return script.load_parts(args, Runtime(args), schedule)[0], schedule, args
+def build(flags, tmp_path):
+    """build(*flags) -> what tests/scripts.py `built` has to say, without the adversarial term."""
+    return lambda *add: built(script, [*without_gan(flags), "--output_dir", str(tmp_path), "--report_to", "none", *add])
 
 
-def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(parts):
-    parts, schedule, _ = parts
+def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(flags, tmp_path):
+    run = built(script, [*flags, "--output_dir", str(tmp_path), "--report_to", "none"])
+    parts, schedule = run.parts, run.schedule
     shifted = [3 * sigma / (1 + 2 * sigma) for sigma in (1, 0.75, 0.5, 0.25)]
     torch.testing.assert_close(schedule.anchors, 1000 * torch.tensor(shifted, dtype=torch.float64), atol=1e-3, rtol=0)
     torch.testing.assert_close(parts.gan_weight_at(schedule.anchors), torch.tensor([0, 0.25, 0.5625, 0.81]), atol=2e-3, rtol=0)
@@ -116,39 +127,15 @@ def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(parts):
     assert 20 <= drawn.min() < 25 and 975 < drawn.max() <= 980
 
 
-def test_the_network_is_called_as_the_stock_pipeline_calls_it(parts):
-    """Velocity of teacher and student at a guidance of the teacher's, against a call written here; they start alike."""
-    parts, schedule, _ = parts
-    x_t, t = torch.randn(2, *parts.latent_shape), torch.tensor([900.0, 500.0])
-    with torch.no_grad():
-        condition, empty = (parts.encode_prompts(prompts) for prompts in (["a red square", "blue"], ["", ""]))
-        c, u = (
-            parts.teacher.module(x_t, encoder_hidden_states=e, pooled_projections=p, timestep=t).sample
-            for e, p in (condition, empty)
-        )
-        guided = parts.predict(parts.teacher, x_t, t, condition, Guidance(torch.tensor([4.0, 0.5]), True))
-        student = parts.predict(parts.student, x_t, t, condition)
-    torch.testing.assert_close(guided.output[0], u[0] + 4 * (c[0] - u[0]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(guided.output[1], c[1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(student.x0, x_t - t.view(-1, 1, 1, 1) / 1000 * c, atol=1e-5, rtol=1e-5)
+def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
+    run = build()
+    assert_called_as_stock(run.parts, run.pipeline, run.call | {"guidance_scale": 4.0}, scale=4.0)
+    assert_called_as_stock(run.parts, run.pipeline, run.call, scale=None)
+    assert_starts_as_the_teacher(run.parts)
 
 
-def test_a_vae_without_posterior_and_shift_encodes_and_decodes():
-    """What Sana has: one latent for a picture, no `shift_factor`, no gradient checkpointing, other names in its configuration."""
-    blocks, widths = ("ResBlock", "EfficientViTBlock"), (8, 8)
-    vae = AutoencoderDC(
-        **{"latent_channels": 4, "attention_head_dim": 8, "scaling_factor": 0.5},
-        **{"encoder_block_types": blocks, "encoder_block_out_channels": widths, "encoder_layers_per_block": (1, 1)},
-        **{"decoder_block_types": blocks, "decoder_block_out_channels": widths, "decoder_layers_per_block": (1, 1)},
-        **{"encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ())},
-        **{"downsample_block_type": "Conv", "upsample_block_type": "interpolate"},
-    ).eval()
-    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
-    with torch.no_grad():
-        x0 = vae_tools.encode(vae, pictures, Draws(0, 0), [0, 1])
-        torch.testing.assert_close(x0, vae.encode(pictures).latent * 0.5)
-        torch.testing.assert_close(vae_tools.decode(vae, x0), vae.decode(x0 / 0.5).sample)
-    assert x0.shape == (2, *vae_tools.latent_shape_of(vae.config, 16))
+def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(build):
+    assert_guided_where_asked(build)
 
 
 BAD = {

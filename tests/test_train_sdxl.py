@@ -6,12 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
 import train_senseflow_sdxl as script
 from scripts import (
+    assert_guided_where_asked,
     assert_same,
+    assert_starts_as_the_teacher,
+    built,
     launch,
     logged,
     picture_of,
@@ -23,11 +26,10 @@ from scripts import (
     without,
 )
 from senseflow_args import UserError
-from senseflow_data import make_dataloader
 from senseflow_discriminator import LatentClassifier
 from senseflow_roles import Role
-from senseflow_runtime import Runtime
-from senseflow_utils import Draws, Guidance, Prediction
+from senseflow_utils import Draws
+from stock_call import assert_called_as_stock
 from tiny_pipelines import tiny_vae, write_sdxl
 
 
@@ -117,62 +119,30 @@ def test_dmd2_in_two_processes_trains_as_in_one(flags, tmp_path):
 
 @pytest.fixture
 def build(flags, tmp_path):
-    """build(*flags) -> (parts, schedule, args, step(iteration))."""
-
-    def make(*add):
-        args = script.parse_args([*flags, "--output_dir", str(tmp_path), "--report_to", "none", *add])
-        rows = script.check_args(args)
-        schedule, _, _ = script.make_schedule(args, "cpu")
-        parts = script.load_parts(args, Runtime(args), schedule)[0]
-        data = iter(make_dataloader(args, rows, 0, 1, 0, 0, lambda iteration: True))
-
-        def step(iteration):
-            batches = [next(data) for _ in range(args.gradient_accumulation_steps)]
-            return script.train_iteration(iteration, batches, parts, schedule, args, "cpu"), batches
-
-        return parts, schedule, args, step
-
-    return make
+    """build(*flags) -> what tests/scripts.py `built` has to say, for DMD2."""
+    return lambda *add: built(script, [*flags, "--output_dir", str(tmp_path), "--report_to", "none", *add])
 
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
-    """Guided epsilon with zero embeddings for no prompt, x0 and a DDIM step from ONE prediction, against calls written here."""
-    parts, schedule, args, _ = build("--gan_weight", "0")
-    x_t, t = torch.randn(2, *parts.latent_shape), torch.tensor([999.0, 249.0])
-    time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-    with torch.no_grad():
-        condition = parts.encode_prompts(["a red square", "blue"])
-        c, u = (
-            parts.teacher.module(x_t, t, e, added_cond_kwargs={"text_embeds": p, "time_ids": time_ids}).sample
-            for e, p in (condition[:2], [torch.zeros_like(part) for part in condition[:2]])
-        )
-        guided = parts.predict(parts.teacher, x_t, t, condition, Guidance(torch.tensor([8.0, 0.5]), True))
-        student = parts.predict(parts.student, x_t, t, condition)
-    torch.testing.assert_close(guided.output[0], u[0] + 8 * (c[0] - u[0]), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(guided.output[1], c[1], atol=1e-5, rtol=1e-5)
-    ddim = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
-    for i, time in enumerate((999, 249)):
-        abar = ddim.alphas_cumprod[time].double()
-        x0 = (x_t[i].double() - (1 - abar).sqrt() * c[i].double()) / abar.sqrt()
-        torch.testing.assert_close(student.x0[i].double(), x0, atol=1e-4, rtol=1e-4)
-    to = torch.tensor([749.0, 0.0])
-    stepped = schedule.step(Prediction(*student), to)
-    for i, (time, next_time) in enumerate(((999, 749), (249, 0))):
-        ddim.num_inference_steps, ddim.config.num_train_timesteps = 1, time - next_time  # one step from time to next_time
-        wanted = ddim.step(c[i].double(), time, x_t[i].double()).prev_sample
-        torch.testing.assert_close(stepped[i].double(), wanted, atol=1e-4, rtol=1e-4)
+    run = build("--gan_weight", "0")
+    assert_called_as_stock(run.parts, run.pipeline, run.call | {"guidance_scale": 8.0}, scale=8.0)
+    assert_called_as_stock(run.parts, run.pipeline, run.call, scale=None)
+    assert_starts_as_the_teacher(run.parts)
+
+
+def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(build):
+    assert_guided_where_asked(lambda *add: build("--method", "senseflow", "--gan_weight", "0", *add))
 
 
 def test_the_discriminators_weight_is_the_roots_of_abar(senseflow, tmp_path):
-    args = script.parse_args([*senseflow, "--output_dir", str(tmp_path), "--report_to", "none"])
-    script.check_args(args)
-    schedule, _, _ = script.make_schedule(args, "cpu")
-    omega = script.load_parts(args, Runtime(args), schedule)[0].gan_weight_at(schedule.anchors)
+    run = built(script, [*senseflow, "--output_dir", str(tmp_path), "--report_to", "none"])
+    omega = run.parts.gan_weight_at(run.schedule.anchors)
     torch.testing.assert_close(omega, torch.tensor([0.068, 0.238, 0.527, 0.822]), atol=1e-3, rtol=0)
 
 
 def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn_only(build, monkeypatch):
-    parts, schedule, args, step = build("--ttur_ratio", "1", "--gradient_accumulation_steps", "1", "--classifier_weight", "1")
+    run = build("--ttur_ratio", "1", "--gradient_accumulation_steps", "1", "--classifier_weight", "1")
+    parts, args = run.parts, run.args
     score = parts.fake_score.module
     features, ran = [], {"up": 0, "mid": 0}
 
@@ -198,7 +168,7 @@ def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn
     backward = Role.backward
     monkeypatch.setattr(Role, "backward", lambda role, loss: (turns.append((role.name, loss.item())), backward(role, loss)))
     head = [parameter.clone() for parameter in score.classifier.parameters()]
-    (values, _), (batch,) = step(0)
+    (values, _), (batch,) = run.step(0)
     assert ran == {"up": 2, "mid": 5}
     assert [name for name, _ in turns] == ["student", "fake_score"]
     loss = values["dmd_loss"] + args.gan_weight * values["adversarial_loss"]
@@ -209,7 +179,8 @@ def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn
 
 
 def test_the_classifier_is_shown_noised_latents_of_student_and_real_pictures(build):
-    parts, schedule, args, step = build("--ttur_ratio", "1", "--gradient_accumulation_steps", "1")
+    run = build("--ttur_ratio", "1", "--gradient_accumulation_steps", "1")
+    parts, schedule, args = run.parts, run.schedule, run.args
     shown, classify = {}, parts.classify
 
     def recording(role, x0, draws, slots, name, condition):
@@ -217,7 +188,7 @@ def test_the_classifier_is_shown_noised_latents_of_student_and_real_pictures(bui
         return classify(role, x0, draws, slots, name, condition)
 
     parts.classify = recording
-    (_, seen), (batch,) = step(0)
+    (_, seen), (batch,) = run.step(0)
     with torch.no_grad():
         real = parts.real_latents(batch, torch.arange(2), Draws(args.seed, 0))
     torch.testing.assert_close(shown["real"], real)
@@ -260,12 +231,12 @@ BAD = {
     "another pipeline": (["--pretrained_model_name_or_path", "{flux}"], "holds a FluxPipeline"),
     "a discriminator for dmd2": (["--discriminator_backbone", "x"], "--discriminator_backbone x: --method dmd2 has no use for it"),
     "its rate for dmd2": (["--learning_rate_disc", "1e-4"], "--learning_rate_disc 0.0001: --method dmd2"),
-    "its layers for dmd2": (["--discriminator_layers", "1"], "--discriminator_layers [1]: --method dmd2"),
+    "its layers for dmd2": (["--discriminator_layers", "1"], "--discriminator_layers 1: --method dmd2"),
     "isg for dmd2": (["--isg_weight", "0.2"], "--isg_weight 0.2: --method dmd2"),
     "ida for dmd2": (["--ida_decay", "0.9"], "--ida_decay 0.9: --method dmd2"),
     "a classifier for senseflow": (
         ["--method", "senseflow", "--classifier_weight", "1"],
-        "--classifier_weight 1.0: --method senseflow",
+        "--classifier_weight 1: --method senseflow",
     ),
     "method": (["--method", "dmd3"], "--method"),
     "fractional anchors": (["--anchors", "999", "500.5"], "--anchors 999 500.5"),

@@ -1,0 +1,70 @@
+"""Is the network called as the stock pipeline calls it? The stock call is recorded, and a script's `predict` compared with it.
+
+For a script of your own (`test_the_network_is_called_as_the_stock_pipeline_calls_it` of the three scripts' tests shows it whole):
+
+    args = script.parse_args([...])
+    script.check_args(args)
+    schedule, scheduler, call = script.make_schedule(args, "cpu")
+    parts, pipeline = script.load_parts(args, Runtime(args), schedule)
+    pipeline.register_modules(scheduler=scheduler)
+    assert_called_as_stock(parts, pipeline, call | {"guidance_scale": 4.0}, scale=4.0)    # guided
+    assert_called_as_stock(parts, pipeline, call | {"guidance_scale": 1.0}, scale=None)   # not guided
+
+`call` is in the pipeline's own words (`true_cfg_scale=4.0, negative_prompt=" "`; a guidance that is counted from 0), `scale` in the
+script's: what `--dmd_guidance_scale` would say. Networks must be in float32.
+"""
+
+from typing import Callable, Optional
+
+import torch
+
+from senseflow_utils import Guidance
+
+
+PROMPTS = ["a red square", "two cats and a very old house"]  # of different length, which an attention mask must show
+
+
+def recorded_steps(pipeline, **call) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(sample, timestep, output after guidance) of each step of a stock call, as its scheduler is told them."""
+    steps, step = [], pipeline.scheduler.step
+
+    def spy(model_output, timestep, sample, *args, **kwargs):
+        steps.append((sample.clone(), torch.as_tensor(timestep), model_output.clone()))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    pipeline.scheduler.step = spy
+    try:
+        pipeline(**call, output_type="latent")
+    finally:
+        pipeline.scheduler.step = step
+    return steps
+
+
+@torch.no_grad()
+def assert_called_as_stock(
+    parts, pipeline, call: dict, scale: Optional[float], as_x0: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
+) -> None:
+    """At every step of a stock call, for one prompt and for two: the teacher's output at (sample, timestep, prompt, guidance).
+
+    Args:
+        parts: what the script's `load_parts` made; `pipeline` with the scheduler that the script saves.
+        call: of the stock pipeline, without the prompt; a text in it, as a negative prompt is, is given with each.
+        scale: guidance in the script's units; None where the teacher is asked without.
+        as_x0: the stock pipeline's latents (packed into tokens, or with a frame axis) to (B, C, H, W).
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    for prompts in (PROMPTS[:1], PROMPTS):
+        texts = {name: [text] * len(prompts) for name, text in call.items() if isinstance(text, str)}
+        steps = recorded_steps(pipeline, prompt=list(prompts), **call | texts)
+        assert len(steps) == call["num_inference_steps"]
+        condition = parts.encode_prompts(tuple(prompts))
+        assert all(len(part) == len(prompts) for part in condition)
+        guidance = None if scale is None else Guidance(torch.full((len(prompts),), scale), scale > 1)
+        for sample, timestep, wanted in steps:
+            x_t, t = as_x0(sample).float(), timestep.double().expand(len(prompts))
+            assert x_t.shape[1:] == parts.latent_shape
+            output = parts.predict(parts.teacher, x_t, t, condition, guidance).output
+            torch.testing.assert_close(output, as_x0(wanted).float(), rtol=1e-4, atol=1e-4)
+            if len(prompts) > 1:  # none of this would be seen in a network that does not look
+                swapped = parts.predict(parts.teacher, x_t, t, tuple(part.flip(0) for part in condition), guidance).output
+                assert (swapped - output).abs().mean() > 1e-3

@@ -1,0 +1,62 @@
+"""Prompts to conditions: text of variable length."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import PartialState
+
+import senseflow_prompts as prompt_tools
+from senseflow_args import UserError
+
+
+PROMPTS = ("a red square", "two cats and an old house", "blue")
+
+
+def embeds_of(prompt: str) -> torch.Tensor:
+    """(number of words, 3), one row a word."""
+    return torch.tensor([[len(word), ord(word[0]), 1.0] for word in prompt.split()])
+
+
+def longest_together(prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a language model's tokenizer pads them, on the left here: embeddings and mask are as long as the longest prompt."""
+    texts = [embeds_of(prompt) for prompt in prompts]
+    length = max(map(len, texts))
+    embeds = torch.stack([torch.cat([torch.full((length - len(text), 3), 7.0), text]) for text in texts])
+    return embeds, torch.stack([torch.arange(length) >= length - len(text) for text in texts]).long()
+
+
+def encode(prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    embeds, mask = longest_together(prompts)
+    return prompt_tools.pad_condition(embeds, 8, mask)
+
+
+def test_text_of_any_length_becomes_text_of_one_length_and_a_mask():
+    embeds, mask = encode(PROMPTS)
+    assert embeds.shape == (3, 8, 3) and mask.shape == (3, 8) and mask.dtype == torch.bool
+    for row, prompt in enumerate(PROMPTS):
+        text = embeds_of(prompt)
+        assert mask[row].tolist() == [True] * len(text) + [False] * (8 - len(text))
+        assert torch.equal(embeds[row][mask[row]], text) and not embeds[row][~mask[row]].any()
+    listed = prompt_tools.pad_condition([embeds_of(prompt) for prompt in PROMPTS], 8)
+    assert torch.equal(listed[0], embeds) and torch.equal(listed[1], mask)
+    alone = prompt_tools.pad_condition(embeds_of(PROMPTS[0])[None], 3)
+    assert torch.equal(alone[0][0], embeds_of(PROMPTS[0])) and alone[1].all()
+    with pytest.raises(UserError, match="--max_sequence_length 5: a prompt has 6 tokens"):
+        prompt_tools.pad_condition(*longest_together(PROMPTS)[:1], 5, longest_together(PROMPTS)[1])
+
+
+def test_a_table_of_few_prompts_gives_what_encoding_them_together_gives():
+    """The table holds each prompt as it was encoded alone, and joins rows of different prompts: their lengths must agree."""
+    PartialState()  # accelerate's loggers want to know the process
+    args = SimpleNamespace(offload_text_encoders=True, validation_prompts=None)
+    pipeline = SimpleNamespace(components={}, register_modules=lambda **parts: None)
+
+    class Rows(list):
+        prompt = list.__getitem__
+
+    looked_up = prompt_tools.encode_small_set(args, Rows(PROMPTS), pipeline, encode, "cpu")
+    assert looked_up is not encode
+    for prompts in (PROMPTS, PROMPTS[::-1], (PROMPTS[2], PROMPTS[2])):
+        for found, wanted in zip(looked_up(prompts), encode(prompts), strict=True):
+            assert torch.equal(found, wanted)
