@@ -18,7 +18,6 @@ from senseflow_args import UserError, loading
 
 
 logger = logging.getLogger(__name__)
-
 UNREADABLE = (HTTPError, OSError, ValueError)  # what the Hub, its cache and files that are not as they should be raise
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
@@ -66,10 +65,15 @@ def from_hub(load: Callable, path: str, revision: Optional[str] = None, **option
 
     Where the Hub does not serve, loaders are told so: diffusers asks it for a component's shards even if the cache has them all.
     """
-    if not os.path.isdir(path):
-        repository = look_up(path, revision)
-        options |= {"revision": repository.commit, "local_files_only": repository.local_files_only}
-    return load(path, **options)
+    if os.path.isdir(path):
+        return load(path, **options)
+    commit, local, _ = look_up(path, revision)
+    try:
+        return load(path, revision=commit, local_files_only=local, **options)
+    except OSError as error:
+        if local and "file named" in str(error):  # libraries say no more of what the cache lacks
+            raise LocalEntryNotFoundError(str(error)) from error
+        raise
 
 
 def hub_error(error: BaseException) -> Optional[BaseException]:
@@ -208,9 +212,7 @@ def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str]
     return commit
 
 
-def config_of(
-    kind, flag: str, path: str, subfolder: Optional[str] = None, revision: Optional[str] = None, exact: bool = True
-) -> dict:
+def config_of(kind, flag: str, path: str, subfolder=None, revision: Optional[str] = None, exact: bool = True) -> dict:
     """A component's configuration, no weights; UserError (exit code 2) where it cannot be read or, with `exact`, is of another
     class (a scheduler reads the configuration of any other of its family)."""
     refuse_file(flag, path, kind.config_name)
@@ -227,9 +229,7 @@ def config_of(
     return config
 
 
-def check_alike(
-    flag: str, path: str, kind, subfolder: str, teacher: dict, names: Sequence[str], variant: Optional[str] = None
-) -> None:
+def check_alike(flag: str, path: str, kind, subfolder: str, teacher: dict, names: Sequence[str], variant=None) -> None:
     """Refuses (exit code 2) a network to take the place of the teacher's own that is not there, or whose configuration differs in
     one of `names`, the entries that say which latents and prompts it speaks of."""
     place = subfolder_of(path, subfolder)

@@ -244,6 +244,7 @@ def cache_repository(cache, name: str, source, commit: str, subfolder: str = "")
         for place in (blob, pointer):
             place.parent.mkdir(parents=True, exist_ok=True)
         blob.write_bytes(content)
+        pointer.unlink(missing_ok=True)
         pointer.symlink_to(blob)
     (repository / "refs").mkdir(exist_ok=True)
     (repository / "refs" / "main").write_text(commit)
