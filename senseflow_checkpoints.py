@@ -125,6 +125,12 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, prints: dict, r
                 f"--resume_from_checkpoint {checkpoint}: made with another {name}; give the {name} it was made with, "
                 "or start in a new --output_dir"
             )
+    if state["args"].get("pretrained_model_name_or_path") == args.pretrained_model_name_or_path:
+        for name in ("revision", "variant"):  # of what is not trained, too; a folder has no revision
+            stored, given = state["args"].get(name), getattr(args, name)
+            if stored != given and (stored or name == "variant"):
+                fix = f"give --{name} {stored}" if stored else f"drop --{name}"
+                raise UserError(f"--{name} {given}: {checkpoint} was made with {stored}; {fix}, or start in a new --output_dir")
     ignored = {"resume_from_checkpoint", "output_dir"}
     # The stored student is what goes on: how this run's would have started does not matter any more.
     ignored |= {"student_model_name_or_path", "student_guidance_scale"}

@@ -21,7 +21,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, Dinov2Model
 
-from senseflow_args import UserError, loading
+from senseflow_args import UserError
+from senseflow_hub import UNREADABLE, from_hub, hub_error, hub_reason, loading_model, refuse_file, variants_of
 from senseflow_utils import Draws
 
 
@@ -57,13 +58,16 @@ def check_discriminator_args(args) -> None:
 
 
 def _config(flag: str, path: str, kind: str, model_types: Sequence[str]):
+    refuse_file(flag, path, "config.json")
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        message = f"{flag} {path}: neither a {kind} folder nor a Hub id that can be reached"
-        raise UserError(message, exit_code=2) from error
+        config = from_hub(AutoConfig.from_pretrained, path)
+    except UNREADABLE as error:
+        reason = f"no such folder, and {hub_reason(error)}" if hub_error(error) else f"no readable config.json; give a {kind}"
+        raise UserError(f"{flag} {path}: {reason}", exit_code=2) from error
     if config.model_type not in model_types:
         raise UserError(f"{flag} {path}: is a {config.model_type}, give a {kind}", exit_code=2)
+    if None not in (variants_of(path, None) or {None}):
+        raise UserError(f"{flag} {path}: its weights have a variant in their names; rename them without it", exit_code=2)
     return config
 
 
@@ -92,7 +96,7 @@ class VisionFeatures(_Frozen):
 
     def __init__(self, path: str, layers: Optional[Sequence[int]] = None, dtype: torch.dtype = torch.float32):
         super().__init__()
-        model, info = Dinov2Model.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, info = from_hub(Dinov2Model.from_pretrained, path, dtype=dtype, output_loading_info=True)
         _refuse_missing(info)
         self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
         self.embeddings = model.embeddings
@@ -138,8 +142,8 @@ class TextFeatures(_Frozen):
 
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model, info = CLIPTextModelWithProjection.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        self.tokenizer = from_hub(AutoTokenizer.from_pretrained, path)
+        self.model, info = from_hub(CLIPTextModelWithProjection.from_pretrained, path, dtype=dtype, output_loading_info=True)
         _refuse_missing(info)
         self.channels = self.model.config.projection_dim
         self.requires_grad_(False).eval()
@@ -286,9 +290,9 @@ class LatentClassifier(nn.Sequential):
 
 def load_discriminator(args, runtime) -> tuple:
     """The VFM discriminator and what it looks and reads through; only its heads learn."""
-    with loading("--discriminator_backbone", args.discriminator_backbone):
+    with loading_model("--discriminator_backbone", args.discriminator_backbone):
         vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, runtime.weight_dtype).to(runtime.device)
-    with loading("--discriminator_text_encoder", args.discriminator_text_encoder):
+    with loading_model("--discriminator_text_encoder", args.discriminator_text_encoder):
         text = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)
     return runtime.trained_role("discriminator", heads, args.learning_rate_disc, half=False), vision, text

@@ -9,18 +9,19 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Sequence
+from typing import Optional, Sequence
 
 import torch
 import yaml
 from accelerate.logging import get_logger
 from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from senseflow_args import DTYPES, UserError
 from senseflow_checkpoints import INCOMPLETE, publish_folder, writing
-from senseflow_hub import absolute_if_local, left_out, license_of, load_pipeline, read_index
+from senseflow_hub import UNREADABLE, file_of, left_out, load_pipeline
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
 from senseflow_utils import Schedule
@@ -36,7 +37,8 @@ LOWEST_DEFAULT = 50  # the timestep, of 1000, below which no anchor is chosen fo
 # Before any weight loads
 # ---------------------------------------------------------------------------------------------------------------------
 def check_resolution(args, multiple: int) -> None:
-    """Refuses (exit code 2) a --resolution that this teacher's latents do not divide into."""
+    """Refuses (exit code 2) a --resolution that this teacher's latents do not divide into; keeps `multiple` for `usage_record`."""
+    args.pixel_multiple = multiple
     if args.resolution % multiple:
         message = f"--resolution {args.resolution} is not divisible by {multiple}, as this teacher's latents need"
         raise UserError(message, exit_code=2)
@@ -79,7 +81,7 @@ def draw_grid(runtime: Runtime, pipeline, args, call: dict) -> Image.Image:
         generator = torch.Generator().manual_seed(args.seed + i)
         bind_generator(pipeline.scheduler, generator)
         with torch.no_grad(), runtime.accelerator.autocast():  # the student is in fp32, VAE and text encoders may not be
-            picture = pipeline(prompt, generator=generator, **call).images[0]
+            picture = pipeline(prompt=prompt, generator=generator, **call).images[0]
         if number < len(jobs):
             pictures.append((number, picture))
     pictures = [picture for _, picture in sorted(runtime.gather_objects(pictures), key=lambda pair: pair[0])]
@@ -110,18 +112,27 @@ def picture_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------------------
 # The student as a pipeline
 # ---------------------------------------------------------------------------------------------------------------------
+def absolute_if_local(path: str) -> str:
+    """A folder's absolute path, so that a checkpoint finds its teacher from anywhere; a Hub id as it is."""
+    return str(Path(path).resolve()) if os.path.isdir(path) else path
+
+
 def usage_record(args, schedule: Schedule, call: dict, iteration: int) -> dict:
-    """What senseflow.json holds: the trained levels, the sampler, and the stock pipeline call that visits them."""
-    return {
+    """What senseflow.json holds: the trained levels, the sampler, the stock pipeline call that visits them, and what it takes to
+    load the rest of the pipeline again."""
+    record = {
         "sigmas": schedule.levels(schedule.anchors)[1].tolist(),
         "timesteps": schedule.anchors.tolist(),
         "sampler": args.sampler,
         "num_inference_steps": len(schedule.anchors),
-        "guidance_scale": call["guidance_scale"],
+        "pixel_multiple": args.pixel_multiple,
         "teacher": absolute_if_local(args.pretrained_model_name_or_path),
+        "teacher_revision": args.revision,
+        "teacher_variant": args.variant,
         "iteration": iteration,
         "pipeline_call": call,
     }
+    return record | {name: call[name] for name in ("guidance_scale",) if name in call}
 
 
 def write_usage(folder: Path, record: dict, components: dict) -> None:
@@ -150,10 +161,20 @@ def export(runtime: Runtime, args, pipeline_class, student: Role, components: di
         with writing(aside):
             pipeline.to("cpu", dtype).save_pretrained(aside)
             write_usage(aside, record, {})
-            write_model_card(aside, pipeline_class, record, args, license_of(path))
+            write_model_card(aside, pipeline_class, record, args, license_of(path, args.revision))
             publish_folder(aside, Path(args.output_dir), last="model_index.json")
         logger.info(f"the pipeline is in {args.output_dir}")
     runtime.accelerator.wait_for_everyone()
+
+
+def license_of(path: str, revision: Optional[str] = None) -> dict[str, str]:
+    """The licence entries of a model's card (license, license_name, license_link); {"license": "other"} where it has none."""
+    try:
+        card = ModelCard.load(file_of(path, "README.md", revision) or "").data
+    except (*UNREADABLE, yaml.YAMLError):
+        return {"license": "other"}
+    entries = {name: getattr(card, name, None) for name in ("license", "license_name", "license_link")}
+    return {name: str(value) for name, value in entries.items() if value} or {"license": "other"}
 
 
 def write_model_card(folder: Path, pipeline_class, record: dict, args, teacher_license: dict[str, str]) -> None:
@@ -167,11 +188,12 @@ def write_model_card(folder: Path, pipeline_class, record: dict, args, teacher_l
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **teacher_license}
     if not os.path.isdir(teacher):
         front["base_model"] = teacher
-    pipeline = pipeline_class.__name__
-    absent = "".join(f", {name}=None" for name in left_out(pipeline_class, read_index(folder)))
+    pipeline, index = pipeline_class.__name__, json.loads((folder / "model_index.json").read_text())
+    absent = "".join(f", {name}=None" for name in left_out(pipeline_class, index))
     call = ", ".join(f"{name}={value!r}" for name, value in record["pipeline_call"].items())
     arguments = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
     levels = ", ".join(f"{t:g} (sigma {sigma:.4f})" for t, sigma in zip(record["timesteps"], record["sigmas"]))
+    source = "".join(f", {name} `{record[f'teacher_{name}']}`" for name in ("revision", "variant") if record[f"teacher_{name}"])
     license_name = teacher_license.get("license_name", teacher_license["license"])
     (folder / "README.md").write_text(
         f"""---
@@ -180,13 +202,13 @@ def write_model_card(folder: Path, pipeline_class, record: dict, args, teacher_l
 
 # {Path(teacher).name} in {record["num_inference_steps"]} steps
 
-Distilled from `{teacher}` with SenseFlow (arXiv 2506.00523), {record["iteration"]} iterations.
+Distilled from `{teacher}`{source} with SenseFlow (arXiv 2506.00523), {record["iteration"]} iterations.
 
 ```python
 import torch
 from diffusers import {pipeline}
 pipeline = {pipeline}.from_pretrained("path/of/this/folder", dtype={DTYPES[args.export_dtype]}{absent})
-image = pipeline("a prompt", {call}).images[0]
+image = pipeline(prompt="a prompt", {call}).images[0]
 ```
 
 Timesteps visited: {levels}, {record["sampler"]} sampler. These are the levels that the student was trained at.

@@ -304,7 +304,7 @@ def stock_sigmas(scheduler, steps: int, tokens: int) -> list[float]:
 def make_schedule(args, device) -> tuple[FlowSchedule, FlowMatchEulerDiscreteScheduler, dict]:
     """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
     path, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-    teacher = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler", revision=args.revision)
+    teacher = hub_tools.from_hub(FlowMatchEulerDiscreteScheduler.from_pretrained, path, args.revision, subfolder="scheduler")
     vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     tokens = (args.resolution // (2 * vae_tools.vae_scale_of(vae))) ** 2
     table = teacher.timesteps.clone()
@@ -328,8 +328,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help=f"the teacher: a {PIPELINE.__name__}, Hub id or folder")
-    add("--revision", help="of the teacher on the Hub")
-    add("--variant", help="of the teacher's weight files, e.g. fp16")
+    add("--revision", help="of the teacher on the Hub: a branch, tag or commit; the run keeps to its commit")
+    add("--variant", help="of the weight files, e.g. fp16, of the teacher and of other networks that come in it")
     add("--student_model_name_or_path",
         help=f"warm start of student and fake score: a {TRANSFORMER.__name__} or {PIPELINE.__name__}, Hub id or folder")
     add("--student_guidance_scale", type=float, default=3.5,
@@ -437,7 +437,7 @@ def check_args(args):
     args_tools.check_common_args(args)
     checked = check_data_args(args)
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    hub_tools.check_pipeline(PIPELINE, flag, path, args.revision)
+    args.revision = hub_tools.check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
     if args.max_sequence_length > 512:
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2)
     vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
@@ -449,7 +449,7 @@ def check_args(args):
     if args.student_model_name_or_path:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        hub_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names)
+        hub_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names, args.variant)
     if args.gan_weight > 0:
         check_discriminator_args(args)
     pipeline_tools.check_resolution(args, 2 * vae_tools.vae_scale_of(vae))
@@ -470,7 +470,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
     transformer = start = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
     if args.student_model_name_or_path:
         start_flag, start_path = "--student_model_name_or_path", args.student_model_name_or_path
-        start = hub_tools.load_network(TRANSFORMER, start_flag, start_path, "transformer")
+        start = hub_tools.load_network(TRANSFORMER, start_flag, start_path, "transformer", variant=args.variant)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "bf16", **where)

@@ -297,7 +297,8 @@ def stock_sigmas(scheduler, steps: int) -> list[float]:
 def make_schedule(args, device) -> tuple[IndexedFlowSchedule, FlowMatchEulerDiscreteScheduler, dict]:
     """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
     path = args.pretrained_model_name_or_path
-    table = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler", revision=args.revision).timesteps.flip(0)
+    load = FlowMatchEulerDiscreteScheduler.from_pretrained
+    table = hub_tools.from_hub(load, path, args.revision, subfolder="scheduler").timesteps.flip(0)
     wanted = [t / 1000 for t in args.anchors or table[list(ANCHOR_INDICES)].tolist()]
     scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted)), args.sampler)
     schedule = IndexedFlowSchedule(table, [1000 * sigma for sigma in sigmas], dmd_range=(20, 980), device=device)
@@ -318,8 +319,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help=f"the teacher: a {PIPELINE.__name__}, Hub id or folder")
-    add("--revision", help="of the teacher on the Hub")
-    add("--variant", help="of the teacher's weight files, e.g. fp16")
+    add("--revision", help="of the teacher on the Hub: a branch, tag or commit; the run keeps to its commit")
+    add("--variant", help="of the weight files, e.g. fp16, of the teacher and of other networks that come in it")
     add("--student_model_name_or_path",
         help=f"warm start of student and fake score: a {TRANSFORMER.__name__} or {PIPELINE.__name__}, Hub id or folder")
     add("--preset", choices=["auto", *PRESETS], default="auto",
@@ -428,7 +429,7 @@ def parse_args(argv=None):
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    hub_tools.check_pipeline(PIPELINE, flag, path, args.revision)
+    args.revision = hub_tools.check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
     transformer = hub_tools.config_of(TRANSFORMER, flag, path, "transformer", args.revision)
     apply_preset(args, transformer["num_layers"])
     args_tools.check_common_args(args)
@@ -440,7 +441,7 @@ def check_args(args):
     if args.student_model_name_or_path:
         names = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size", "pos_embed_max_size")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        hub_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names)
+        hub_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names, args.variant)
     if args.gan_weight > 0:
         check_discriminator_args(args)
     pipeline_tools.check_resolution(args, transformer["patch_size"] * vae_tools.vae_scale_of(vae))
@@ -474,7 +475,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     transformer = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
     start_flag, start, start_where = flag, path, where
     if args.student_model_name_or_path:
-        start_flag, start, start_where = "--student_model_name_or_path", args.student_model_name_or_path, {}
+        start_flag, start, start_where = "--student_model_name_or_path", args.student_model_name_or_path, {"variant": args.variant}
     student = hub_tools.load_network(TRANSFORMER, start_flag, start, "transformer", dtype=torch.float32, **start_where)
     fake_score = copy.deepcopy(student)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb

@@ -394,8 +394,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help=f"the teacher: a {PIPELINE.__name__}, Hub id or folder")
-    add("--revision", help="of the teacher on the Hub")
-    add("--variant", help="of the teacher's weight files, e.g. fp16")
+    add("--revision", help="of the teacher on the Hub: a branch, tag or commit; the run keeps to its commit")
+    add("--variant", help="of the weight files, e.g. fp16, of the teacher and of other networks that come in it")
     add("--pretrained_vae_model_name_or_path", help="another VAE, e.g. the fp16-fix one; saved with the student (diffusers)")
     add("--student_model_name_or_path",
         help=f"warm start of student and fake score: a {UNET.__name__} or {PIPELINE.__name__}, Hub id or folder")
@@ -531,19 +531,19 @@ def check_args(args):
         shown = " ".join(f"{t:g}" for t in args.anchors)
         raise UserError(f"--anchors {shown}: SDXL has integer timesteps up to 999", exit_code=2)
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    hub_tools.check_pipeline(PIPELINE, flag, path, args.revision)
+    args.revision = hub_tools.check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
     vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     if args.pretrained_vae_model_name_or_path:
         vae_flag, vae_path = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
         names = ("latent_channels", "block_out_channels", "latents_mean", "latents_std")
-        hub_tools.check_alike(vae_flag, vae_path, VAE, "vae", vae, names)
+        hub_tools.check_alike(vae_flag, vae_path, VAE, "vae", vae, names, args.variant)
     check_levels(flag, path, hub_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False))
     unet = hub_tools.config_of(UNET, flag, path, "unet", args.revision)
     if args.student_model_name_or_path:
         names = ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim")
         names += ("time_cond_proj_dim", "mid_block_type")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        hub_tools.check_alike(start_flag, start, UNET, "unet", unet, names)
+        hub_tools.check_alike(start_flag, start, UNET, "unet", unet, names, args.variant)
     if args.gan_weight > 0 and args.method == "dmd2" and unet.get("mid_block_type", "") is None:
         message = f"{flag} {path}: its UNet has no mid-block for --method dmd2's classifier; give --gan_weight 0 or another teacher"
         raise UserError(message, exit_code=2)
@@ -564,7 +564,7 @@ def check_args(args):
 def vae_source(args) -> tuple[str, str, dict]:
     """(flag, folder or Hub id, where in it) of the VAE."""
     if args.pretrained_vae_model_name_or_path:
-        return "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path, {}
+        return "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path, {"variant": args.variant}
     where = {"revision": args.revision, "variant": args.variant}
     return "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, where
 
@@ -584,7 +584,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
     unet = hub_tools.load_network(UNET, flag, path, "unet", **source)
     start_flag, start, where = flag, path, {"revision": args.revision, "variant": args.variant}
     if args.student_model_name_or_path:
-        start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {}
+        start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {"variant": args.variant}
     student = hub_tools.load_network(UNET, start_flag, start, "unet", dtype=torch.float32, **where)
     fake_score = copy.deepcopy(student)
     dmd2 = args.method == "dmd2" and args.gan_weight > 0

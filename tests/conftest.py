@@ -11,7 +11,14 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from senseflow_hub import look_up  # noqa: E402
 from tiny_pipelines import write_discriminator, write_flux  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def a_fresh_look_at_the_hub():
+    """Each test is a process of its own to the Hub's repositories, which a process sees at one commit."""
+    look_up.cache_clear()
 
 
 @pytest.fixture(scope="session")

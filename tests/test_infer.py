@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import infer
+import senseflow_hub as hub_tools
+import senseflow_models as model_tools
 from senseflow_args import UserError
-from tiny_pipelines import write_flux, write_sd3, write_sdxl
+from tiny_pipelines import cache_repository, only_variant, write_flux, write_sd3, write_sdxl
 
 
 ROOT = Path(infer.__file__).parent
@@ -104,10 +106,7 @@ def swaps(models):
     (models / "files/cut.safetensors").write_bytes((models / "files/bare.safetensors").read_bytes()[:3000])
     (models / "files/empty.pth").write_bytes(b"")
 
-    repository, commit = models / "hub/models--someone--networks", "0123abcd" * 5
-    shutil.copytree(models / "checkpoint-7", repository / "snapshots" / commit / "distilled")
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text(commit)
+    cache_repository(models / "hub", "someone/networks", models / "checkpoint-7", "0123abcd" * 5, "distilled")
     return models
 
 
@@ -210,10 +209,10 @@ def returns_zero(sample=None, *args, hidden_states=None, **kwargs):
 @pytest.mark.parametrize("name, released", [("student", None), ("sd3", "sd35-large"), ("sdxl", "sdxl")])
 def test_noise_depends_on_the_seed_alone(models, name, released):
     """Exactly, initial and stochastic: with a network that returns 0 the last latents are made of noise only."""
-    model = infer.find_model(str(models / name))
+    model = model_tools.find_model(str(models / name))
     if released:
-        infer.set_released(released, model)
-    pipeline = infer.load_pipeline(model, "stochastic", torch.device("cpu"), torch.float32)
+        model_tools.set_released(released, model)
+    pipeline = model_tools.load_pipeline(model, "stochastic", torch.device("cpu"), torch.float32)
     getattr(pipeline, model.network).forward = returns_zero
     steps = []
     keep = {"callback_on_step_end": lambda pipeline, i, t, kwargs: steps.append(kwargs["latents"]) or {}}
@@ -239,7 +238,7 @@ def test_rerun_draws_what_is_missing(models, drawn, tmp_path, monkeypatch):
     assert sorted(record["idx"] for record in records(out)) == LINES
     assert all(np.array_equal(pixels(out / f"{idx:04d}.png"), pixels(drawn / f"{idx:04d}.png")) for idx in LINES)
     # Nothing is missing: no weight is loaded.
-    monkeypatch.setattr(infer, "load_pipeline", None)
+    monkeypatch.setattr(model_tools, "load_pipeline", None)
     run(models, out)
 
 
@@ -302,7 +301,7 @@ def test_a_model_without_senseflow_json(models, tmp_path, caplog):
 def test_explicit_sigmas_hold_at_the_trained_number_of_steps(models, tmp_path, caplog):
     shutil.copytree(models / "student", tmp_path / "student")
     write_senseflow(tmp_path / "student", pipeline_call=CALL | {"sigmas": [1.0, 0.9, 0.4, 0.1]})
-    model = infer.find_model(str(tmp_path / "student"))
+    model = model_tools.find_model(str(tmp_path / "student"))
     argv = ["--model", str(tmp_path / "student")]
     with caplog.at_level("INFO", logger="infer"):
         assert infer.choose_call(infer.parse_args(argv), model)[0]["sigmas"] == [1.0, 0.9, 0.4, 0.1]
@@ -310,7 +309,12 @@ def test_explicit_sigmas_hold_at_the_trained_number_of_steps(models, tmp_path, c
         call, settings = infer.choose_call(infer.parse_args([*argv, "--num_inference_steps", "2"]), model)
         assert "sigmas" not in call and call["num_inference_steps"] == settings["num_inference_steps"] == 2
         infer.choose_call(infer.parse_args([*argv, "--guidance_scale", "2"]), model)
-    assert "trained for 4" in caplog.text and "no guidance embedder" in caplog.text
+        assert "trained for 4" in caplog.text and "no guidance embedder" in caplog.text
+        # Where guidance_scale is of two passes, the embedder does not matter.
+        caplog.clear()
+        model.parameters = {name: kind for name, kind in model.parameters.items() if name != "true_cfg_scale"}
+        infer.choose_call(infer.parse_args([*argv, "--guidance_scale", "2"]), model)
+        assert not caplog.records
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -318,6 +322,122 @@ def test_dtype(models, drawn, tmp_path, dtype):
     run(models, tmp_path, "--num_prompts", 1, "--dtype", dtype)
     difference = np.abs(pixels(tmp_path / "0000.png") - pixels(drawn / "0000.png"))
     assert records(tmp_path)[0]["dtype"] == dtype and 0 < difference.max() and difference.mean() < 10
+
+
+def test_dtypes_are_accelerates_words_and_torchs(models, drawn, monkeypatch):
+    """A folder drawn with one is complete for the other."""
+    monkeypatch.setattr(model_tools, "load_pipeline", None)
+    for dtype in ("fp32", "float32"):
+        run(models, drawn, "--dtype", dtype)
+    with pytest.raises(UserError, match="was drawn with dtype float32, not bfloat16"):
+        run(models, drawn, "--dtype", "bf16")
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        *(("4", 4), ("4.5", 4.5), ("-1e-3", -1e-3), ("True", True), ("true", True), ("None", None), ("null", None), ("", "")),
+        *(("[1.0, 0.5]", [1.0, 0.5]), ("(64, 32)", [64, 32]), ("'4'", "4"), ("blurry, low quality", "blurry, low quality")),
+        *(("a=b", "a=b"), ("nan", "nan"), ("1e999", "1e999"), ("{1, 2}", "{1, 2}"), ("[1, 0", "[1, 0"), ("print(1)", "print(1)")),
+    ],
+)
+def test_values_of_a_call(text, value):
+    found = dict(infer.parse_args(["--model", "m", "--call", "other=1", "--call", f"name={text}"]).call)
+    assert found == {"other": 1, "name": value} and type(found["name"]) is type(value)
+
+
+def test_a_call_is_the_pipelines_own_and_is_recorded(models, tmp_path):
+    called = ["--call", "true_cfg_scale=3", "negative_prompt=a blue square"]
+    flags = [*called, "max_sequence_length=8", "--num_prompts", 4, "--batch_size", 3]
+    run(models, tmp_path, *flags)
+    stock = DiffusionPipeline.from_pretrained(models / "student")
+    asked = {"true_cfg_scale": 3, "negative_prompt": "a blue square", "max_sequence_length": 8}
+    for idx in (0, 3):
+        generator = torch.Generator().manual_seed(42 + idx)
+        stock.scheduler = FlowMatchEulerDiscreteScheduler.from_config(stock.scheduler.config)
+        stock.scheduler.step = functools.partial(stock.scheduler.step, generator=generator)
+        picture = stock(prompt=PROMPTS[idx], generator=generator, **{**CALL, **asked}).images[0]
+        assert np.abs(pixels(tmp_path / f"{idx:04d}.png") - np.asarray(picture).astype(int)).max() <= 1
+    assert records(tmp_path)[0]["call"] == asked
+    run(models, tmp_path, *flags)
+    for other in ([], called, ["--call", "true_cfg_scale=2"]):
+        with pytest.raises(UserError, match="was drawn with call "):
+            run(models, tmp_path, *other)
+    refused = ["--call", "max_sequence_length=many", "--output_dir", tmp_path / "refused", "--prompt", "a hat"]
+    line = refusal("--model", models / "student", *refused, exit_code=1)
+    assert line.startswith("--call max_sequence_length=many: FluxPipeline cannot be called so (")
+
+
+def test_a_negative_prompt_holds_for_a_whole_batch(models):
+    """Not every pipeline repeats one text."""
+
+    class Pipeline:
+        scheduler = FlowMatchEulerDiscreteScheduler()
+
+        def __call__(self, **call):
+            self.images = call
+            return self
+
+    called = {"negative_prompt": "b", "prompt_2": "c", "system_prompt": "d", "scale": 2}
+    seen = infer.draw(Pipeline(), ["x", "y"], [1, 2], called)
+    assert seen["negative_prompt"] == ["b", "b"] and seen["prompt_2"] == ["c", "c"]
+    assert seen["system_prompt"] == "d" and seen["scale"] == 2 and called["prompt_2"] == "c"
+
+
+def test_the_multiple_of_pixels_is_the_trainings(models, tmp_path):
+    shutil.copytree(models / "student", tmp_path / "student", ignore=shutil.ignore_patterns("*.safetensors"))
+    argv = ["--model", str(tmp_path / "student"), "--height", "48"]
+    infer.choose_call(infer.parse_args(argv), model_tools.find_model(argv[1]))
+    write_senseflow(tmp_path / "student", pixel_multiple=32)
+    with pytest.raises(UserError, match="--height 48: not divisible by 32; 64 is"):
+        infer.choose_call(infer.parse_args(argv), model_tools.find_model(argv[1]))
+
+
+def test_a_checkpoint_finds_the_variant_of_its_teacher(models, drawn, tmp_path):
+    shutil.copytree(models / "teacher", tmp_path / "teacher")
+    only_variant(tmp_path / "teacher")
+    shutil.copytree(models / "checkpoint-7", tmp_path / "checkpoint-7")
+    command = ["--model", tmp_path / "checkpoint-7", "--prompt", PROMPTS[0]]
+    write_senseflow(tmp_path / "checkpoint-7", teacher=str(tmp_path / "teacher"))
+    line = refusal(*command, "--output_dir", tmp_path / "none")
+    assert "text_encoder holds only *.fp16.safetensors: give --variant fp16" in line and str(tmp_path / "teacher") in line
+    infer.main([str(word) for word in [*command, "--variant", "fp16", "--output_dir", tmp_path / "flag"]])
+    write_senseflow(tmp_path / "checkpoint-7", teacher=str(tmp_path / "teacher"), teacher_variant="fp16")
+    infer.main([str(word) for word in [*command, "--output_dir", tmp_path / "own"]])
+    for out in ("flag", "own"):
+        assert np.array_equal(pixels(tmp_path / out / "0000.png"), pixels(drawn / "0000.png"))
+    # A pipeline itself, and a network in the place of its own.
+    swap = ["--transformer", tmp_path / "teacher/transformer", "--variant", "fp16"]
+    for number, flags in enumerate((["--variant", "fp16"], swap, ["--revision", "main"])):
+        argv = ["--model", tmp_path / "teacher", "--prompt", "a hat", "--height", 32, "--num_inference_steps", 1, *flags]
+        argv = [str(word) for word in [*argv, "--output_dir", tmp_path / str(number)]]
+        if "--revision" in flags:
+            assert "is a folder, which has none" in refusal(*argv)
+        else:
+            infer.main(argv)
+
+
+def test_a_checkpoint_finds_the_revision_of_its_teacher(models, drawn, tmp_path, monkeypatch, caplog):
+    """The teacher on the Hub goes on after the run: its other components are not those of the run any more."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    first, second = "01" * 20, "23" * 20
+    write_flux(tmp_path / "other", seed=5)
+    cache_repository(tmp_path / "hub", "some/teacher", models / "teacher", first)
+    cache_repository(tmp_path / "hub", "some/teacher", tmp_path / "other", second)
+    shutil.copytree(models / "checkpoint-7", tmp_path / "checkpoint-7")
+    write_senseflow(tmp_path / "checkpoint-7", teacher="some/teacher", teacher_revision=first)
+    command = ["--model", tmp_path / "checkpoint-7", "--prompt", PROMPTS[0], "--output_dir"]
+    infer.main([str(word) for word in [*command, tmp_path / "own"]])
+    assert np.array_equal(pixels(tmp_path / "own/0000.png"), pixels(drawn / "0000.png"))
+    infer.main([str(word) for word in [*command, tmp_path / "flag", "--revision", "main"]])
+    assert np.abs(pixels(tmp_path / "flag/0000.png") - pixels(drawn / "0000.png")).max() > 1
+    assert "was drawn with weights" in refusal(*command, tmp_path / "own", "--revision", second)
+    assert "some/teacher: no such folder" in refusal(*command, tmp_path / "none", "--revision", "89" * 20)
+    # The student's folder beside the teacher's newest commit is not the pair that was trained, which is said.
+    with caplog.at_level("INFO", logger="senseflow_models"):
+        swap = ["--model", "some/teacher", "--transformer", tmp_path / "checkpoint-7/transformer", *command[2:], tmp_path / "swap"]
+        infer.main([str(word) for word in swap])
+    assert f"trained from --revision {first} of some/teacher, not {second}" in caplog.text
 
 
 def test_grid(models, drawn, tmp_path):
@@ -364,7 +484,7 @@ def test_a_swapped_network_without_senseflow_json_draws_as_the_base_does(swaps, 
     teacher = load_file(swaps / "teacher/transformer/diffusion_pytorch_model.safetensors")
     torch.save(teacher, tmp_path / "a/b/teacher.pth")
     flags = ["--num_prompts", 1, "--height", 64, "--width", 64, "--num_inference_steps", 2]
-    with caplog.at_level("INFO", logger="infer"):
+    with caplog.at_level("INFO", logger="senseflow_models"):
         run(swaps, tmp_path / "own", *flags, model="teacher")
         assert not caplog.records
         run(swaps, tmp_path / "swapped", *flags, "--checkpoint", tmp_path / "a/b/teacher.pth", model="base")
@@ -381,13 +501,13 @@ def test_a_swapped_network_without_senseflow_json_draws_as_the_base_does(swaps, 
         assert "was drawn with weights" in refusal(*argv, *flags, *change)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_state_dict_gives_the_weights_that_a_folder_gives(swaps, dtype):
     def load(*flags):
         args = infer.parse_args(["--model", str(swaps / "base"), *(flag.format(root=swaps) for flag in flags)])
-        model = infer.find_model(args.model)
-        infer.swap_network(args, model)
-        return infer.load_component(model, "transformer", infer.DTYPES[dtype])
+        model = model_tools.find_model(args.model)
+        model_tools.swap_network(args, model)
+        return model_tools.load_component(model, "transformer", infer.DTYPES[dtype])
 
     folder = load(*FOLDER).state_dict()
     assert {tensor.dtype for tensor in folder.values()} == {infer.DTYPES[dtype]}
@@ -404,9 +524,10 @@ def test_a_network_of_the_hub_is_known_by_its_commit(swaps, monkeypatch):
 
     def fingerprint(flags):
         args = infer.parse_args(["--model", str(swaps / "base"), *flags])
-        model = infer.find_model(args.model)
-        infer.swap_network(args, model)
-        return infer.fingerprint(model)
+        hub_tools.look_up.cache_clear()  # a process keeps to the commit it has seen first
+        model = model_tools.find_model(args.model)
+        model_tools.swap_network(args, model)
+        return model_tools.fingerprint(model)
 
     before, commit = fingerprint(STUDENT[2]), (repository / "refs/main").read_text()
     shutil.copytree(repository / "snapshots" / commit, repository / "snapshots" / commit[::-1])
@@ -418,11 +539,11 @@ def test_a_network_of_the_hub_is_known_by_its_commit(swaps, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_a_state_dict_of_another_family(swaps, tmp_path, name):
-    model = infer.find_model(str(swaps / name))
+    model = model_tools.find_model(str(swaps / name))
     weights = load_file(swaps / name / model.network / "diffusion_pytorch_model.safetensors")
     torch.save({"model": {f"module.{key}": tensor for key, tensor in weights.items()}}, tmp_path / "network.pth")
-    infer.swap_network(infer.parse_args(["--model", model.name, "--checkpoint", str(tmp_path / "network.pth")]), model)
-    state = infer.load_component(model, model.network, torch.float32).state_dict()
+    model_tools.swap_network(infer.parse_args(["--model", model.name, "--checkpoint", str(tmp_path / "network.pth")]), model)
+    state = model_tools.load_component(model, model.network, torch.float32).state_dict()
     assert state.keys() == weights.keys() and all(torch.equal(state[key], weights[key]) for key in weights)
 
 
@@ -471,7 +592,7 @@ def test_a_folder_that_lacks_weights_is_refused(swaps, tmp_path):
 def test_released_sets_levels_sampler_guidance_and_text(swaps, tmp_path, monkeypatch, caplog, name, model, levels, text):
     seen = watch(monkeypatch)
     flags = ["--released", name, "--height", 64, "--width", 64, "--num_prompts", 4]
-    with caplog.at_level("INFO", logger="infer"):
+    with caplog.at_level("INFO", logger="senseflow_models"):
         run(swaps, tmp_path / "one", *flags, model=model)
     assert ("overrides the senseflow.json" in caplog.text) == (model == "student") and "no network is swapped in" in caplog.text
     np.testing.assert_allclose([t for t, _ in seen], levels * 3, rtol=1e-5)  # of 4 lines one is blank
@@ -490,10 +611,10 @@ def test_released_sets_levels_sampler_guidance_and_text(swaps, tmp_path, monkeyp
     assert pixels(tmp_path / "step/0000.png").std() > 1
 
     args = infer.parse_args(["--model", str(swaps / model), "--released", name, "--guidance_scale", "2"])
-    found = infer.find_model(args.model)
-    infer.set_released(name, found)
+    found = model_tools.find_model(args.model)
+    model_tools.set_released(name, found)
     settings = infer.choose_call(args, found)[1]
-    assert settings == {"num_inference_steps": 4, "guidance_scale": 2, "height": 1024, "width": 1024}
+    assert settings == {"num_inference_steps": 4, "guidance_scale": 2, "height": 1024, "width": 1024, "call": None}
 
 
 def test_released_with_a_swapped_unet(swaps, tmp_path, monkeypatch):
@@ -511,14 +632,34 @@ def test_released_with_a_swapped_unet(swaps, tmp_path, monkeypatch):
 
 
 BAD = [
-    (["--transformer", "{root}/none"], "--transformer .*/none: no such folder; give one with a config.json"),
-    (["--transformer", "{root}/files/bare.pth"], "--transformer .*bare.pth: no such folder; give one with a config.json"),
+    (["--transformer", "{root}/none"], "--transformer .*/none: no such folder, and it is no Hub id"),
+    (["--transformer", "{root}/files/bare.pth"], "--transformer .*bare.pth: is a single file; give it to --checkpoint"),
     (["--transformer", "{root}/student"], "no .*student/config.json; name the folder.*--transformer_subfolder"),
-    (["--transformer", "nobody/nothing"], "--transformer nobody/nothing: no nobody/nothing/config.json"),
+    (["--transformer", "nobody/nothing"], "--transformer nobody/nothing: no such folder, and the cache .* lacks it"),
     (["--transformer", "{root}/student/vae"], "_class_name is AutoencoderKL, but FluxTransformer2DModel in"),
     (["--unet", "{root}/student/transformer"], "--unet .*: FluxPipeline has no unet; give --transformer"),
     (["--model", "{root}/sdxl", "--transformer", "{root}/student/transformer"], "has no transformer; give --unet"),
     (["--transformer", "{root}/student/transformer", "--checkpoint", "x"], "--checkpoint: not allowed with .*--transformer"),
+    (["--transformer", "{root}/student/transformer/diffusion_pytorch_model.safetensors.index.json"], "no such folder"),
+    (
+        ["--transformer", "{root}/shards/diffusion_pytorch_model.safetensors.index.json"],
+        "sharded network; .* folder, .*/shards$",
+    ),
+    (
+        ["--checkpoint", "{root}/shards/diffusion_pytorch_model.safetensors.index.json"],
+        "network; .* folder to --transformer",
+    ),
+    (["--transformer", "{root}/shards"], "--transformer .*/shards: it holds only \\*.fp16.safetensors: give --variant fp16"),
+    (["--model", "{root}/files/bare.safetensors"], "--model .*bare.safetensors: is a single file; give it to --checkpoint"),
+    (["--model", "{root}/student/model_index.json"], "--model .*/model_index.json: is a single file; give its folder, .*/student$"),
+    (["--revision", "main"], "--revision main: .*/student is a folder"),
+    (["--variant", "fp16"], "--variant fp16: .*/student holds no weights"),
+    (["--call", "true_cfg_scale"], "--call: true_cfg_scale: give NAME=VALUE"),
+    (["--call", "height=32"], "--call height=32: give --height 32"),
+    (["--call", "true_cfg=3"], "--call true_cfg=3: FluxPipeline takes .*negative_prompt, .*true_cfg_scale"),
+    (["--call", "latents=3"], "--call latents=3: FluxPipeline takes (?!.*latents,)"),
+    (["--call", "output_type=pt"], "--call output_type=pt: FluxPipeline takes"),
+    (["--model", "{root}/multiple"], "pixel_multiple in senseflow.json"),
     (["--transformer_subfolder", "a"], "--transformer_subfolder a: of what"),
     (["--transformer_config", "a.json"], "--transformer_config a.json: only --checkpoint"),
     (["--checkpoint", "{root}/none.pth"], "--checkpoint .*none.pth: no such file"),
@@ -549,7 +690,7 @@ BAD = [
     (["--prompt", "a cat"], "--prompt"),
     (["--model", "no/such/folder"], "--model no/such/folder: no such folder"),
     (["--model", "tests/typo"], "--model tests/typo: no such folder"),
-    (["--model", "nobody/nothing"], "--model nobody/nothing: no such folder, nor a model on the Hub"),
+    (["--model", "nobody/nothing"], "--model nobody/nothing: no such folder, and the cache .* lacks it.*: unset HF_HUB_OFFLINE"),
     (["--model", "{root}/student/vae"], "neither model_index.json nor a senseflow.json"),
     (["--model", "{root}/cut"], "senseflow.json is damaged"),
     (["--model", "{root}/list"], "senseflow.json is damaged"),
@@ -570,13 +711,17 @@ BAD = [
 def bad_models(swaps):
     """Beside the good models: what can be wrong with one, without any weight."""
     models = swaps
-    for name in ("cut", "list", "call", "sampler", "parts", "class", "lost"):
+    for name in ("cut", "list", "call", "sampler", "parts", "class", "lost", "multiple"):
         (models / name).mkdir()
         if name != "lost":
             shutil.copy(models / "student/model_index.json", models / name)
     (models / "cut/senseflow.json").write_text((models / "student/senseflow.json").read_text()[:-9])
     (models / "list/senseflow.json").write_text("[1, 2]")
     write_senseflow(models / "sampler", sampler="ddim")
+    write_senseflow(models / "multiple", pixel_multiple="16")
+    shutil.copytree(models / "student/transformer", models / "shards")
+    only_variant(models / "shards")
+    (models / "shards/diffusion_pytorch_model.safetensors.index.json").write_text("{}")
     write_senseflow(models / "call", pipeline_call={"steps": 4})
     (models / "class/model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     write_senseflow(models / "lost", teacher="./moved")
@@ -591,7 +736,7 @@ def bad_models(swaps):
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_bad_arguments(bad_models, tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(infer, "load_pipeline", None)
+    monkeypatch.setattr(model_tools, "load_pipeline", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(ROOT)
     flags = [flag.format(root=bad_models) for flag in flags]
@@ -606,7 +751,7 @@ def test_a_scheduler_without_the_choice(models, tmp_path):
     os.remove(tmp_path / "student/senseflow.json")
     config = {"_class_name": "FlowMatchLCMScheduler"}
     (tmp_path / "student/scheduler/scheduler_config.json").write_text(json.dumps(config))
-    model = infer.find_model(str(tmp_path / "student"))
+    model = model_tools.find_model(str(tmp_path / "student"))
     assert infer.choose_sampler(None, model) == infer.choose_sampler("stochastic", model) == "stochastic"
     with pytest.raises(UserError, match="--sampler euler: FlowMatchLCMScheduler"):
         infer.choose_sampler("euler", model)

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 import senseflow_checkpoints
-import senseflow_hub as hub_tools
 import senseflow_roles
 import train_senseflow_flux as script
 from scripts import (
@@ -319,20 +317,6 @@ def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
     assert kept == {**users, "transformer": f"transformer{made[1]}"}
 
 
-@pytest.mark.parametrize(
-    "card, found",
-    [
-        ("license: other\nlicense_name: flux-dev", {"license": "other", "license_name": "flux-dev"}),
-        ("license: apache-2.0", {"license": "apache-2.0"}),
-        ("tags: [a", {"license": "other"}),
-        ("tags: [a]", {"license": "other"}),
-    ],
-)
-def test_the_teachers_licence_is_named(card, found, tmp_path):
-    (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
-    assert hub_tools.license_of(str(tmp_path)) == found
-
-
 def test_a_fingerprint_is_the_networks_and_not_its_precisions():
     network = torch.nn.Linear(4, 4)
     print_ = senseflow_roles.fingerprint(network)
@@ -363,23 +347,3 @@ def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "dmd_loss", broken)
     with pytest.raises(UserError, match="dmd_gradient not finite 3 times in a row"):
         script.main([*without_gan(flags), "--output_dir", str(tmp_path), "--ttur_ratio", "1", "--max_train_steps", "8"])
-
-
-def test_a_network_is_found_by_itself_or_in_a_pipeline(tmp_path, monkeypatch):
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "alone" / "config.json").write_text("{}")
-    (tmp_path / "both" / "vae").mkdir(parents=True)
-    for folder in (tmp_path / "both", tmp_path / "both" / "vae"):
-        (folder / "config.json").write_text("{}")
-    both = {"config.json", "vae/config.json"}  # a pipeline with a file of that name beside its index
-    there = {"someone/vae": {"config.json"}, "someone/pipeline": {"vae/config.json"}, "someone/both": both}
-
-    def download(repository, file):
-        if file not in there[repository]:
-            raise LocalEntryNotFoundError(f"{repository} has no {file}")
-        return file
-
-    monkeypatch.setattr(hub_tools, "hf_hub_download", download)
-    places = {str(tmp_path): "vae", str(tmp_path / "alone"): None, "someone/vae": None, "someone/pipeline": "vae"}
-    places |= {str(tmp_path / "both"): "vae", "someone/both": "vae"}
-    assert {path: hub_tools.subfolder_of(path, "vae") for path in places} == places

@@ -9,6 +9,7 @@ Only widths and depths are tiny: classes, schedulers and layouts are those of th
 """
 
 import argparse
+import hashlib
 import string
 from pathlib import Path
 
@@ -225,6 +226,28 @@ def write_discriminator(path, seed: int = 0) -> None:
     tokenizer = clip_tokenizer()
     vivid(CLIPTextModelWithProjection(clip_config(tokenizer))).save_pretrained(Path(path) / "clip")
     tokenizer.save_pretrained(Path(path) / "clip")
+
+
+def only_variant(folder, variant: str = "fp16") -> None:
+    """Renames the weights of a pipeline or network as `save_pretrained(variant=...)` names them."""
+    for weights in Path(folder).rglob("*.safetensors"):
+        weights.rename(weights.with_suffix(f".{variant}.safetensors"))
+
+
+def cache_repository(cache, name: str, source, commit: str, subfolder: str = "") -> None:
+    """Puts a folder into a cache of the Hub, as `name` at `commit`, which its main branch then is."""
+    repository = Path(cache) / f"models--{name.replace('/', '--')}"
+    for file in (file for file in Path(source).rglob("*") if file.is_file()):
+        content = file.read_bytes()
+        blob = repository / "blobs" / hashlib.sha256(content).hexdigest()
+        pointer = repository / "snapshots" / commit / subfolder / file.relative_to(source)
+        for place in (blob, pointer):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        pointer.unlink(missing_ok=True)
+        pointer.symlink_to(blob)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
 
 
 def main() -> None:
