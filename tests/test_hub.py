@@ -15,6 +15,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from safetensors.torch import load_file
 
 import infer
+import senseflow_discriminator
 import senseflow_hub as hub_tools
 import train_senseflow_flux
 import train_senseflow_sdxl
@@ -135,7 +136,7 @@ def test_what_is_not_in_the_cache(hub, no_network, monkeypatch):
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["switched off", "unreachable"])
-def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, hub, tmp_path, no_network, monkeypatch):
+def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, vision, hub, tmp_path, no_network, monkeypatch):
     """Shards too, for which diffusers asks the Hub; a network in a pipeline, one by itself, and the rest of the pipeline."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     whole = DiffusionPipeline.from_pretrained(teacher)
@@ -149,6 +150,12 @@ def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, hub, tmp_p
     for found in (transformer, alone):
         assert all(np.array_equal(a, b) for a, b in zip(found.state_dict().values(), whole.transformer.state_dict().values()))
     assert pipeline.transformer is transformer and pipeline.text_encoder_2 is not None
+    for name in ("dinov2", "clip"):
+        cache_repository(hub, f"some/{name}", vision / name, FIRST)
+    args = {"discriminator_backbone": "some/dinov2", "discriminator_text_encoder": "some/clip", "discriminator_layers": [0]}
+    senseflow_discriminator.check_discriminator_args(SimpleNamespace(**args, resolution=64))
+    senseflow_discriminator.VisionFeatures("some/dinov2")
+    assert senseflow_discriminator.TextFeatures("some/clip")(["a cat"]).isfinite().all()
     # A part that was never downloaded is the cache's fault.
     next((hub / "models--some--network/snapshots" / FIRST).glob("*00002-of*")).unlink()
     with pytest.raises(UserError, match="some/network: the .*cache.* lacks (it or )?a part of it"):
