@@ -63,6 +63,8 @@ BF16 = "tests/test_modes.py::test_bf16_learns_what_fp32_learns"
 RESUMED = "tests/test_modes.py::test_a_resumed_run_is_the_same_run"
 AT_ONCE = "tests/test_modes.py::test_ida_reaches_the_next_forward_whatever_the_last_has_gathered"
 STREAM, ROLE_TESTS = "senseflow_stream.py", "tests/test_roles.py"
+HUB, MODELS, HUB_TESTS, INFER_TESTS = "senseflow_hub.py", "senseflow_models.py", "tests/test_hub.py", "tests/test_infer.py"
+OF_TEACHER = f"{INFER_TESTS}::test_a_checkpoint_finds_the_{{}}_of_its_teacher"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
 
@@ -428,6 +430,25 @@ MUTANTS = [
     Mutant("every process trains on the first one's pictures", LOOP, f"{MODES}[flux-ddp]",
         "make_dataloader(args, rows, rank, world_size,",
         "make_dataloader(args, rows, 0, world_size,"),
+    # What a model is loaded from
+    Mutant("a checkpoint forgets its teacher's commit", MODELS, OF_TEACHER.format("revision"),
+        'distilled.get("teacher_revision"))',
+        "None)"),
+    Mutant("a checkpoint forgets its teacher's variant", MODELS, OF_TEACHER.format("variant"),
+        'variant = variant or distilled.get("teacher_variant")',
+        "variant = variant or None"),
+    Mutant("the commit of the run is not written", "senseflow_pipeline.py", HUB_TESTS,
+        '"teacher_revision": args.revision,',
+        '"teacher_revision": None,'),
+    Mutant("the Hub's branch is looked up anew", HUB, HUB_TESTS,
+        "@cache\ndef look_up",
+        "from types import SimpleNamespace as S\n@lambda f: (setattr(f, 'cache_clear', S) or f)\ndef look_up"),
+    Mutant("shards are asked of the Hub", HUB, HUB_TESTS,
+        "local_files_only=local, **options",
+        "local_files_only=False, **options"),
+    Mutant("--call goes unrecorded", "infer.py", f"{INFER_TESTS}::test_a_call_is_the_pipelines_own_and_is_recorded",
+        '{"call": asked or None}',
+        '{"call": None}'),
 ]
 # fmt: on
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import socket
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -14,8 +15,8 @@ from huggingface_hub.utils import hf_raise_for_status
 from safetensors.torch import load_file
 
 import infer
+import senseflow_discriminator
 import senseflow_hub as hub_tools
-import senseflow_pipeline
 import train_senseflow_flux
 import train_senseflow_sdxl
 from scripts import picture_of, refused, without
@@ -120,7 +121,7 @@ def test_every_flag_that_takes_an_id_gives_it(teacher, vision, data, hub, tmp_pa
         refused(script, arguments, 2, "it is gated on the Hub: accept its licence at https://huggingface.co/some/model", capsys)
         refused(script, arguments, 2, f"error: {flag} some/model", capsys)
     for flag, model in (("--model", teacher), ("--transformer", teacher), ("--unet", tmp_path / "sdxl")):
-        arguments = ["--model", str(model), flag, "some/model", "--output_dir", str(tmp_path / "out")]
+        arguments = ["--model", str(model), flag, "some/model", "--prompt", "a hat", "--output_dir", str(tmp_path / "out")]
         refused(infer, arguments, 2, f"error: {flag} some/model: no such folder, and it is gated on the Hub", capsys)
 
 
@@ -135,7 +136,7 @@ def test_what_is_not_in_the_cache(hub, no_network, monkeypatch):
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["switched off", "unreachable"])
-def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, hub, tmp_path, no_network, monkeypatch):
+def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, vision, hub, tmp_path, no_network, monkeypatch):
     """Shards too, for which diffusers asks the Hub; a network in a pipeline, one by itself, and the rest of the pipeline."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     whole = DiffusionPipeline.from_pretrained(teacher)
@@ -149,6 +150,12 @@ def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, hub, tmp_p
     for found in (transformer, alone):
         assert all(np.array_equal(a, b) for a, b in zip(found.state_dict().values(), whole.transformer.state_dict().values()))
     assert pipeline.transformer is transformer and pipeline.text_encoder_2 is not None
+    for name in ("dinov2", "clip"):
+        cache_repository(hub, f"some/{name}", vision / name, FIRST)
+    args = {"discriminator_backbone": "some/dinov2", "discriminator_text_encoder": "some/clip", "discriminator_layers": [0]}
+    senseflow_discriminator.check_discriminator_args(SimpleNamespace(**args, resolution=64))
+    senseflow_discriminator.VisionFeatures("some/dinov2")
+    assert senseflow_discriminator.TextFeatures("some/clip")(["a cat"]).isfinite().all()
     # A part that was never downloaded is the cache's fault.
     next((hub / "models--some--network/snapshots" / FIRST).glob("*00002-of*")).unlink()
     with pytest.raises(UserError, match="some/network: the .*cache.* lacks (it or )?a part of it"):
@@ -179,7 +186,7 @@ def test_a_run_remembers_how_its_teacher_is_loaded(teacher, data, hub, tmp_path,
     flags += ["--max_train_steps"]
     refused(train_senseflow_flux, [*flags, "1"], 2, "text_encoder holds only *.fp16.safetensors: give --variant fp16", capsys)
     refused(train_senseflow_flux, [*flags, "1", "--variant", "bf16"], 2, "holds only *.fp16.safetensors: give --variant", capsys)
-    flags[-1:] = ["--variant", "fp16", "--max_train_steps"]
+    flags[-1:] = ["--variant", "fp16", "--student_model_name_or_path", str(tmp_path / "fp16/transformer"), "--max_train_steps"]
     train_senseflow_flux.main([*flags, "1"])
     out = tmp_path / "out"
     for folder in (out, out / "checkpoint-1"):
@@ -200,11 +207,13 @@ def test_a_run_remembers_how_its_teacher_is_loaded(teacher, data, hub, tmp_path,
     capsys.readouterr()
     refused(train_senseflow_flux, flags, 1, f"was made with {FIRST}; give --revision {FIRST}, or start", capsys)
     cache_repository(hub, "some/teacher", teacher, FIRST)
+    (hub / "models--some--teacher/refs/main").write_text(SECOND)
     hub_tools.look_up.cache_clear()
     flags += ["--revision", FIRST]
-    refused(train_senseflow_flux, without(flags, "--variant"), 1, "was made with fp16; give --variant fp16, or start", capsys)
+    plain = without(flags, "--variant", "--student_model_name_or_path")
+    refused(train_senseflow_flux, plain, 1, "was made with fp16; give --variant fp16, or start", capsys)
     train_senseflow_flux.main(flags)
-    assert (out / "checkpoint-2").is_dir()
+    assert (out / "checkpoint-2").is_dir() and "license: apache-2.0" in (out / "README.md").read_text()
 
 
 def test_variants_are_chosen_for_each_network(teacher, tmp_path):
@@ -225,7 +234,11 @@ def test_variants_are_chosen_for_each_network(teacher, tmp_path):
     assert all(np.array_equal(plain[name], tensor) for name, tensor in pipeline.vae.state_dict().items())
     with pytest.raises(UserError, match=r"vae holds only \*.ema.safetensors and \*.fp16.safetensors: give --variant ema"):
         hub_tools.load_network(AutoencoderKL, "--flag", str(mixed), "vae")
-    # Only what is handed over comes in the variant: the rest of the pipeline is plain.
+    # Only what is handed over comes in the variant, from elsewhere: the rest of the pipeline is plain.
+    args = SimpleNamespace(pretrained_vae_model_name_or_path=str(mixed), variant="fp16")
+    assert isinstance(train_senseflow_sdxl.own_vae(args)["vae"], AutoencoderKL)
+    for weights in (mixed / "vae").glob("*.safetensors"):
+        weights.unlink()
     assert hub_tools.load_pipeline(DiffusionPipeline, "--flag", str(mixed), variant="fp16", vae=pipeline.vae).vae is pipeline.vae
 
 
@@ -257,20 +270,6 @@ def test_a_file_or_a_variant_where_a_folder_is_wanted(teacher, vision, data, tmp
     shutil.copytree(vision / "dinov2", tmp_path / "dinov2")
     only_variant(tmp_path / "dinov2")
     bad("dinov2: its weights have a variant in their names", "--discriminator_backbone", tmp_path / "dinov2")
-
-
-@pytest.mark.parametrize(
-    "card, found",
-    [
-        ("license: other\nlicense_name: flux-dev", {"license": "other", "license_name": "flux-dev"}),
-        ("license: apache-2.0", {"license": "apache-2.0"}),
-        ("tags: [a", {"license": "other"}),
-        ("tags: [a]", {"license": "other"}),
-    ],
-)
-def test_the_teachers_licence_is_named(card, found, tmp_path):
-    (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
-    assert senseflow_pipeline.license_of(str(tmp_path)) == found
 
 
 def test_a_network_is_found_by_itself_or_in_a_pipeline(hub, tmp_path):

@@ -415,6 +415,11 @@ def test_a_checkpoint_finds_the_variant_of_its_teacher(models, drawn, tmp_path):
             assert "is a folder, which has none" in refusal(*argv)
         else:
             infer.main(argv)
+    # Both at once: the folder of the one is not completed with the other.
+    shutil.copytree(models / "teacher", tmp_path / "teacher", dirs_exist_ok=True)
+    argv = ["--model", tmp_path / "teacher", "--prompt", "a hat", "--height", 32, "--num_inference_steps", 1]
+    infer.main([str(word) for word in [*argv, "--output_dir", tmp_path / "both"]])
+    assert "was drawn with weights" in refusal(*argv, "--output_dir", tmp_path / "both", "--variant", "fp16")
 
 
 def test_a_checkpoint_finds_the_revision_of_its_teacher(models, drawn, tmp_path, monkeypatch, caplog):
