@@ -96,9 +96,9 @@ def say(line: str) -> None:
 
 
 def say_at_once(line: str) -> None:
-    """The same in the main process alone, from within a signal handler: what that interrupts may be writing to stderr."""
+    """The same below a progress bar, in the main process alone, and safe in a signal handler, which may interrupt a `print`."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"{Path(sys.argv[0]).name}: {line}\n".encode())
+        os.write(2, f"\n{Path(sys.argv[0]).name}: {line}\n".encode())
 
 
 def end_at_once(line: str) -> NoReturn:

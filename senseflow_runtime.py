@@ -97,7 +97,6 @@ class Runtime:
         if self._interrupted_at is not None and now - self._interrupted_at > SAME_CTRL_C:
             # torchrun hands the first Ctrl-C on as SIGINT, and on a second one sends SIGTERM.
             if name == "SIGINT" or "TORCHELASTIC_RUN_ID" in os.environ:
-                os.write(2, b"\n" if self.accelerator.is_local_main_process else b"")  # below the progress bar
                 end_at_once("stopped at once by a second Ctrl-C; complete checkpoints are intact")
         elif name == "SIGINT" and self._interrupted_at is None:
             self._interrupted_at = now

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,13 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from tiny_pipelines import write_discriminator, write_flux  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_ends_the_tests():
+    """And not a script's loop that a test has run here."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

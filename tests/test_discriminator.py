@@ -21,6 +21,7 @@ from senseflow_discriminator import (
     check_discriminator_args,
     default_layers,
     diff_augment,
+    load_discriminator,
 )
 from senseflow_roles import fingerprint
 from senseflow_utils import Draws
@@ -169,6 +170,14 @@ def test_under_bf16_weights_and_residual_stream_stay_float32(deep):
         assert 0 < (b - a).norm() < (c - a).norm() / 2
     # What a checkpoint says of the backbone is the same in either precision.
     assert fingerprint(exact) == fingerprint(ours) == fingerprint(rounded)
+
+
+def test_the_backbone_follows_the_runs_precision_and_memory(vision):
+    paths = {"discriminator_backbone": vision / "dinov2", "discriminator_text_encoder": vision / "clip"}
+    args = SimpleNamespace(**paths, discriminator_layers=None, learning_rate_disc=0.1, gradient_checkpointing=True)
+    runtime = SimpleNamespace(weight_dtype=torch.bfloat16, device="cpu", trained_role=lambda *_, **how: how)
+    _, network, _ = load_discriminator(args, runtime)
+    assert network.dtype == torch.bfloat16 and network.gradient_checkpointing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from tqdm.auto import tqdm
 
@@ -195,6 +196,19 @@ def test_data_that_is_lost_at_once_leaves_no_checkpoint_of_nothing(flags, tmp_pa
     with pytest.raises(UserError, match="lost.png; mend it, no checkpoint has been saved yet"):
         script.main([*flags, "--output_dir", str(tmp_path)])
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_lost_data_in_one_of_several_processes_say_what_is_saved(flags, tmp_path, monkeypatch):
+    """The others wait in a collective: nothing more can be saved."""
+    runtime = senseflow_runtime.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
+    metrics = senseflow_runtime.Metrics(runtime, None, 1, tqdm(disable=True))
+    runtime.saved = 7
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    batches = metrics.batches(lost([{}, {}], 1, raises=True), 5)
+    assert next(batches) == [{}]
+    with pytest.raises(UserError, match="lost.png; mend it, checkpoint-7 is complete") as error:
+        next(batches)
+    assert error.value.exit_code == 1 and not error.value.everywhere
 
 
 PRESSES = """
