@@ -443,10 +443,9 @@ class ShardedRole(PartedRole):
         for name, parameter in self.parameters.items():
             if name in parts[0]:
                 state = _joined(parts, name)
-                device = parameter.device  # of the number of steps, too: a fused optimiser looks for it there
-                self.optimizer.state[parameter] = {
-                    k: self._like(parameter, v) if v.dim() else v.to(device) for k, v in state.items()
-                }
+                # The number of steps goes to the device, too, where a fused optimiser wants it.
+                own = {k: self._like(parameter, v) if v.dim() else v.to(parameter.device) for k, v in state.items()}
+                self.optimizer.state[parameter] = own
 
     @staticmethod
     def _like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
