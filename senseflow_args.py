@@ -12,7 +12,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, NoReturn, Sequence
 
 import datasets
 import diffusers
@@ -26,7 +26,8 @@ from torch import distributed
 from torch.distributed import DistError
 
 
-TERMINATED = 143  # exit code: 128 + SIGTERM
+# Exit codes: 128 + SIGINT, 128 + SIGTERM.
+INTERRUPTED, TERMINATED = 130, 143
 LAUNCHER_LOOKS = 3  # seconds; torchrun looks at its processes ten times a second
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
@@ -40,12 +41,14 @@ class UserError(Exception):
 
     Args:
         message: that line.
-        exit_code: 2 for bad arguments (found before any weight loads), 143 for a run that SIGTERM ended, 1 otherwise.
+        exit_code: 2 for bad arguments (found before any weight loads), 130 and 143 for a run that Ctrl-C and SIGTERM ended, 1
+            otherwise.
+        everywhere: all processes raise it, at the same place: one says so, and they take leave of each other.
     """
 
-    def __init__(self, message: str, exit_code: int = 1):
+    def __init__(self, message: str, exit_code: int = 1, everywhere: bool = False):
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.everywhere = exit_code, everywhere
 
 
 def quiet_libraries() -> None:
@@ -58,30 +61,51 @@ def quiet_libraries() -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main(); a UserError becomes one line on stderr and its exit code, without a traceback.
+    """Runs a script's main(); a UserError becomes one line on stderr and its exit code, without a traceback, and so does Ctrl-C.
 
     Whatever ends one of several processes is left for the launcher, too, which ends the others and then prints it last.
     """
     quiet_libraries()
-    name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
         traceback.clear_frames(error.__traceback__)  # the progress bar goes first, or it would stand below the message
         line = " ".join(str(error).split())
-        if error.exit_code not in (2, TERMINATED) or rank == "0":  # all processes find these; one says so
-            print(f"{name}: {'' if error.exit_code == TERMINATED else 'error: '}{line}", file=sys.stderr)
+        if rank == "0" or not (error.exit_code == 2 or error.everywhere):  # all processes find bad arguments
+            say(f"{'' if error.exit_code in (INTERRUPTED, TERMINATED) else 'error: '}{line}")
         leave_for_launcher(line)
-        if error.exit_code == TERMINATED and distributed.is_initialized():
+        if error.everywhere and distributed.is_initialized():
             distributed.destroy_process_group()  # all are here; a process whose peer just goes may abort
         sys.exit(error.exit_code)
+    except KeyboardInterrupt as interrupt:
+        traceback.clear_frames(interrupt.__traceback__)
+        end_at_once("stopped by Ctrl-C")
     except Exception as error:
         if isinstance(error, DistError) or "gloo" in str(error):
-            print(f"{name}: process {rank} has lost another one, whose message says why ({error})", file=sys.stderr)
+            say(f"process {rank} has lost another one, whose message says why ({error})")
             time.sleep(LAUNCHER_LOOKS)  # so that the launcher sees first who failed
             sys.exit(1)
         leave_for_launcher(traceback.format_exc())
         raise
+
+
+def say(line: str) -> None:
+    """One line on stderr, with the script's name."""
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+
+
+def say_at_once(line: str) -> None:
+    """The same below a progress bar, in the main process alone, and safe in a signal handler, which may interrupt a `print`."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\n{Path(sys.argv[0]).name}: {line}\n".encode())
+
+
+def end_at_once(line: str) -> NoReturn:
+    """Ends this process with a line and exit code 130. Nothing is unwound: that may take long, hang, or fail."""
+    say_at_once(line)
+    leave_for_launcher(line)
+    os._exit(INTERRUPTED)
 
 
 def leave_for_launcher(message: str) -> None:

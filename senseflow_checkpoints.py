@@ -12,9 +12,9 @@ from typing import Callable, Iterable, Optional, Sequence
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
 
-from senseflow_args import TERMINATED, UserError
+from senseflow_args import UserError
 from senseflow_roles import Role, fingerprint, launched
-from senseflow_runtime import Runtime
+from senseflow_runtime import ENDINGS, Metrics, Runtime
 
 
 logger = get_logger(__name__)
@@ -57,8 +57,11 @@ def find_checkpoint(args) -> Optional[Path]:
             )
         check_launch(here[-1])
         return here[-1]
+    if wanted in [path.name for path in here]:  # as in the diffusers examples
+        wanted = Path(output_dir) / wanted
     if not (Path(wanted) / "state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {wanted}: not a complete checkpoint folder (no state.json)", exit_code=2)
+        message = f"--resume_from_checkpoint {wanted}: not a complete checkpoint, neither a folder nor a name below --output_dir"
+        raise UserError(f"{message} (no state.json)", exit_code=2)
     later = [path.name for path in here if number_of(path) > read_state(Path(wanted))["iteration"]]
     if later:
         # They would be "latest" before this run's own, and --checkpoints_total_limit would keep them instead.
@@ -187,13 +190,23 @@ def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, prints:
                 for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
                     discard(old)
         main.wait_for_everyone()
+    runtime.saved = iteration
 
 
-def check_finished(args, iteration: int) -> None:
-    """Ends a run that SIGTERM stopped before its last iteration, after its checkpoint (UserError, exit code 143)."""
+def check_finished(runtime: Runtime, metrics: Metrics, iteration: int) -> None:
+    """Ends a run that something stopped, after its checkpoint; a signal that came in the last iteration has stopped nothing.
+
+    Raises:
+        UserError: exit code 130 after Ctrl-C, 143 after SIGTERM, 1 with what a process' data ended with.
+    """
+    args = runtime.args
+    if metrics.ended_by == "failure":
+        reason = runtime.gather_objects([str(metrics.failure)] if metrics.failure else [])[0]
+        raise UserError(f"{reason}, {runtime.last_checkpoint()}", everywhere=True)
     if iteration < args.max_train_steps:
-        message = f"stopped by SIGTERM; checkpoint-{iteration} in {args.output_dir} is complete: go on with"
-        raise UserError(f"{message} --resume_from_checkpoint latest", exit_code=TERMINATED)
+        what = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM"}[metrics.ended_by]
+        message = f"stopped by {what}; checkpoint-{iteration} in {args.output_dir} is complete: go on with"
+        raise UserError(f"{message} --resume_from_checkpoint latest", exit_code=ENDINGS[metrics.ended_by], everywhere=True)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, Dinov2Model
 
 from senseflow_args import UserError
@@ -88,15 +89,25 @@ class _Frozen(nn.Module):
 class VisionFeatures(_Frozen):
     """Maps of a frozen DINOv2, in eval mode whatever `train` says.
 
+    Weights and the residual stream are float32, whatever the precision of the blocks' matrix products (release).
+
     Args:
         path: folder or Hub id.
         layers: increasing block numbers; None for `default_layers`. Blocks above the last are dropped.
-        dtype: of the weights and the computation.
+        dtype: of the autocast that it runs under; none for float32.
+        gradient_checkpointing: recompute the blocks in the backward.
     """
 
-    def __init__(self, path: str, layers: Optional[Sequence[int]] = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        path: str,
+        layers: Optional[Sequence[int]] = None,
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+    ):
         super().__init__()
-        model, info = from_hub(Dinov2Model.from_pretrained, path, dtype=dtype, output_loading_info=True)
+        self.dtype, self.gradient_checkpointing = dtype, gradient_checkpointing
+        model, info = from_hub(Dinov2Model.from_pretrained, path, dtype=torch.float32, output_loading_info=True)
         _refuse_missing(info)
         self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
         self.embeddings = model.embeddings
@@ -107,25 +118,31 @@ class VisionFeatures(_Frozen):
         self.requires_grad_(False).eval()
 
     def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """Maps (B, C, h, w) after the embedding and after each chosen block, without the final norm.
+        """Maps (B, C, h, w), float32, after the embedding and after each chosen block, without the final norm.
 
         Each is the patch tokens plus the CLS token. h and w are height and width over the patch size, rounded down.
 
         Args:
             pictures: (B, 3, H, W) in [-1, 1], at least a patch high and wide; gradient flows back to them.
         """
-        pictures = ((pictures.float() + 1) / 2 - self.mean) / self.std
-        patches = self.embeddings.patch_embeddings.projection(pictures.to(self.embeddings.cls_token.dtype))
-        batch, channels, height, width = patches.shape
-        tokens = patches.flatten(2).transpose(1, 2) + self._positions(height, width)
-        cls = self.embeddings.cls_token + self.embeddings.position_embeddings[:, :1]
-        states = torch.cat([cls.expand(batch, -1, -1), tokens], 1)
-        maps = [states]
-        for number, block in enumerate(self.blocks):
-            states = block(states)
-            if number in self.layers:
-                maps.append(states)
+        with torch.autocast(pictures.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            pictures = ((pictures.float() + 1) / 2 - self.mean) / self.std
+            patches = self.embeddings.patch_embeddings.projection(pictures)
+            batch, channels, height, width = patches.shape
+            tokens = patches.flatten(2).transpose(1, 2) + self._positions(height, width)
+            cls = self.embeddings.cls_token + self.embeddings.position_embeddings[:, :1]
+            states = torch.cat([cls.expand(batch, -1, -1), tokens], 1)
+            maps = [states]
+            for number, block in enumerate(self.blocks):
+                states = self._run(block, states)
+                if number in self.layers:
+                    maps.append(states)
         return [(m[:, 1:] + m[:, :1]).transpose(1, 2).reshape(batch, channels, height, width) for m in maps]
+
+    def _run(self, block: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and states.requires_grad:
+            return checkpoint(block, states, use_reentrant=False, preserve_rng_state=False)  # in eval mode it draws nothing
+        return block(states)
 
     def _positions(self, height: int, width: int) -> torch.Tensor:
         # The release interpolates bilinearly, transformers' own code bicubically.
@@ -133,7 +150,7 @@ class VisionFeatures(_Frozen):
         side = round(positions.shape[1] ** 0.5)
         grid = positions.transpose(1, 2).reshape(1, -1, side, side)
         if (height, width) != (side, side):
-            grid = F.interpolate(grid.float(), size=(height, width), mode="bilinear", align_corners=False).to(positions.dtype)
+            grid = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=False)
         return grid.flatten(2).transpose(1, 2)
 
 
@@ -291,7 +308,8 @@ class LatentClassifier(nn.Sequential):
 def load_discriminator(args, runtime) -> tuple:
     """The VFM discriminator and what it looks and reads through; only its heads learn."""
     with loading_model("--discriminator_backbone", args.discriminator_backbone):
-        vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, runtime.weight_dtype).to(runtime.device)
+        how = {"dtype": runtime.weight_dtype, "gradient_checkpointing": args.gradient_checkpointing}
+        vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, **how).to(runtime.device)
     with loading_model("--discriminator_text_encoder", args.discriminator_text_encoder):
         text = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)

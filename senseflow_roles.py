@@ -190,8 +190,20 @@ class Role:
         (loss / self.accumulation).backward()
 
     def step(self) -> torch.Tensor:
-        """Clips, steps optimiser and schedule, clears the gradients. Returns the gradient norm before clipping (no host sync)."""
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
+        """Clips, steps optimiser and schedule, clears the gradients. Returns the gradient norm before clipping (no host sync).
+
+        A step whose norm is not finite is not taken: weights and moments stay as they are, and the schedule goes on. 8-bit Adam
+        cannot be told so without a sync, and takes the gradient for zero: moments decay, and weights follow what is left of them.
+        """
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = self._whole(torch.nn.utils.get_total_norm(gradients))
+        scale, finite = (norm / self.max_grad_norm).clamp(min=1), norm.isfinite()
+        if self.optimizer.defaults.get("fused"):
+            # As torch.amp.GradScaler hands them over: the one divides the gradients, where the other is 1 nothing happens.
+            self.optimizer.grad_scale, self.optimizer.found_inf = scale, (~finite).float()
+        else:
+            for gradient in gradients:
+                gradient.div_(scale).masked_fill_(~finite, 0)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -395,9 +407,6 @@ class ShardedRole(PartedRole):
         with self.accelerator.autocast():
             return super().__call__(*args, **kwargs)
 
-    def step(self):
-        return super().step().full_tensor()
-
     def _free_gathered(self) -> None:
         """Frees gathered weights that a forward has left behind: what happens to the shards must reach the next forward."""
         for part in self.module.modules():
@@ -434,7 +443,9 @@ class ShardedRole(PartedRole):
         for name, parameter in self.parameters.items():
             if name in parts[0]:
                 state = _joined(parts, name)
-                self.optimizer.state[parameter] = {k: self._like(parameter, v) if v.dim() else v for k, v in state.items()}
+                # The number of steps goes to the device, too, where a fused optimiser wants it.
+                own = {k: self._like(parameter, v) if v.dim() else v.to(parameter.device) for k, v in state.items()}
+                self.optimizer.state[parameter] = own
 
     @staticmethod
     def _like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
@@ -521,7 +532,7 @@ class ZeroRole(PartedRole):
     def _load_optimizer_state(self, parts):
         part = parts[self.accelerator.process_index]
         for index, master in enumerate(self._masters()):
-            state = {k: v.to(master.device, copy=True) if v.dim() else v for k, v in part[str(index)].items()}
+            state = {k: v.to(master.device, copy=True) for k, v in part[str(index)].items()}
             master.copy_(state.pop("master"))
             if state:
                 self.optimizer.state[master] = state

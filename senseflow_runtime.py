@@ -10,10 +10,11 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, ContextManager, Optional
+from typing import Callable, ContextManager, Iterator, Optional
 
 import numpy as np
 import torch
@@ -31,11 +32,16 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 
-from senseflow_args import UserError
+from senseflow_args import INTERRUPTED, TERMINATED, UserError, end_at_once, say_at_once
 from senseflow_roles import Role, ShardedRole, ZeroRole, engine_of, launched, shard
 
 
 logger = get_logger(__name__)
+
+# What ends a run early, first things first, and its exit code: data that must be mended, Ctrl-C, a cluster.
+ENDINGS = {"failure": 1, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
+SAME_CTRL_C = 0.5  # seconds in which one Ctrl-C may arrive twice: from the terminal or a cluster, and from the launcher
+TAKE_LISTS = ("wandb", "swanlab")  # of accelerate's trackers: pictures by the list
 
 
 class Runtime:
@@ -72,14 +78,30 @@ class Runtime:
             self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
         set_seed(args.seed)  # initial weights of the discriminator; every draw of the training itself is stateless
-        self.terminated, self._process = False, os.getpid()
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self.endings: set[str] = set()  # of ENDINGS, what has reached this process
+        self.saved = 0  # iterations that the last complete checkpoint holds
+        self._process, self._interrupted_at = os.getpid(), None
+        signal.signal(signal.SIGTERM, self._on_signal)
 
-    def _on_sigterm(self, *_):
+    def save_when_interrupted(self) -> None:
+        """From now on Ctrl-C does what SIGTERM does, and a second one ends at once; before, the first one does."""
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, _) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
         if os.getpid() != self._process:  # a worker of the DataLoader, which inherited this handler
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        self.terminated = True
+            if name == "SIGTERM":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return
+        if self._interrupted_at is not None and now - self._interrupted_at > SAME_CTRL_C:
+            # torchrun hands the first Ctrl-C on as SIGINT, and on a second one sends SIGTERM.
+            if name == "SIGINT" or "TORCHELASTIC_RUN_ID" in os.environ:
+                end_at_once("stopped at once by a second Ctrl-C; complete checkpoints are intact")
+        elif name == "SIGINT" and self._interrupted_at is None:
+            self._interrupted_at = now
+            say_at_once("Ctrl-C: a checkpoint is saved after this iteration or the next; a second Ctrl-C ends at once")
+        self.endings.add(name)
 
     def frozen_role(self, name: str, module: torch.nn.Module, select: Callable[[], ContextManager] = nullcontext) -> Role:
         """A role that never learns (the teacher); its module is in the precision of the run's frozen networks already."""
@@ -140,7 +162,12 @@ class Runtime:
 
         def make_optimizer(own: list[torch.nn.Parameter]):
             betas, eps, decay = (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
-            optimizer = self._optimizer_class()(own, lr=learning_rate, betas=betas, eps=eps, weight_decay=decay)
+            kind, how = torch.optim.AdamW, {"fused": True}  # without temporaries as large as the weights
+            if args.use_8bit_adam:
+                import bitsandbytes
+
+                kind, how = bitsandbytes.optim.AdamW8bit, {}
+            optimizer = kind(own, lr=learning_rate, betas=betas, eps=eps, weight_decay=decay, **how)
             return optimizer, self._lr_scheduler(optimizer, every)
 
         role.prepare(make_optimizer)
@@ -160,15 +187,8 @@ class Runtime:
             "managed_gradient_accumulation": False,  # a role says itself when it steps
             "gradient_clipping": self.args.max_grad_norm,
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": half and self.args.mixed_precision == "bf16"},
+            "bf16": {"enabled": half and self.args.mixed_precision == "bf16", "check_grad_overflow": True},
         }
-
-    def _optimizer_class(self):
-        if self.args.use_8bit_adam:
-            import bitsandbytes
-
-            return bitsandbytes.optim.AdamW8bit
-        return torch.optim.AdamW
 
     def _lr_scheduler(self, optimizer, every: int):
         args = self.args
@@ -185,6 +205,10 @@ class Runtime:
                 group["lr"] = base * factor(0)
         return scheduler
 
+    def last_checkpoint(self) -> str:
+        """What a message says of the checkpoint to go on from."""
+        return f"checkpoint-{self.saved} is complete" if self.saved else "no checkpoint has been saved yet"
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of a tensor over all processes; one collective, no host sync."""
         return self.accelerator.reduce(values, reduction="mean")
@@ -198,24 +222,53 @@ class Runtime:
         return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     def start_trackers(self, project: str) -> None:
-        """Starts --report_to with the run's arguments as its configuration."""
+        """Starts --report_to with the run's arguments as its configuration; before any weight loads.
+
+        Raises:
+            UserError: exit code 2: the tracker does not start: no key, no server, a folder that cannot be written to.
+        """
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(self.args).items()}
-        self.accelerator.init_trackers(project, config=plain)
+        try:
+            self.accelerator.init_trackers(project, config=plain)
+        except Exception as error:  # every tracker has its own
+            fix = "log in to it, set its key, or give tensorboard or none"
+            raise UserError(f"--report_to {self.args.report_to}: does not start ({_reason(error)}): {fix}", exit_code=2) from error
+        for tracker in self.accelerator.trackers:
+            if self.args.validation_prompts and not hasattr(tracker, "log_images"):
+                logger.warning(f"--report_to {tracker.name} shows no pictures: those of --validation_prompts are not logged")
 
     def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
         """One picture to every tracker that shows pictures."""
         for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
+            if not hasattr(tracker, "log_images"):
+                continue  # `start_trackers` has said so
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({name: [picture] if tracker.name in TAKE_LISTS else picture}, step=step)
+
+
+def _reason(error: BaseException) -> str:
+    """A library's exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _leave_process_group(worker: int) -> None:
+    """In a worker of the DataLoader: what Ctrl-C or a launcher sends to the group is the main process' business."""
+    os.setpgid(0, 0)
 
 
 class Metrics:
     """Scalars of the iterations to the trackers and the progress bar, read one iteration late: the device never waits for the host.
 
-    Says with `interrupted` that SIGTERM reached a process: in all processes after the same iteration, the one that was under way
-    or the next. Stops the run (UserError) when values are not finite `patience` times in a row, with no sound student's turn
-    between. Samples whose DMD gradient was not finite are counted as `dmd_non_finite`, the mean over micro-batches and processes.
+    Stops the run (UserError) when values are not finite `patience` times in a row, with no sound student's turn between. Samples
+    whose DMD gradient was not finite are counted as `dmd_non_finite`, the mean over micro-batches and processes; steps that a
+    network has not taken since this start as `{name}_skipped_steps`.
+
+    Attributes:
+        ended_by: of ENDINGS, what reached a process and ends the run before its last iteration, else None. Known in all processes
+            after the same iteration, the one that was under way or the next.
+        failure: what came of this process' data, if that ends the run.
     """
 
     shown = ("dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss")
@@ -224,14 +277,43 @@ class Metrics:
         self.runtime, self.student, self.samples, self.progress, self.patience = runtime, student, samples, progress, patience
         self.pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
         self.bad_in_a_row, self.since, self.postfix = 0, time.monotonic(), {}
-        self.interrupted = False
+        self.skipped: Counter[str] = Counter()
+        self.ended_by: Optional[str] = None
+        self.failure: Optional[UserError] = None
+
+    def batches(self, loader, iterations: int) -> Iterator[list[dict]]:
+        """The micro-batches of `iterations` iterations, on the device; fewer where something ends the run.
+
+        Raises:
+            UserError: no batch can be made, and other processes, which wait for this one, cannot save. A process by itself says so
+                with `ended_by`.
+        """
+        runtime = self.runtime
+        runtime.save_when_interrupted()
+        loader.worker_init_fn = _leave_process_group
+        data = iter(loader)
+        for _ in range(iterations):
+            if self.ended_by:
+                return
+            try:
+                batches = [runtime.to_device(next(data)) for _ in range(runtime.args.gradient_accumulation_steps)]
+            except UserError as error:
+                if runtime.accelerator.num_processes > 1:
+                    raise UserError(f"{error}, {runtime.last_checkpoint()}", error.exit_code) from error
+                self.failure, self.ended_by = error, "failure"
+                return
+            if loader.failure is not None:
+                self.failure = loader.failure
+                runtime.endings.add("failure")
+            yield batches
 
     def push(self, iteration: int, values: dict[str, torch.Tensor]) -> None:
         """Takes the device scalars of an iteration, logs the one before."""
         self.flush()
         names = sorted(values)
         stacked = [values[name].detach().float().reshape(()) for name in names]
-        stacked.append(torch.tensor(float(self.runtime.terminated)).to(self.runtime.device, non_blocking=True))
+        endings = torch.tensor([float(ending in self.runtime.endings) for ending in ENDINGS])
+        stacked += endings.to(self.runtime.device, non_blocking=True)
         self.pending = (iteration, self.student.learning_rate, names, self.runtime.mean(torch.stack(stacked)))
 
     def flush(self) -> None:
@@ -240,9 +322,15 @@ class Metrics:
             return
         iteration, rate, names, stacked = self.pending
         self.pending = None
-        *means, terminated = stacked.tolist()
-        numbers, self.interrupted = dict(zip(names, means)), terminated > 0
+        means = stacked.tolist()
+        numbers, endings = dict(zip(names, means)), means[len(names) :]
+        self.ended_by = self.ended_by or next((ending for ending, share in zip(ENDINGS, endings) if share > 0), None)
         self._check(iteration, numbers)
+        for name in names:
+            if name.endswith("_grad_norm"):
+                role = name.removesuffix("_grad_norm")
+                self.skipped[role] += not math.isfinite(numbers[name])
+                numbers[f"{role}_skipped_steps"] = self.skipped[role]
         now = time.monotonic()
         numbers |= {"lr": rate, "samples_per_second": self.samples / max(now - self.since, 1e-9)}
         self.since = now

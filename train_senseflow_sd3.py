@@ -533,6 +533,7 @@ def main(argv=None):
     state = checkpoint_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     runtime = Runtime(args)
+    runtime.start_trackers("senseflow")
     schedule, scheduler, call = make_schedule(args, runtime.device)
     components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
     parts, pipeline = load_parts(args, runtime, schedule)
@@ -546,11 +547,11 @@ def main(argv=None):
         checkpoint_tools.clear_leftovers(args.output_dir)
         checkpoint_tools.check_disk(args, runtime.trained)
     iteration, samples_seen = state["iteration"], state["samples_seen"]
+    runtime.saved = iteration
     rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
     wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
-    data = iter(make_dataloader(args, rows, rank, world_size, iteration, samples_seen, wanted))
+    loader = make_dataloader(args, rows, rank, world_size, iteration, samples_seen, wanted)
     per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
-    runtime.start_trackers("senseflow")
     logger.info(f"anchors {', '.join(f'{t:.1f}' for t in schedule.anchors)}; {per_iteration} samples per iteration")
 
     def validate(role: Role, scheduler, name: str, call: dict) -> None:
@@ -559,13 +560,17 @@ def main(argv=None):
         pipeline.set_progress_bar_config(disable=True)
         runtime.log_picture(f"validation/{name}", pipeline_tools.draw_grid(runtime, pipeline, args, call), iteration)
 
+    def save() -> None:
+        record = pipeline_tools.usage_record(args, schedule, call, iteration)
+        usage = partial(pipeline_tools.write_usage, record=record, components=components)
+        checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
+
     if args.validation_prompts:
         validate(parts.teacher, pipeline.scheduler, "teacher", call | teacher_call(args, parts.teacher.module))
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
     metrics = Metrics(runtime, parts.student, per_iteration, progress)
     panel: dict[str, torch.Tensor] = {}
-    while iteration < args.max_train_steps and not metrics.interrupted:
-        batches = [runtime.to_device(next(data)) for _ in range(args.gradient_accumulation_steps)]
+    for batches in metrics.batches(loader, args.max_train_steps - iteration):
         values, new_panel = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
         panel = new_panel or panel
         iteration, samples_seen = iteration + 1, samples_seen + per_iteration
@@ -574,14 +579,14 @@ def main(argv=None):
             validate(parts.student, scheduler, "student", call)
             if panel:
                 runtime.log_picture("panel/" + " ".join(panel), pipeline_tools.draw_panel(pipeline.vae, panel), iteration)
-        if iteration % args.checkpointing_steps == 0 or metrics.interrupted:
+        if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
-            record = pipeline_tools.usage_record(args, schedule, call, iteration)
-            usage = partial(pipeline_tools.write_usage, record=record, components=components)
-            checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
+            save()
     metrics.flush()
+    if metrics.ended_by and runtime.saved < iteration:
+        save()
     progress.close()
-    checkpoint_tools.check_finished(args, iteration)
+    checkpoint_tools.check_finished(runtime, metrics, iteration)
     record = pipeline_tools.usage_record(args, schedule, call, iteration)
     pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
     runtime.accelerator.end_training()

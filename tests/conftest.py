@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,13 @@ from tiny_pipelines import write_discriminator, write_flux  # noqa: E402
 def a_fresh_look_at_the_hub():
     """Each test is a process of its own to the Hub's repositories, which a process sees at one commit."""
     look_up.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_ends_the_tests():
+    """And not a script's loop that a test has run here."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -61,10 +61,14 @@ LEAK = f"{LOOP_TESTS}::test_a_frozen_discriminator_does_not_change_the_students_
 
 BF16 = "tests/test_modes.py::test_bf16_learns_what_fp32_learns"
 RESUMED = "tests/test_modes.py::test_a_resumed_run_is_the_same_run"
-AT_ONCE = "tests/test_modes.py::test_ida_reaches_the_next_forward_whatever_the_last_has_gathered"
+AT_ONCE = "tests/test_modes.py::test_one_step_reaches_the_next_forward_unless_its_gradient_is_not_finite"
 STREAM, ROLE_TESTS = "senseflow_stream.py", "tests/test_roles.py"
 HUB, MODELS, HUB_TESTS, INFER_TESTS = "senseflow_hub.py", "senseflow_models.py", "tests/test_hub.py", "tests/test_infer.py"
 OF_TEACHER = f"{INFER_TESTS}::test_a_checkpoint_finds_the_{{}}_of_its_teacher"
+STEP = f"{ROLE_TESTS}::test_a_step_is_clipped_and_taken_only_where_its_gradient_is_finite"
+ENDS = f"{ROLE_TESTS}::test_what_ends_a_run_saves_and_the_run_goes_on_as_if_nothing_had_been"
+DISCRIMINATOR = "senseflow_discriminator.py"
+VISION = "tests/test_discriminator.py::test_under_bf16_weights_and_residual_stream_stay_float32"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
 
@@ -256,6 +260,33 @@ MUTANTS = [
     Mutant("IDA on half of the parameters", ROLES, HAND,
         "ida_update(list(self.parameters.values()), list(other",
         "ida_update(list(self.parameters.values())[:1], list(other"),
+    Mutant("no clipping", ROLES, STEP,
+        "(norm / self.max_grad_norm).clamp(min=1)",
+        "torch.ones_like(norm)"),
+    Mutant("small gradients are made large", ROLES, STEP,
+        "(norm / self.max_grad_norm).clamp(min=1)",
+        "norm / self.max_grad_norm"),
+    Mutant("a step that is not finite is taken", ROLES, STEP,
+        "(~finite).float()",
+        "torch.zeros_like(norm)"),
+    Mutant("8-bit Adam takes a step that is not finite", ROLES, STEP,
+        ".masked_fill_(~finite, 0)",
+        ""),
+    Mutant("skipped steps are not counted", RUNTIME,
+        f"{ROLE_TESTS}::test_skipped_steps_are_counted_and_three_in_a_row_end_the_run",
+        "self.skipped[role] += not math.isfinite(numbers[name])",
+        "self.skipped[role] += 0"),
+    # DINOv2 under bf16
+    Mutant("DINOv2's weights in bf16", DISCRIMINATOR, VISION,
+        "Dinov2Model.from_pretrained(path, dtype=torch.float32,",
+        "Dinov2Model.from_pretrained(path, dtype=dtype,"),
+    Mutant("DINOv2 without autocast", DISCRIMINATOR, VISION,
+        "enabled=self.dtype != torch.float32",
+        "enabled=False"),
+    Mutant("DINOv2 is not told the run's precision", DISCRIMINATOR,
+        "tests/test_discriminator.py::test_the_backbone_follows_the_runs_precision_and_memory",
+        '{"dtype": runtime.weight_dtype, "grad',
+        '{"grad'),
     # SD 3.5
     Mutant("SD 3.5: omega from the ascending table", UTILS, SD3_LEVELS,
         "self.table.flip(0)[self.index_of(t)]",
@@ -380,10 +411,19 @@ MUTANTS = [
     Mutant("stream: every epoch in the same order", STREAM, "tests/test_stream.py",
         "np.random.default_rng((seed, epoch))",
         "np.random.default_rng((seed, 0))"),
-    Mutant("SIGTERM is not heard", RUNTIME,
-        f"{ROLE_TESTS}::test_sigterm_ends_the_run_with_a_checkpoint_that_goes_on_as_if_nothing_had_been",
-        "dict(zip(names, means)), terminated > 0",
-        "dict(zip(names, means)), False"),
+    Mutant("signals are not heard", RUNTIME, ENDS,
+        "        self.endings.add(name)\n",
+        "        pass\n"),
+    Mutant("unreadable data end nothing", RUNTIME, ENDS,
+        'runtime.endings.add("failure")',
+        "pass"),
+    Mutant("what ends a run saves nothing", LOOP, ENDS,
+        "    if metrics.ended_by and runtime.saved < iteration:\n        save()\n",
+        ""),
+    Mutant("a signal to the group reaches the DataLoader's workers", RUNTIME,
+        "tests/test_modes.py::test_a_signal_saves_and_says_so[ddp-SIGTERM]",
+        "os.setpgid(0, 0)",
+        "pass"),
     Mutant("a full disk leaves half a checkpoint", "senseflow_checkpoints.py",
         f"{ROLE_TESTS}::test_a_full_disk_is_one_line_and_older_checkpoints_stay",
         "        shutil.rmtree(aside, ignore_errors=True)\n        reason",
@@ -400,6 +440,9 @@ MUTANTS = [
         f"{AT_ONCE}[fsdp2]",
         "    def align_with(self, other, decay):\n        self._free_gathered()\n",
         "    def align_with(self, other, decay):\n"),
+    Mutant("FSDP2: each process clips by the norm of its own part", ROLES, f"{AT_ONCE}[fsdp2]",
+        "self._whole(torch.nn.utils.get_total_norm(gradients))",
+        "torch.nn.utils.get_total_norm([getattr(gradient, '_local_tensor', gradient) for gradient in gradients])"),
     Mutant("FSDP2: a turn begins with what was gathered frozen", ROLES, f"{MODES}[sd3-fsdp2]",
         "    def _set_learning(self, learning):\n        self._free_gathered()\n",
         "    def _set_learning(self, learning):\n"),
@@ -407,8 +450,8 @@ MUTANTS = [
         "        self.module._get_fsdp_state()._lazy_init()\n",
         ""),
     Mutant("FSDP2: moments are not restored", ROLES, f"{RESUMED}[6-fsdp2]",
-        "            if name in parts[0]:\n                state = _joined(parts, name)\n                self",
-        "            if False:\n                state = _joined(parts, name)\n                self"),
+        "                self.optimizer.state[parameter] = own",
+        "                pass"),
     Mutant("ZeRO: the frozen discriminator is called through its engine", ROLES, f"{MODES}[flux-zero3]",
         "self._wrapped if self._learning and torch.is_grad_enabled() else self.module",
         "self._wrapped"),

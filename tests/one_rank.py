@@ -1,6 +1,6 @@
-"""Launched by test_modes.py: the FLUX script, with a fault in the process of rank 1 from its second iteration on.
+"""Launched by test_modes.py: the FLUX script, with a fault in the process of rank 1.
 
-python tests/one_rank.py {error, nan} [the script's arguments]
+python tests/one_rank.py {error, nan, unreadable} [the script's arguments]
 """
 
 import os
@@ -14,18 +14,26 @@ import train_senseflow_flux as script
 from senseflow_args import UserError, run_script
 
 
-iterate = script.train_iteration
+iterate, load = script.train_iteration, script.make_dataloader
 
 
 def faulty(iteration, *args):
     if iteration > 0 and sys.argv[1] == "error":
         raise UserError("--dataset_json data.json: the disk went away; mount it again")
     values, seen = iterate(iteration, *args)
-    if iteration > 0:
+    if iteration > 0 and sys.argv[1] == "nan":
         values["fake_loss"] = values["fake_loss"] * float("nan")
     return values, seen
 
 
+def unreadable(*args):
+    loader = load(*args)
+    loader.failure = UserError("--dataset_json data.json: lost.png; mend it")
+    return loader
+
+
 if os.environ["RANK"] == "1":
     script.train_iteration = faulty
+    if sys.argv[1] == "unreadable":
+        script.make_dataloader = unreadable
 run_script(lambda: script.main(sys.argv[2:]))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
-from transformers import Dinov2Model
+from transformers import Dinov2Config, Dinov2Model
 
 from senseflow_args import UserError
 from senseflow_discriminator import (
@@ -21,7 +21,9 @@ from senseflow_discriminator import (
     check_discriminator_args,
     default_layers,
     diff_augment,
+    load_discriminator,
 )
+from senseflow_roles import fingerprint
 from senseflow_utils import Draws
 
 
@@ -133,6 +135,66 @@ def test_maps_are_the_backbones_states_plus_cls(vision):
     assert {tuple(m.shape) for m in maps} == {(1, see.channels, 6, 8)}
     maps[-1].sum().backward()
     assert wide.grad.abs().sum() > 0 and all(not p.requires_grad and p.grad is None for p in see.parameters())
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A random DINOv2 of twelve blocks, in which rounding adds up."""
+    path = tmp_path_factory.mktemp("deep")
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=64, num_hidden_layers=12, num_attention_heads=4, image_size=56, patch_size=14)
+    Dinov2Model(config).save_pretrained(path)
+    return path
+
+
+def seen(network: VisionFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    """(last map, gradient that reaches the picture through it)."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = (torch.rand(2, 3, 56, 56, generator=generator) * 2 - 1).requires_grad_()
+    last = network(pictures)[-1]
+    (last * torch.randn(last.shape, generator=generator)).sum().backward()
+    return last.detach(), pictures.grad
+
+
+def test_under_bf16_weights_and_residual_stream_stay_float32(deep):
+    exact, ours, rounded = (VisionFeatures(deep, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+    rounded.bfloat16()  # as if its weights had been loaded in bf16
+    types = []
+    for block in ours.blocks:
+        block.register_forward_hook(lambda _, inputs, output: types.append((inputs[0].dtype, output.dtype)))
+        block.mlp.fc1.register_forward_hook(lambda _, inputs, output: types.append(output.dtype))
+    wanted, got, pure = seen(exact), seen(ours), seen(rounded)
+    assert types == [torch.bfloat16, (torch.float32, torch.float32)] * 12
+    for a, b, c in zip(wanted, got, pure):
+        assert a.dtype == b.dtype == torch.float32
+        assert 0 < (b - a).norm() < (c - a).norm() / 2
+    # What a checkpoint says of the backbone is the same in either precision.
+    assert fingerprint(exact) == fingerprint(ours) == fingerprint(rounded)
+
+
+def test_the_backbone_follows_the_runs_precision_and_memory(vision):
+    paths = {"discriminator_backbone": vision / "dinov2", "discriminator_text_encoder": vision / "clip"}
+    args = SimpleNamespace(**paths, discriminator_layers=None, learning_rate_disc=0.1, gradient_checkpointing=True)
+    runtime = SimpleNamespace(weight_dtype=torch.bfloat16, device="cpu", trained_role=lambda *_, **how: how)
+    _, network, _ = load_discriminator(args, runtime)
+    assert network.dtype == torch.bfloat16 and network.gradient_checkpointing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_runs_the_blocks_again_and_changes_nothing(deep, dtype):
+    runs = []
+    for recomputes in (False, True):
+        network = VisionFeatures(deep, dtype=dtype, gradient_checkpointing=recomputes)
+        count = []
+        for block in network.blocks:
+            block.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        runs.append((*seen(network), len(count)))
+        with torch.no_grad():
+            network(torch.zeros(1, 3, 56, 56))
+        assert len(count) == runs[-1][2] + 12
+    (maps, gradient, once), (maps_again, gradient_again, twice) = runs
+    assert torch.equal(maps, maps_again) and torch.equal(gradient, gradient_again)
+    assert (once, twice) == (12, 24)
 
 
 def test_layers_scale_with_the_depth():

@@ -126,10 +126,10 @@ def test_two_processes_train_as_one(script, mode, trained):
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_ida_reaches_the_next_forward_whatever_the_last_has_gathered(mode, tmp_path):
-    """Student and fake score are too near each other in the runs above for it to be seen there."""
+def test_one_step_reaches_the_next_forward_unless_its_gradient_is_not_finite(mode, tmp_path):
+    """IDA and skipped steps; student and fake score are too near each other in the runs above for IDA to be seen there."""
     more = ["--fsdp_reshard_after_forward", "false"] if mode == "fsdp2" else []
-    launch("tests/ida_at_once.py", [str(tmp_path)], 2, "no", mode, *more)
+    launch("tests/one_step.py", [str(tmp_path)], 2, "no", mode, *more)
 
 
 def test_zero3_trains_as_one_where_every_weight_is_parted(everything_parted, trained, flags, tmp_path):
@@ -224,19 +224,31 @@ def test_what_ends_one_process_ends_all_and_is_said_last(mode, fault, message, f
     assert "[rank" not in said, "no process ends with a traceback"
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero2"])
-def test_sigterm_saves_and_says_so(mode, flags, tmp_path):
-    """To the launcher, as a cluster sends it; all processes stop after the same iteration."""
+@pytest.mark.parametrize("mode, sent", [("ddp", "SIGTERM"), ("fsdp2", "SIGINT"), ("zero2", "SIGTERM"), ("zero3", "SIGINT")])
+def test_a_signal_saves_and_says_so(mode, sent, flags, tmp_path):
+    """To the launcher, as a cluster or a terminal sends it; all processes stop after the same iteration."""
     arguments = [*flags("flux"), "--train_batch_size", "1", "--max_train_steps", "100000", "--output_dir", str(tmp_path)]
+    arguments += ["--dataloader_num_workers", "1"]  # whose processes the launcher signals, too
     process = start("train_senseflow_flux.py", arguments, 2, "no", mode)
     while not (tmp_path / "checkpoint-3").exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.1)
-    process.terminate()
+    process.send_signal(getattr(signal, sent))
     _, said = process.communicate()
-    (number,) = re.findall(r"stopped by SIGTERM; checkpoint-(\d+) in .* is complete", said)
+    who = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}[sent]
+    (number,) = re.findall(rf"stopped by {who}; checkpoint-(\d+) in .* is complete", said)
     assert json.loads((tmp_path / f"checkpoint-{number}" / "state.json").read_text())["iteration"] == int(number)
     assert not (tmp_path / "model_index.json").exists()
+    assert "[rank" not in said and "Worker" not in said, said[-3000:]
+
+
+def test_what_must_be_mended_in_one_process_data_saves_in_all(flags, tmp_path):
+    arguments = ["unreadable", *flags("flux"), "--train_batch_size", "1", "--output_dir", str(tmp_path)]
+    process = start("tests/one_rank.py", arguments, 2, "no", "ddp")
+    _, said = process.communicate()
+    assert process.returncode == 1
+    (number,) = re.findall(r"error: --dataset_json data.json: lost.png; mend it, checkpoint-(\d+) is complete\n", said)
+    assert 2 <= int(number) <= 3 and (tmp_path / f"checkpoint-{number}" / "state.json").exists() and "[rank" not in said
 
 
 def test_kills_at_any_moment_lose_nothing():

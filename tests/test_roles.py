@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -11,6 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
+from tqdm.auto import tqdm
 
 import senseflow_checkpoints
 import senseflow_prompts as prompt_tools
@@ -27,6 +31,10 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
 
 @pytest.fixture
 def flags(teacher, vision, data):
+    return the_flags(teacher, vision, data)
+
+
+def the_flags(teacher, vision, data):
     return [
         *("--pretrained_model_name_or_path", str(teacher), "--dataset_json", str(data), "--resolution", "64"),
         *("--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")),
@@ -122,23 +130,208 @@ def test_shards_are_joined_along_their_first_dimension():
     assert torch.equal(joined["exp_avg"], whole) and joined["step"] == 3
 
 
-def test_sigterm_ends_the_run_with_a_checkpoint_that_goes_on_as_if_nothing_had_been(flags, tmp_path, monkeypatch):
-    script.main([*flags, "--output_dir", str(tmp_path / "whole")])
-    iterate = script.train_iteration
+@pytest.fixture(scope="module")
+def whole(teacher, vision, data, tmp_path_factory):
+    """checkpoint-4 of a run that nothing ends."""
+    folder = tmp_path_factory.mktemp("whole")
+    script.main([*the_flags(teacher, vision, data), "--output_dir", str(folder)])
+    return folder / "checkpoint-4"
 
+
+def lost(loader, batches: int, raises: bool):
+    """A loader that finds after so many micro-batches that data must be mended: it says so and goes on, or cannot go on."""
+
+    class Lost:
+        failure = None
+
+        def __iter__(self):
+            for number, batch in enumerate(loader):
+                if number == batches and raises:
+                    raise UserError("--dataset_json data.json: lost.png; mend it")
+                if number == batches:
+                    self.failure = UserError("--dataset_json data.json: lost.png; mend it")
+                yield batch
+
+    return Lost()
+
+
+@pytest.mark.parametrize(
+    "ending, code, iterations, message",
+    [
+        ([signal.SIGTERM], 143, 3, "stopped by SIGTERM; checkpoint-3 in .* is complete"),
+        ([signal.SIGINT], 130, 3, "stopped by Ctrl-C; checkpoint-3 in .* is complete"),
+        # From a terminal and from a launcher: still one Ctrl-C.
+        ([signal.SIGINT, signal.SIGINT, signal.SIGTERM], 130, 3, "stopped by Ctrl-C; checkpoint-3 in .* is complete"),
+        ("goes on", 1, 3, "lost.png; mend it, checkpoint-3 is complete"),
+        ("cannot go on", 1, 1, "lost.png; mend it, checkpoint-1 is complete"),
+    ],
+)
+def test_what_ends_a_run_saves_and_the_run_goes_on_as_if_nothing_had_been(
+    ending, code, iterations, message, whole, flags, tmp_path, monkeypatch
+):
     def interrupted(iteration, *args):
-        if iteration == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        for number in ending if iteration == 1 else ():
+            os.kill(os.getpid(), number)
         return iterate(iteration, *args)
 
-    monkeypatch.setattr(script, "train_iteration", interrupted)
-    halves = ["--output_dir", str(tmp_path / "halves"), "--checkpointing_steps", "100"]
-    with pytest.raises(UserError, match="stopped by SIGTERM; checkpoint-3 in .* is complete") as error:
-        script.main([*flags, *halves])
-    assert error.value.exit_code == 143
+    iterate, load = script.train_iteration, script.make_dataloader
+    if isinstance(ending, list):
+        monkeypatch.setattr(script, "train_iteration", interrupted)
+    else:
+        monkeypatch.setattr(script, "make_dataloader", lambda *args: lost(load(*args), 1, raises=ending == "cannot go on"))
+    arguments = [*flags, "--output_dir", str(tmp_path)]
+    with pytest.raises(UserError, match=message) as error:
+        script.main([*arguments, "--checkpointing_steps", "100"])
+    assert error.value.exit_code == code
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{iterations}"]
     monkeypatch.setattr(script, "train_iteration", iterate)
-    script.main([*flags, *halves, "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"])
-    assert_same(states(tmp_path / "whole" / "checkpoint-4"), states(tmp_path / "halves" / "checkpoint-4"))
+    monkeypatch.setattr(script, "make_dataloader", load)
+    script.main([*arguments, "--resume_from_checkpoint", f"checkpoint-{iterations}"])  # the bare name, as in diffusers
+    assert_same(states(whole), states(tmp_path / "checkpoint-4"))
+
+
+def test_data_that_is_lost_at_once_leaves_no_checkpoint_of_nothing(flags, tmp_path, monkeypatch):
+    load = script.make_dataloader
+    monkeypatch.setattr(script, "make_dataloader", lambda *args: lost(load(*args), 0, raises=True))
+    with pytest.raises(UserError, match="lost.png; mend it, no checkpoint has been saved yet"):
+        script.main([*flags, "--output_dir", str(tmp_path)])
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_lost_data_in_one_of_several_processes_say_what_is_saved(flags, tmp_path, monkeypatch):
+    """The others wait in a collective: nothing more can be saved."""
+    runtime = senseflow_runtime.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
+    metrics = senseflow_runtime.Metrics(runtime, None, 1, tqdm(disable=True))
+    runtime.saved = 7
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    batches = metrics.batches(lost([{}, {}], 1, raises=True), 5)
+    assert next(batches) == [{}]
+    with pytest.raises(UserError, match="lost.png; mend it, checkpoint-7 is complete") as error:
+        next(batches)
+    assert error.value.exit_code == 1 and not error.value.everywhere
+
+
+PRESSES = """
+import os, signal, sys
+import senseflow_runtime, train_senseflow_flux as script
+from senseflow_args import run_script
+
+iterate, load, when = script.train_iteration, script.load_parts, sys.argv.pop(1)
+
+
+def press(times):
+    for _ in range(times):
+        os.killpg(0, signal.SIGINT)  # as a terminal does: to the workers of the DataLoader, too
+
+
+def pressed(iteration, *args):
+    press({"once": 1, "twice": 2}.get(when, 0) if iteration == 2 else 0)
+    return iterate(iteration, *args)
+
+
+def loading(*args):
+    press(when == "loading")
+    return load(*args)
+
+
+senseflow_runtime.SAME_CTRL_C = 0
+script.train_iteration, script.load_parts = pressed, loading
+run_script(lambda: script.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("when, saved", [("loading", []), ("once", [2, 4]), ("twice", [2])])
+def test_ctrl_c_is_one_line_and_130(when, saved, flags, tmp_path):
+    arguments = [*flags, "--max_train_steps", "50", "--dataloader_num_workers", "1", "--output_dir", str(tmp_path)]
+    arguments = [sys.executable, "-c", PRESSES, when, *arguments, "--checkpointing_steps", "2"]
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    assert ended.returncode == 130 and "Traceback" not in ended.stderr and "Worker" not in ended.stderr, ended.stderr
+    last = {"loading": "stopped by Ctrl-C", "once": "checkpoint-4 in .* is complete", "twice": "at once by a second Ctrl-C"}[when]
+    assert re.search(last, ended.stderr.splitlines()[-1]), ended.stderr
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{number}" for number in saved]
+
+
+def sync(*_):
+    raise AssertionError("the host waits for the device")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_clipped_and_taken_only_where_its_gradient_is_finite(fused, flags, tmp_path, monkeypatch):
+    """Against AdamW's own steps. What knows nothing of skipping (8-bit Adam; plain AdamW here) takes the gradient for zero."""
+    args = script.parse_args([*flags, "--max_grad_norm", "0.5", "--learning_rate", "0.1", "--output_dir", str(tmp_path)])
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 2)
+    copy = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in module.named_parameters()}
+    adam = torch.optim.AdamW(copy.values(), lr=0.05, weight_decay=0)  # half of the rate: where the warm-up starts
+    role = senseflow_runtime.Runtime(args).trained_role("student", module, 0.1)
+    assert role.optimizer.defaults["fused"]
+    if not fused:
+        role.optimizer = torch.optim.AdamW(role.parameters.values(), lr=0.05, weight_decay=0)
+
+    def state() -> list[torch.Tensor]:
+        moments = [tensor for moments in role.optimizer.state.values() for tensor in moments.values()]
+        return [tensor.clone() for tensor in (*role.parameters.values(), *moments)]
+
+    for factor in (1.0, float("nan"), 0.01, float("inf"), 3.0):  # 0.01 is not clipped
+        finite, before = abs(factor) < 10, state()
+        for name, parameter in role.parameters.items():
+            parameter.grad = torch.linspace(-1, 2, parameter.numel()).view_as(parameter) * factor
+            copy[name].grad = parameter.grad.clone() if finite else torch.zeros_like(parameter)
+        with monkeypatch.context() as watched:
+            for method in ("item", "tolist", "__bool__", "__float__"):
+                watched.setattr(torch.Tensor, method, sync)
+            if fused:  # a step that is not fused reads its own counter
+                norm = role.step()
+        norm = norm if fused else role.step()
+        assert norm.isfinite() == finite and all(parameter.grad is None for parameter in role.parameters.values())
+        if finite:
+            assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(copy.values(), 0.5).item())
+        if finite or not fused:
+            adam.step()
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+        for group in (*adam.param_groups, *role.optimizer.param_groups):
+            group["lr"] = 0.05
+        torch.testing.assert_close(dict(role.parameters), copy)
+
+
+def test_skipped_steps_are_counted_and_three_in_a_row_end_the_run(flags, tmp_path, monkeypatch):
+    runtime = senseflow_runtime.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
+    role = runtime.trained_role("student", torch.nn.Linear(1, 1), 0.1)
+    metrics, logged = senseflow_runtime.Metrics(runtime, role, 1, tqdm(disable=True)), []
+    monkeypatch.setattr(runtime.accelerator, "log", lambda numbers, step: logged.append(numbers))
+    nan, sound = torch.tensor(float("nan")), torch.tensor(1.0)
+    for iteration, norm in enumerate((sound, nan, nan, sound, nan, nan)):
+        metrics.push(iteration, {"dmd_loss": sound, "student_grad_norm": norm, "fake_score_grad_norm": sound})
+    metrics.push(6, {"fake_loss": sound, "fake_score_grad_norm": nan})  # the student had no turn
+    assert [numbers["student_skipped_steps"] for numbers in logged] == [0, 1, 2, 2, 3, 4]
+    assert [numbers["fake_score_skipped_steps"] for numbers in logged] == [0] * 6
+    with pytest.raises(UserError, match="fake_score_grad_norm not finite 3 times in a row"):
+        metrics.flush()
+
+
+def test_a_tracker_that_does_not_start_is_refused_before_weights_load(flags, tmp_path, monkeypatch, capsys):
+    def start(tracker):
+        raise RuntimeError("No API key configured.\nUse `login`.")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", start)
+    monkeypatch.setattr(script, "load_parts", sync)
+    reason = "--report_to tensorboard: does not start (RuntimeError: No API key configured. Use `login`.): log in to it"
+    refused(script, [*flags, "--report_to", "tensorboard", "--output_dir", str(tmp_path)], 2, reason, capsys)
+
+
+def test_names_suit_every_tracker_and_pictures_are_missed_aloud(flags, tmp_path, monkeypatch, caplog):
+    """mlflow's rule is the strictest. It shows no pictures."""
+    names = set()
+    monkeypatch.setattr(TensorBoardTracker, "log", lambda _, values, step: names.update(values))
+    monkeypatch.setattr(TensorBoardTracker, "log_images", lambda _, values, step, **how: names.update(values))
+    arguments = [*flags, "--report_to", "tensorboard", "--validation_prompts", "a", "--validation_steps", "2"]
+    script.main([*arguments, "--output_dir", str(tmp_path / "shown")])
+    assert {"dmd_loss", "real_logits", "student_skipped_steps", "validation/teacher"} <= names and len(names) > 15
+    assert all(re.fullmatch(r"[\w\-. :/]+", name) and os.path.normpath(name) == name for name in names), names
+    monkeypatch.delattr(TensorBoardTracker, "log_images")
+    script.main([*arguments, "--output_dir", str(tmp_path / "missed")])
+    assert caplog.text.count("tensorboard shows no pictures") == 1
 
 
 def test_a_full_disk_is_one_line_and_older_checkpoints_stay(flags, tmp_path):
