@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Prompts and pictures: the five kinds of data set, the transform, and a batch order that needs no state.
+"""Prompts and pictures: the five kinds of data set, and the loader over them.
 
     checked = check_data_args(args)           # before any weight loads
     rows = load_rows(args, checked)           # columns in Arrow; pictures stay files or bytes until they are read

@@ -2,6 +2,7 @@
 """Data: order, transform, unreadable pictures, the five kinds of data set, bad input."""
 
 import csv
+import gc
 import io
 import itertools
 import json
@@ -421,7 +422,9 @@ def make_dataloader_of(args, rows):
 def test_a_worker_that_dies_or_stalls_is_one_line(monkeypatch):
     assert "DataLoader worker (pid" in ends(kill_worker)
     monkeypatch.setattr(senseflow_data, "STALLED", 0.2)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # what it then waits for the worker to leave
     assert "timed out after 0.2 seconds" in ends(never_answer, workers=1)
+    gc.collect()
 
 
 def test_a_worker_that_dies_is_told_of_between_two_iterations(tmp_path):
