@@ -6,11 +6,13 @@ import logging
 from collections import Counter
 
 import datasets
+import pyarrow as pa
 import pytest
 from PIL import Image
 from test_data import PROMPTS_ONLY, always, changed, make_args, take
 
 from senseflow_args import UserError
+from senseflow_captions import draw_caption, first_empty
 from senseflow_data import check_data_args, load_rows, make_dataloader
 
 
@@ -80,6 +82,15 @@ def test_every_row_is_used_or_said_to_be_left_aside(case, flags, tmp_path, caplo
     with caplog.at_level(logging.INFO):
         make_dataloader(args, rows, 1, 2, 0, 0, always)
     assert not caplog.records  # rank 0 alone says it
+
+
+def test_a_link_that_leads_back_adds_no_rows(tmp_path):
+    args = make_args(train_data_dir=write(tmp_path / "d", captioned("a/a.png")))
+    (tmp_path / "d" / "a" / "back").symlink_to(tmp_path / "d")
+    (tmp_path / "d" / "b").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "elsewhere", captioned("b.png"))
+    rows = load_rows(args)
+    assert [rows.captions(row) for row in range(len(rows))] == [["a/a.png"], ["b.png"]]
 
 
 def table_files(*names):
@@ -187,6 +198,12 @@ def test_one_of_a_list_of_captions_is_drawn_by_iteration_and_slot(tmp_path):
             later = take(make_dataloader(args, rows, 0, 1, 7, 21, always), 5)
             assert [batch["prompts"] for batch in later] == found[kind][7:12]
     assert found["txt"] == found["jsonl"] == found["json"] == found["parquet"]
+
+
+def test_each_slot_draws_its_own_caption_and_every_part_of_a_column_is_looked_at():
+    assert {draw_caption("abcd", 3, 0, slot) for slot in range(40)} == set("abcd")
+    strings, lists = pa.chunked_array([["a", "b"], ["c"], ["d", None]]), pa.chunked_array([[["a"]], [["b"], ["c", None]], [None]])
+    assert (first_empty(strings), first_empty(lists), first_empty(strings[:4])) == (4, 2, None)
 
 
 BAD = {  # name: (files, changed arguments, parts of the message)
