@@ -82,7 +82,7 @@ def undecoded(dataset: datasets.IterableDataset) -> datasets.IterableDataset:
 
 
 class Substream:
-    """The endless rows of one worker as `senseflow_data.PromptPictures` reads them, by their position from 0.
+    """The endless rows of one worker as `senseflow_batches.PromptPictures` reads them, by their position from 0.
 
     A row is there from when it is first asked for until `forget`. An unreadable picture, and its prompt, gives way to the next
     readable row of the sub-stream; that row is also used in its own place.
@@ -153,10 +153,10 @@ class StreamedBatches(IterableDataset):
     """One process's share of a stream: endless lists of samples, a micro-batch each, for a DataLoader without a batch size.
 
     An empty list stands where it is a worker's turn and the micro-batch that the run starts with is a later worker's; to be
-    passed over. Slot = (micro-batch * world_size + rank) * batch_size + place, as in `senseflow_data.GlobalBatchSampler`.
+    passed over. Slot = (micro-batch * world_size + rank) * batch_size + place, as in `senseflow_batches.GlobalBatchSampler`.
 
     Args:
-        samples: `samples(rows)` is a `senseflow_data.PromptPictures` over a `Substream`. Picklable.
+        samples: `samples(rows)` is a `senseflow_batches.PromptPictures` over a `Substream`. Picklable.
         batch_size, accumulation: samples in a micro-batch, micro-batches in an iteration.
         iteration: number of the first iteration, from 0.
     """
