@@ -23,6 +23,8 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from senseflow_args import UserError
+from senseflow_captions import captions_of
+from senseflow_pictures import read_picture
 
 
 logger = logging.getLogger(__name__)
@@ -41,15 +43,19 @@ class StreamedRows:
     Attributes:
         origin: the flag and its value, for messages.
         dataset: with the columns that are read, pictures undecoded, cut to `--max_train_samples`.
-        read_picture: `read_picture(path, content)` is an upright RGB picture, or None if it cannot be read.
         image_column: None if no picture is ever read.
+        left_aside: what of the data set is not used, for the log; "" if everything is.
     """
 
     origin: str
     dataset: datasets.IterableDataset
-    read_picture: Callable[[Optional[str], Optional[bytes]], Optional[Image.Image]]
     caption_column: str
     image_column: Optional[str] = None
+    left_aside: str = ""
+
+    @property
+    def size(self) -> str:
+        return f"{self.dataset.num_shards} files"
 
     def check_split(self, workers: int, world_size: int, limit: Optional[int]) -> None:
         """Refuses (UserError, exit code 2) more workers per process, or more of all, than there are files or rows for.
@@ -76,7 +82,7 @@ def undecoded(dataset: datasets.IterableDataset) -> datasets.IterableDataset:
 
 
 class Substream:
-    """The endless rows of one worker as `senseflow_data.PromptPictures` reads them, by their position from 0.
+    """The endless rows of one worker as `senseflow_batches.PromptPictures` reads them, by their position from 0.
 
     A row is there from when it is first asked for until `forget`. An unreadable picture, and its prompt, gives way to the next
     readable row of the sub-stream; that row is also used in its own place.
@@ -127,29 +133,30 @@ class Substream:
             self._held.popleft()
             self._first += 1
 
-    def prompt(self, position: int) -> str:
-        prompt = self[position][self.rows.caption_column]
-        if prompt is None:
-            raise UserError(f"--caption_column {self.rows.caption_column}: is empty in some rows of {self.origin}; caption them")
-        return prompt
+    def captions(self, position: int) -> list[str]:
+        try:
+            return captions_of(self[position][self.rows.caption_column])
+        except ValueError as error:
+            flag = f"--caption_column {self.rows.caption_column}"
+            raise UserError(f"{flag}: {error} in row {position} of a worker's share of {self.origin}; caption it") from error
 
-    def read(self, position: int) -> tuple[str, Optional[Image.Image]]:
-        """(name for messages, upright RGB picture), the latter None if it cannot be read."""
+    def read(self, position: int) -> tuple[str, Optional[Image.Image], str]:
+        """(name for messages, upright RGB picture, ""); (name, None, why) if it cannot be read."""
         cell = self[position][self.rows.image_column] or {"path": None, "bytes": None}
         path, content = cell["path"], cell["bytes"]
         # Rows of a stream have no numbers. The name is the same in every epoch, so that it is warned of once.
-        name = path if path and content is None else f"{path or 'picture'} of {self.prompt(position)[:80]!r} in {self.origin}"
-        return name, self.rows.read_picture(path, content)
+        name = path if path and content is None else f"{path or 'picture'} of {self.captions(position)[0][:80]!r} in {self.origin}"
+        return name, *read_picture(path, content)
 
 
 class StreamedBatches(IterableDataset):
     """One process's share of a stream: endless lists of samples, a micro-batch each, for a DataLoader without a batch size.
 
     An empty list stands where it is a worker's turn and the micro-batch that the run starts with is a later worker's; to be
-    passed over. Slot = (micro-batch * world_size + rank) * batch_size + place, as in `senseflow_data.GlobalBatchSampler`.
+    passed over. Slot = (micro-batch * world_size + rank) * batch_size + place, as in `senseflow_batches.GlobalBatchSampler`.
 
     Args:
-        samples: `samples(rows)` is a `senseflow_data.PromptPictures` over a `Substream`. Picklable.
+        samples: `samples(rows)` is a `senseflow_batches.PromptPictures` over a `Substream`. Picklable.
         batch_size, accumulation: samples in a micro-batch, micro-batches in an iteration.
         iteration: number of the first iteration, from 0.
     """

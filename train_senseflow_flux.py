@@ -341,14 +341,14 @@ def parse_args(argv=None):
     add("--dataset_json",
         help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
     add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
-    add("--train_data_dir", help="an imagefolder with metadata")
+    add("--train_data_dir", help="folder of pictures; captions in metadata.{jsonl,csv,parquet} or a .txt each, one a line")
     add("--prompts_file",
         help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
-    add("--dataset_lmdb", help="a folder with DMD2's LMDB of VAE latents and prompts; needs lmdb")
+    add("--dataset_lmdb", help="a folder with DMD2's LMDB of VAE latents and prompts, or of several; needs lmdb")
     add("--dataset_config_name", help="of --dataset_name")
     add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
-    add("--caption_column", default="text", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
-    add("--streaming", action="store_true", help="read --dataset_name or --train_data_dir as a stream, without a copy on the disk")
+    add("--caption_column", default="text", help="of both; of a list of captions, one is drawn (datasets' imagefolder)")
+    add("--streaming", action="store_true", help="read --dataset_name as a stream, without a copy on the disk; a folder needs none")
     add("--resolution", type=int, default=1024,
         help="px, a multiple of 16 (FLUX): the shorter side, then a square crop (release, FLUX)")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")

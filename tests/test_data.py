@@ -2,14 +2,20 @@
 """Data: order, transform, unreadable pictures, the five kinds of data set, bad input."""
 
 import csv
+import gc
 import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pickle
+import re
 import runpy
+import shutil
+import signal
 import sys
+import threading
 from types import SimpleNamespace
 
 import datasets
@@ -19,19 +25,12 @@ import pytest
 import torch
 from PIL import Image
 
+import senseflow_batches
 import senseflow_data
 import senseflow_lmdb
 from senseflow_args import UserError
-from senseflow_data import (
-    GlobalBatchSampler,
-    PromptPictures,
-    UnreadableCounter,
-    check_data_args,
-    check_latents,
-    collate,
-    load_rows,
-    make_dataloader,
-)
+from senseflow_batches import GlobalBatchSampler, PromptPictures, UnreadableCounter, collate
+from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
 
 
 def make_args(**changes) -> SimpleNamespace:
@@ -133,7 +132,7 @@ def test_resume_inside_an_epoch_continues():
 class OnePicture:
     """Rows that all hold one picture."""
 
-    origin, field = "--dataset_json x", "pixel_values"
+    origin, field, size, left_aside = "--dataset_json x", "pixel_values", "", ""
 
     def __init__(self, picture, count=1):
         self.one, self.count = picture, count
@@ -141,16 +140,19 @@ class OnePicture:
     def __len__(self):
         return self.count
 
-    def prompt(self, row):
-        return ""
+    def captions(self, row):
+        return [""]
 
     def read(self, row):
-        return "x", self.one
+        return "x", self.one, "torn"
 
 
 def transform(picture, iteration=0, slot=0, resolution=16, center_crop=False, random_flip=False):
+    """As it leaves the loader, but for the batch."""
     dataset = PromptPictures(OnePicture(picture), resolution, center_crop, random_flip, 3, always)
-    return dataset[0, iteration, slot]["pixel_values"]
+    sample = dataset[0, iteration, slot]["pixel_values"]
+    assert sample.dtype == np.uint8 and sample.flags.c_contiguous
+    return torch.from_numpy(sample).float() / 127.5 - 1
 
 
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (9, 10), (16, 16), (64, 16), (5, 300)])
@@ -162,12 +164,8 @@ def test_shorter_side_to_the_resolution_then_center_crop(size):
     plain = picture.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + 16, top + 16))
     expected = torch.tensor(np.array(plain)).permute(2, 0, 1) / 127.5 - 1
     found = transform(picture, center_crop=True)
-    assert found.dtype == torch.float32 and found.shape == (3, 16, 16) and found.is_contiguous()
+    assert found.shape == (3, 16, 16)
     assert (found - expected).abs().max() <= 1.01 / 127.5
-
-
-def test_values_span_minus_one_to_one():
-    assert transform(Image.new("RGB", (20, 20), (0, 255, 51))).amax((1, 2)).tolist() == pytest.approx([-1, 1, -0.6])
 
 
 def test_random_crop_reaches_both_ends_and_is_stateless():
@@ -194,19 +192,6 @@ def test_flip_follows_from_iteration_and_slot_alone():
     assert not any(transform(half, 2, slot)[0, 0, 0].item() < 0 for slot in range(64))
 
 
-def test_turned_and_grey_pictures_become_upright_rgb(tmp_path):
-    picture = Image.new("L", (32, 16))
-    picture.paste(255, (0, 0, 16, 16))  # white on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: white at the top
-    picture.save(tmp_path / "turned.png", exif=exif)
-    content = {"keys": [0], "image_paths": ["turned.png"], "prompts": ["a"]}
-    (tmp_path / "data.json").write_text(json.dumps(content))
-    name, upright = check_data_args(make_args(dataset_json=str(tmp_path / "data.json"))).read(0)
-    assert name == str(tmp_path / "turned.png") and upright.size == (16, 32) and upright.mode == "RGB"
-    assert upright.getpixel((8, 2)) == (255, 255, 255) and upright.getpixel((8, 30)) == (0, 0, 0)
-
-
 # Unreadable pictures -------------------------------------------------------------------------------------------------
 def test_unreadable_gives_way_to_the_next_readable_row(tmp_path, caplog):
     args = make_args(dataset_json=write_json(tmp_path, broken=(2, 3, 5)))
@@ -214,9 +199,8 @@ def test_unreadable_gives_way_to_the_next_readable_row(tmp_path, caplog):
     for row, used, passed_over in [(0, 0, []), (2, 4, [2, 3]), (3, 4, [3]), (5, 0, [5])]:
         sample = dataset[row, 0, 7]
         assert (sample["row"], sample["prompt"], sample["slot"]) == (used, f"prompt {used}", 7)
-        assert sample["unreadable"] == [str(tmp_path / "images" / f"{name}.png") for name in passed_over]
-        pixel = (sample["pixel_values"][:, 8, 8] + 1) * 127.5
-        assert pixel.tolist() == pytest.approx(colour(used), abs=1e-3)
+        assert [name for name, _ in sample["unreadable"]] == [str(tmp_path / "images" / f"{name}.png") for name in passed_over]
+        assert sample["pixel_values"][:, 8, 8].tolist() == list(colour(used))
 
     with caplog.at_level(logging.WARNING):
         first = take(make_dataloader(args, load_rows(args), 0, 1, 0, 0, always), 6)
@@ -237,31 +221,44 @@ def test_none_readable_stops(tmp_path):
 
 def test_a_lost_disk_does_not_walk_through_all_rows():
     rows = OnePicture(None, count=10**9)
-    with pytest.raises(UserError, match="none of 1000 "):
+    with pytest.raises(UserError, match="none of 1000 rows can be read, one is x: torn"):
         PromptPictures(rows, 16, True, False, 3, always)[5, 0, 0]
 
 
 @pytest.mark.parametrize("field", ["pixel_values", "latents"])
 def test_share_rule(field):
-    picture = torch.zeros(3, 1, 1)
+    picture = np.zeros((3, 1, 1), np.uint8)
 
     def batch(bad):
         sample = {field: picture, "prompt": "", "row": 0, "slot": 0}
         # A bad sample passed over three rows; it counts as one.
-        return collate([{**sample, "unreadable": ["lost.png"] * 3 if place < bad else []} for place in range(100)])
+        return collate([{**sample, "unreadable": [("lost.png", "torn")] * 3 if place < bad else []} for place in range(100)])
 
     counter = UnreadableCounter("--dataset_json data.json")
     for _ in range(9):
-        counter.add(batch(bad=10))  # 10 %, but of fewer than 1,000 rows
-    with pytest.raises(UserError, match=r"--dataset_json data.json: 90 of 1000 .*lost.png") as caught:
-        counter.add(batch(bad=0))
-    assert caught.value.exit_code == 1
+        assert counter.add(batch(bad=10)) is None  # 10 %, but of fewer than 1,000 rows
+    failure = counter.add(batch(bad=0))
+    assert re.search("--dataset_json data.json: 90 of 1000 .*lost.png", str(failure)) and failure.exit_code == 1
 
     counter = UnreadableCounter("")
     for _ in range(30):
-        counter.add(batch(bad=1))  # exactly 1 %
-    with pytest.raises(UserError, match="32 of 3100 "):
-        counter.add(batch(bad=2))
+        assert counter.add(batch(bad=1)) is None  # exactly 1 %
+    assert "32 of 3100 " in str(counter.add(batch(bad=2)))
+
+
+def test_too_many_unreadable_rows_are_a_failure_for_the_loop_to_ask_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(senseflow_batches, "SHARE_FROM", 8)
+    args = make_args(dataset_json=write_json(tmp_path, broken=(2,)))
+    loader = make_dataloader(args, load_rows(args), 0, 1, 0, 0, always)
+    batches = iter(loader)
+    assert loader.failure is None
+    take(batches, 3)
+    assert loader.failure is None  # 1 of 6, but of fewer than 8 rows
+    take(batches, 1)
+    failure = loader.failure
+    assert failure.exit_code == 1 and re.search(f"^--dataset_json {args.dataset_json}: . of 8 rows .*2.png; ", str(failure))
+    (batch,) = take(batches, 1)  # it is the loop that ends the run
+    assert batch["pixel_values"].shape == (2, 3, 16, 16) and loader.failure is failure
 
 
 # Kinds of data sets --------------------------------------------------------------------------------------------------
@@ -324,24 +321,24 @@ def test_kinds_of_datasets(kind, tmp_path):
     assert len(rows) == 6
     rows = pickle.loads(pickle.dumps(rows))  # as a spawned worker gets it
     for row in (0, 2, 5):
-        assert rows.prompt(row) == f"prompt {row}"
+        assert rows.captions(row) == [f"prompt {row}"]
         assert rows.read(row)[1].getpixel((3, 3)) == colour(row)
     shorter = load_rows(changed(args, max_train_samples=4))
-    assert len(shorter) == 4 and shorter.prompt(3) == "prompt 3" and shorter.read(3)[1].getpixel((3, 3)) == colour(3)
+    assert len(shorter) == 4 and shorter.captions(3) == ["prompt 3"] and shorter.read(3)[1].getpixel((3, 3)) == colour(3)
     # Prompts alone train from a data set with pictures, too; then no picture column is asked for.
     alone = load_rows(changed(args, image_column="nowhere", **PROMPTS_ONLY))
-    assert alone.pictures is None and alone.prompt(5) == "prompt 5"
+    assert alone.pictures is None and alone.captions(5) == ["prompt 5"]
 
 
 def test_prompts_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffa red cube \r\n\n   \n\tein grüner Würfel\nlast", encoding="utf-8")
     args = make_args(prompts_file=str(tmp_path / "prompts.txt"), **PROMPTS_ONLY)
     rows = load_rows(args, check_data_args(args))
-    assert [rows.prompt(row) for row in range(len(rows))] == ["a red cube", "ein grüner Würfel", "last"]
+    assert [rows.captions(row) for row in range(len(rows))] == [["a red cube"], ["ein grüner Würfel"], ["last"]]
     assert len(load_rows(make_args(prompts_file=args.prompts_file, max_train_samples=2, **PROMPTS_ONLY))) == 2
     (batch,) = take(make_dataloader(args, rows, 0, 1, 0, 0, lambda iteration: False), 1)
     assert batch["pixel_values"] is None and batch["unreadable"] == [] and batch["slots"] == [0, 1]
-    assert batch["prompts"] == [rows.prompt(row) for row in batch["rows"]]
+    assert batch["prompts"] == tuple(rows.captions(row)[0] for row in batch["rows"])
 
 
 def test_a_broken_picture_in_a_table_is_passed_over(tmp_path):
@@ -353,7 +350,9 @@ def test_a_broken_picture_in_a_table_is_passed_over(tmp_path):
     rows = load_rows(make_args(dataset_name=str(tmp_path / "saved")))
     sample = PromptPictures(rows, 16, True, False, 3, always)[0, 0, 0]
     origin = f"of --dataset_name {tmp_path / 'saved'})"
-    assert sample["row"] == 2 and sample["unreadable"] == [f"b.png (row 0 {origin}", f"picture (row 1 {origin}"]
+    assert sample["row"] == 2 and sample["unreadable"] == [
+        (f"b.png (row 0 {origin}", "in no format that Pillow reads"), (f"picture (row 1 {origin}", "there is no picture"),
+    ]  # fmt: skip
 
 
 def test_a_checked_json_is_not_parsed_again(tmp_path, monkeypatch):
@@ -385,6 +384,77 @@ def test_workers_change_nothing_and_pictures_are_read_when_needed(tmp_path, monk
     loader = iter(make_dataloader(args, rows, 0, 1, 4, 32, odd_only))
     assert [next(loader)["pixel_values"] for _ in range(2)] == [None, None] and read == []
     assert next(loader)["pixel_values"].shape == (2, 3, 16, 16) and len(read) >= 2
+
+
+class Reads(OnePicture):
+    """Rows whose pictures are read by a function that a worker may not survive."""
+
+    def __init__(self, read, count=8):
+        super().__init__(Image.new("RGB", (16, 16)), count)
+        self.read_row = read
+
+    def read(self, row):
+        self.read_row()
+        return super().read(row)
+
+
+def kill_worker():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def never_answer():
+    threading.Event().wait()
+
+
+def ends(read, workers=2):
+    """How the loader over such rows ends."""
+    args = make_args(dataset_json="x", dataloader_num_workers=workers)
+    with pytest.raises(UserError, match="--dataset_json x: .* give fewer --dataloader_num_workers, or more memory") as caught:
+        take(make_dataloader_of(args, Reads(read)), 1)
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def make_dataloader_of(args, rows):
+    return make_dataloader(args, rows, 0, 1, 0, 0, always)
+
+
+def test_a_worker_that_dies_or_stalls_is_one_line(monkeypatch):
+    assert "DataLoader worker (pid" in ends(kill_worker)
+    monkeypatch.setattr(senseflow_data, "STALLED", 0.2)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # what it then waits for the worker to leave
+    assert "timed out after 0.2 seconds" in ends(never_answer, workers=1)
+    gc.collect()
+
+
+def test_a_worker_that_dies_is_told_of_between_two_iterations(tmp_path):
+    args = make_args(dataset_json=write_json(tmp_path), dataloader_num_workers=1)
+    batches = iter(make_dataloader(args, load_rows(args), 0, 1, 0, 0, always))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # in the midst of an iteration: nothing is raised
+    with pytest.raises(UserError, match="Killed"):
+        take(batches, 10)
+
+
+def test_what_workers_send_takes_no_shared_memory(tmp_path):
+    loader = make_dataloader_of(make_args(), OnePicture(Image.new("RGB", (16, 16)), 4))
+    sent = loader.collate_fn(loader.dataset.__getitems__([(0, 0, 0), (1, 0, 1)]))
+    assert sent["pixel_values"].dtype == np.uint8 and sent["pixel_values"].shape == (2, 3, 16, 16)
+    assert not any(torch.is_tensor(value) for value in sent.values())
+    rows = senseflow_lmdb.LatentRows(write_lmdb(tmp_path))
+    sent = loader.collate_fn(PromptPictures(rows, 16, False, False, 3, always).__getitems__([(0, 0, 0)]))
+    assert isinstance(sent["latents"], np.ndarray)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_is_float32_from_minus_one_to_one(workers):
+    picture = Image.new("RGB", (16, 16), (0, 255, 51))
+    (batch,) = take(make_dataloader_of(make_args(dataloader_num_workers=workers), OnePicture(picture, 4)), 1)
+    assert batch["pixel_values"].dtype == torch.float32 and batch["pixel_values"].shape == (2, 3, 16, 16)
+    assert batch["pixel_values"].amax((0, 2, 3)).tolist() == pytest.approx([-1, 1, -0.6])
+    assert batch["prompts"] == ("", "")  # a tuple: nobody can write into it
 
 
 # Latents ---------------------------------------------------------------------------------------------------------------
@@ -424,13 +494,43 @@ def test_latents_and_prompts_are_read_back_exactly_by_workers_too(tmp_path):
         for batch, expected in zip(take(loader, 8), keys):
             used = [row for row, _, _ in expected]
             assert batch["rows"] == used and batch["slots"] == [slot for _, _, slot in expected]
-            assert batch["prompts"] == [f"ein Würfel {row}" for row in used]
+            assert batch["prompts"] == tuple(f"ein Würfel {row}" for row in used)
             assert "pixel_values" not in batch and batch["unreadable"] == []
             if expected[0][1] % 2 == 0:
                 assert batch["latents"] is None
                 continue
             assert batch["latents"].dtype == torch.float32
             assert torch.equal(batch["latents"], torch.tensor(np.stack([latents(row) for row in used]).astype(np.float32)))
+
+
+def test_a_folder_of_several_lmdbs_is_one(tmp_path):
+    (tmp_path / "all").mkdir()
+    for number, count in ((10, 2), (9, 3)):  # by name: 10 comes first
+        texts = {f"prompts_{row}_data": f"{number}: {row}".encode() for row in range(count)}
+        shutil.move(write_lmdb(tmp_path, count, **texts), tmp_path / "all" / str(number))
+    args = make_args(dataset_lmdb=str(tmp_path / "all"), center_crop=False)
+    rows = check_data_args(args)
+    assert (len(rows), rows.shape) == (5, SHAPE)
+    assert [rows.captions(row) for row in range(5)] == [["10: 0"], ["10: 1"], ["9: 0"], ["9: 1"], ["9: 2"]]
+    for row, number in enumerate((0, 1, 0, 1, 2)):
+        name, found, why = rows.read(row)
+        assert name == f"latents_{number}_data in {tmp_path}/all/{10 if row < 2 else 9}" and why == ""
+        assert np.array_equal(found, latents(number).astype(np.float32))
+    assert len(check_data_args(changed(args, max_train_samples=3))) == 3
+
+
+def several(folder, **last):
+    """A folder of two LMDB folders, the last of which is written with changes."""
+    (folder / "all").mkdir()
+    for name, changes in (("a", {}), ("b", last)):
+        shutil.move(write_lmdb(folder, **changes), folder / "all" / name)
+    return dict(dataset_lmdb=str(folder / "all"), center_crop=False)
+
+
+def emptied(folder, name):
+    arguments = several(folder)
+    os.remove(folder / "all" / name / "data.mdb")
+    return arguments
 
 
 def test_unreadable_latents_give_way(tmp_path, caplog):
@@ -443,7 +543,10 @@ def test_unreadable_latents_give_way(tmp_path, caplog):
     dataset = PromptPictures(senseflow_lmdb.LatentRows(folder, 5), 16, False, False, 3, always)
     sample = dataset[2, 0, 7]
     names = [f"latents_{row}_data in {folder}" for row in (2, 3, 4)]
-    assert (sample["row"], sample["prompt"], sample["unreadable"]) == (0, "ein Würfel 0", names)
+    assert (sample["row"], sample["prompt"], [name for name, _ in sample["unreadable"]]) == (0, "ein Würfel 0", names)
+    assert [why for _, why in sample["unreadable"]] == [
+        "it is not finite", "latents_3_data has 4 bytes, 4 x 2 x 3 in float16 has 48", "latents_4_data is missing",
+    ]  # fmt: skip
     rows = senseflow_lmdb.LatentRows(folder)
     assert rows.read(5)[1] is not None and rows.read(6)[1] is None
     args = make_args(dataset_lmdb=folder, center_crop=False)
@@ -543,23 +646,32 @@ BAD = {  # name: (the arguments, what the message says, whose value it names whe
     "lengths": (lambda f: dict(dataset_json=write_json(f, prompts=["a"] * 5)), "keys 6, image_paths 6, prompts 5"),
     "lengths of keys": (lambda f: dict(dataset_json=write_json(f, keys=[])), "keys 0, image_paths 6, prompts 6"),
     "no rows": (lambda f: dict(dataset_json=write_json(f, 0)), "keys 0, image_paths 0, prompts 0"),
-    "number as prompt": (lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", 3])), "prompts is a string"),
-    "null as prompt": (lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", None])), "prompts is a string"),
-    "half a character": (lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", "\ud83d"])), "prompts is a string"),
+    "number as prompt": (
+        lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", 3])),
+        "string or a list of strings",
+    ),
+    "null as prompt": (
+        lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", None])),
+        "string or a list of strings",
+    ),
+    "half a character": (
+        lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", "\ud83d"])),
+        "string or a list of strings",
+    ),
     "missing picture": (lambda f: dict(dataset_json=without_picture(f, 9)), "1 of 12 pictures looked at are missing"),
     "no prompts file": (lambda f: dict(prompts_file=str(f / "p.txt"), **PROMPTS_ONLY), "No such file"),
     "empty prompts": (lambda f: dict(prompts_file=text(f, " \n\n"), **PROMPTS_ONLY), "empty"),
     "prompts and GAN": (lambda f: dict(prompts_file=text(f, "a"), backward_simulation_prob=1.0), "--gan_weight 0"),
     "prompts and latents": (lambda f: dict(prompts_file=text(f, "a"), gan_weight=0.0), "--backward_simulation_prob 1"),
     "no folder": (lambda f: dict(train_data_dir=str(f / "gone")), NOWHERE),
-    "empty folder": (lambda f: dict(train_data_dir=str(f)), "cannot be loaded"),
+    "empty folder": (lambda f: dict(train_data_dir=str(f)), "has no pictures"),
     "no local dataset": (lambda f: dict(dataset_name=str(f / "gone")), NOWHERE),
     "no metadata": (lambda f: dict(train_data_dir=write_folder(f / "a", "none")), "metadata.jsonl"),
     "no image column": (lambda f: table(f, image_column="img"), "picture, caption, number", "image_column"),
-    "image column": (lambda f: table(f, image_column="number"), "column of pictures", "image_column"),
+    "image column": (lambda f: table(f, image_column="number"), "holds numbers (int64), not pictures", "image_column"),
     "no caption column": (lambda f: table(f, caption_column="txt"), "picture, caption, number", "caption_column"),
-    "caption column": (lambda f: table(f, caption_column="number"), "column of strings", "caption_column"),
-    "captions missing": (lambda f: table(f, caption_column="sparse"), "empty in some rows", "caption_column"),
+    "caption column": (lambda f: table(f, caption_column="number"), "holds numbers (int64), not strings", "caption_column"),
+    "captions missing": (lambda f: table(f, caption_column="sparse"), "is empty in row 1 of", "caption_column"),
     "no samples": (lambda f: dict(dataset_name="a/b", max_train_samples=0), "leaves no row", "max_train_samples"),
     "no lmdb": (lambda f: dict(dataset_lmdb=str(f / "gone"), center_crop=False), "no data.mdb"),
     "a file as lmdb": (lambda f: dict(dataset_lmdb=text(f, "a"), center_crop=False), "no data.mdb"),
@@ -576,6 +688,10 @@ BAD = {  # name: (the arguments, what the message says, whose value it names whe
     "binary prompt": (lambda f: lmdb_args(f, prompts_3_data=b"\xff"), "row 3 cannot be read"),
     "flipped latents": (lambda f: dict(lmdb_args(f), random_flip=True), "--random_flip"),
     "cropped latents": (lambda f: dict(lmdb_args(f), center_crop=True), "--center_crop"),
+    "other shape": (lambda f: several(f, shape=(4, 2, 2)), "all/b has latents of 4 x 2 x 2, "),
+    "one of several without a shape": (lambda f: several(f, latents_shape=None), "all/b: no shape can be read"),
+    "one of several is none": (lambda f: emptied(f, "b"), "all/b: there is no data.mdb"),
+    "a row of one of several": (lambda f: several(f, latents_3_data=None), "row 3 of "),
     "config": (lambda f: dict(train_data_dir="a", dataset_config_name="en"), "--train_data_dir", "dataset_config_name"),
 }
 

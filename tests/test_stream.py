@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from test_data import PROMPTS_ONLY, always, changed, make_args, odd_only, take, write_folder, write_json
 
-import senseflow_data
 import train_senseflow_flux as script
 from scripts import resume_is_the_same_run
 from senseflow_args import UserError
 from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow_pictures import read_picture
 
 
 ROWS = 24
@@ -91,7 +91,7 @@ def test_each_epoch_has_every_row_once_over_processes_and_workers(case, tmp_path
     for rank in range(2):
         batches = take(make_dataloader(args, rows, rank, 2, 0, 0, always), 4 * max(sizes))
         assert [batch["slots"] for batch in batches[:3]] == [[rank], [2 + rank], [rank]]
-        assert all(batch["prompts"] == [f"prompt {row_of(batch['pixel_values'][0])}"] for batch in batches)
+        assert all(batch["prompts"] == (f"prompt {row_of(batch['pixel_values'][0])}",) for batch in batches)
         for worker in range(2):
             prompts = [batch["prompts"][0] for batch in batches[worker::2]]
             size = sizes[2 * rank + worker]
@@ -219,8 +219,8 @@ def test_kinds_of_streams(kind, tmp_path, monkeypatch):
 def test_a_picture_may_lie_behind_a_url(tmp_path):
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
         archive.writestr("a.png", picture(7))
-    assert senseflow_data.read_picture(f"zip://a.png::{tmp_path / 'pictures.zip'}", None).getpixel((5, 5)) == (5, 70, 0)
-    assert senseflow_data.read_picture(f"zip://gone.png::{tmp_path / 'pictures.zip'}", None) is None
+    assert read_picture(f"zip://a.png::{tmp_path / 'pictures.zip'}")[0].getpixel((5, 5)) == (5, 70, 0)
+    assert read_picture(f"zip://gone.png::{tmp_path / 'pictures.zip'}")[0] is None
 
 
 # Bad input -------------------------------------------------------------------------------------------------------------
@@ -267,10 +267,9 @@ BAD = {  # name: (arguments, what the message says, whose value it names, the nu
     "lmdb": (lambda f: dict(dataset_lmdb=str(f)), "give --dataset_name or --train_data_dir", "dataset_lmdb"),
     "saved": (lambda f: dict(dataset_name=saved(f)), "--streaming: --dataset_name", "dataset_name"),
     "no caption column": (lambda f: table(f, caption_column="txt"), "image, text, number", "caption_column"),
-    "caption column": (lambda f: table(f, caption_column="number"), "of strings", "caption_column"),
-    "image column": (lambda f: table(f, image_column="text"), "of pictures", "image_column"),
+    "caption column": (lambda f: table(f, caption_column="number"), "not strings", "caption_column"),
+    "image column": (lambda f: table(f, image_column="text"), "holds strings, not pictures", "image_column"),
     "no rows": (lambda f: dict(dataset_name=write_files(f / "d", rows=0)), "has no rows", "dataset_name"),
-    "empty folder": (lambda f: dict(train_data_dir=str(f)), "cannot be loaded", "train_data_dir"),
     "no parquet": (lambda f: dict(dataset_name=written(f / "d" / "a.parquet", "x")), "cannot be loaded", "dataset_name"),
     "workers": (lambda f: table(f, dataloader_num_workers=5), "give 4 or fewer", "dataloader_num_workers"),
     "workers of two": (lambda f: table(f, dataloader_num_workers=3), "give 2 or fewer", "dataloader_num_workers", "2"),
