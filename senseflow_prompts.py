@@ -90,7 +90,7 @@ def few_prompts(rows) -> Optional[list[str]]:
     """The different prompts of a data set, if they are at most SMALL_SET; None for more, and for a stream."""
     found: dict[str, None] = {}
     for row in range(len(rows) if hasattr(rows, "__len__") else 0):
-        found[rows.prompt(row)] = None
+        found |= dict.fromkeys(rows.captions(row))
         if len(found) > SMALL_SET:
             return None
     return list(found) or None

@@ -195,7 +195,7 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
 
     Args:
         iteration: from 0; the student learns in every `args.ttur_ratio`-th.
-        batches: `gradient_accumulation_steps` micro-batches as senseflow_data.collate makes them.
+        batches: `gradient_accumulation_steps` micro-batches of senseflow_batches.PromptPictureLoader.
     Returns:
         ({name: device scalar}, {name: latents (B, ...) that people look at, from the last micro-batch of a student's turn}).
     """

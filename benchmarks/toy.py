@@ -224,7 +224,7 @@ def make_parts(args, teacher: Mixture, network: torch.nn.Module) -> Parts:
 
 
 def make_batch(args, teacher: Mixture, iteration: int) -> dict:
-    """What senseflow_data.collate makes: slots, prompts and real pictures, a class per slot."""
+    """As a senseflow_batches.PromptPictureLoader's: slots, prompts and real pictures, a class per slot."""
     generator = Draws(args.seed, iteration).generator("data")
     condition = torch.randint(teacher.num_classes, (args.train_batch_size,), generator=generator)
     return {
