@@ -231,8 +231,9 @@ class Runtime:
         try:
             self.accelerator.init_trackers(project, config=plain)
         except Exception as error:  # every tracker has its own
+            problem = f"does not start ({type(error).__name__}: {error})"  # `run_script` makes one line of it
             fix = "log in to it, set its key, or give tensorboard or none"
-            raise UserError(f"--report_to {self.args.report_to}: does not start ({_reason(error)}): {fix}", exit_code=2) from error
+            raise UserError(f"--report_to {self.args.report_to}: {problem}: {fix}", exit_code=2) from error
         for tracker in self.accelerator.trackers:
             if self.args.validation_prompts and not hasattr(tracker, "log_images"):
                 logger.warning(f"--report_to {tracker.name} shows no pictures: those of --validation_prompts are not logged")
@@ -246,11 +247,6 @@ class Runtime:
                 tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
             else:
                 tracker.log_images({name: [picture] if tracker.name in TAKE_LISTS else picture}, step=step)
-
-
-def _reason(error: BaseException) -> str:
-    """A library's exception in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _leave_process_group(worker: int) -> None:
