@@ -204,7 +204,7 @@ def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
     for name in (
         "gan_weight", "isg_weight", "isg_margin", "learning_rate", "learning_rate_fake", "learning_rate_disc", "lr_warmup_steps",
         "adam_epsilon", "adam_weight_decay", "student_guidance_scale", "teacher_guidance_scale", "classifier_weight",
-        "dataloader_num_workers", "seed",
+        "dataloader_num_workers", "seed", "rank",
     ):  # fmt: skip
         if getattr(args, name, 0) < 0:
             refuse(name, "must not be negative")
@@ -214,6 +214,8 @@ def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             refuse(name, "must lie in [0, 1)")
+    if args.lora_alpha is not None and args.lora_alpha <= 0:
+        refuse("lora_alpha", "must be above 0")
     if args.max_grad_norm <= 0:
         refuse("max_grad_norm", "must be above 0; a large number clips nothing")
     if args.seed >= 2**32:
@@ -260,6 +262,7 @@ def refuse_unused(args, table: Sequence[tuple]) -> None:
 
 # (whether something is off, how a message names that, the flags that then change nothing)
 UNUSED = (
+    (lambda args: args.rank == 0, "a run without --rank", ("lora_alpha", "lora_layers")),
     (lambda args: args.gan_weight == 0, "--gan_weight 0",
      ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder", "classifier_weight")),
     (lambda args: args.isg_weight == 0, "--isg_weight 0", ("isg_margin", "isg_guidance_scale")),

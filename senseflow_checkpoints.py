@@ -7,12 +7,13 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterable, Optional, Sequence
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
 
 from senseflow_args import UserError
+from senseflow_lora import FILE, adapter_of
 from senseflow_roles import Role, fingerprint, launched
 from senseflow_runtime import ENDINGS, Metrics, Runtime
 
@@ -45,7 +46,7 @@ def find_checkpoint(args) -> Optional[Path]:
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; give a folder", exit_code=2)
     if wanted is None:
-        if here or (Path(output_dir) / "model_index.json").exists():
+        if here or any((Path(output_dir) / file).exists() for file in ("model_index.json", FILE)):
             fix = "choose an empty folder" + (", or --resume_from_checkpoint latest" if here else "")
             raise UserError(f"--output_dir {output_dir} holds another run: {fix}", exit_code=2)
         return None
@@ -101,9 +102,10 @@ def read_state(checkpoint: Path) -> dict:
         raise UserError(f"--resume_from_checkpoint {checkpoint}: state.json is damaged; use another one", exit_code=2) from error
 
 
-def fingerprints_of(parts) -> dict[str, str]:
-    """What stored state belongs to, of a script's `Parts`: the frozen networks and the kind of optimiser."""
+def fingerprints_of(parts) -> dict[str, Any]:
+    """What stored state belongs to, of a script's `Parts`: the frozen networks, the adapters, and the kind of optimiser."""
     prints = {"teacher": parts.teacher.fingerprint, "optimizer": type(parts.student.optimizer).__name__}
+    prints |= adapter_of(parts.student.module)
     if parts.discriminator is not None:
         prints["discriminator_backbone"] = f"{fingerprint(parts.vision_features)} {parts.vision_features.layers}"
         prints["discriminator_text_encoder"] = fingerprint(parts.text_features)
@@ -124,6 +126,11 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, prints: dict, r
             )
     for name, value in prints.items():
         if state["fingerprint"].get(name) != value:
+            if name in vars(args):
+                given, stored = getattr(args, name), state["args"].get(name)
+                if isinstance(given, list):
+                    given, stored = " ".join(given), " ".join(stored or [])
+                raise UserError(f"--{name} {given}: {checkpoint} was made with {stored}; give that, or start in a new --output_dir")
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: made with another {name}; give the {name} it was made with, "
                 "or start in a new --output_dir"
@@ -136,7 +143,7 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, prints: dict, r
                 raise UserError(f"--{name} {given}: {checkpoint} was made with {stored}; {fix}, or start in a new --output_dir")
     ignored = {"resume_from_checkpoint", "output_dir"}
     # The stored student is what goes on: how this run's would have started does not matter any more.
-    ignored |= {"student_model_name_or_path", "student_guidance_scale"}
+    ignored |= {"student_model_name_or_path", *(() if args.rank else ("student_guidance_scale",))}
     changed = [
         f"--{name} {state['args'].get(name)} -> {value}"
         for name, value in vars(args).items()

@@ -249,6 +249,13 @@ def holds(path: str, file: str, revision: Optional[str] = None) -> bool:
         return False
 
 
+def folders_of(path: str) -> set[str]:
+    """The folders in a folder or Hub repository."""
+    if os.path.isdir(path):
+        return {entry.name for entry in Path(path).iterdir() if entry.is_dir()}
+    return {file.partition("/")[0] for file in look_up(path).files if "/" in file}
+
+
 def subfolder_of(path: str, name: str, revision: Optional[str] = None) -> Optional[str]:
     """Where a network lies in a folder or Hub repository: under its name in a pipeline, or by itself (None)."""
     return name if name and (holds(path, f"{name}/config.json", revision) or not holds(path, "config.json", revision)) else None
@@ -289,6 +296,14 @@ def load_network(
     if unexpected:
         logger.warning("%s %s: %d weights have no place in its config.json (%s)", flag, path, len(unexpected), few(unexpected))
     return network
+
+
+def load_start(kind, args, subfolder: str) -> torch.nn.Module:
+    """What student and fake score start as, in float32: --student_model_name_or_path, else the teacher's own network."""
+    flag, path, revision = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision
+    if args.student_model_name_or_path:
+        flag, path, revision = "--student_model_name_or_path", args.student_model_name_or_path, None
+    return load_network(kind, flag, path, subfolder, revision, args.variant, dtype=torch.float32)
 
 
 def load_pipeline(kind, flag: str, path: str, revision: Optional[str] = None, variant: Optional[str] = None, **components):

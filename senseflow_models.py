@@ -1,5 +1,6 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Models to draw with: a pipeline, a checkpoint with its teacher, other people's weights in a pipeline; how each is to be called.
+"""Models to draw with: a pipeline, a checkpoint or an adapter with its teacher, other people's weights in a pipeline; how each is
+to be called.
 
 Everything is found and compared before any weight loads. `infer.py` is the command line.
 """
@@ -22,11 +23,14 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import senseflow_hub as hub_tools
-from senseflow_args import UserError
+from senseflow_args import UserError, require_package
+from senseflow_lora import ADAPTER, FILE, stored_name
 from senseflow_pipeline import absolute_if_local
+from senseflow_roles import fingerprint as fingerprint_of
 from senseflow_utils import SAMPLERS
 
 
@@ -74,6 +78,7 @@ class Model:
     swapped: Optional[tuple[str, str]] = None  # (flag, value) of the network in the place of the model's own
     checkpoint: Optional[Path] = None  # its weights, where they are a bare state dict; `replaced` then says whose configuration
     network_config: Optional[dict] = None  # its configuration, where that is given by itself
+    adapter: Optional[Path] = None  # the file of an adapter for the base's own network
 
     @property
     def network(self) -> Optional[str]:
@@ -129,14 +134,27 @@ def find_model(name: str, revision: Optional[str] = None, variant: Optional[str]
         index = hub_tools.read_json(flag, base, "model_index.json", revision)
         if index is None:
             raise UserError(f"{flag} {base}, has no model_index.json", 2)
-        replaced = {part: (name, part) for part in index if (Path(name) / part).is_dir()}
+        replaced = {part: (name, part) for part in index if part in hub_tools.folders_of(name)}
     class_name = str(index.get("_class_name"))
     parameters = inspect.signature(getattr(diffusers, class_name, DiffusionPipeline).__call__).parameters
     if "prompt" not in parameters:
         raise UserError(f"--model {name}: {class_name} is no text-to-image pipeline of diffusers {diffusers.__version__}", 2)
     model = Model(name, base, hub_tools.commit_of(base, revision), variant, index, parameters, distilled, replaced)
     check_usage(model, f"--model {name}")
+    if base != name and distilled.get("rank"):
+        take_adapter(model)
     return model
+
+
+def take_adapter(model: Model) -> None:
+    """Finds the adapter of `model.name`, a training run's output or a checkpoint. UserError (2) where there is none."""
+    require_package("peft", f"--model {model.name}")
+    model.replaced.pop(model.network, None)  # a folder of a checkpoint, with the adapter alone
+    for place in (FILE, f"{model.network}/{FILE}"):
+        if hub_tools.holds(model.name, place):
+            model.adapter = hub_tools.file_of(model.name, place)
+            return
+    raise UserError(f"--model {model.name}: its senseflow.json is that of an adapter, but there is no {FILE}; copy it again", 2)
 
 
 def check_usage(model: Model, origin: str) -> None:
@@ -181,6 +199,8 @@ def swap_network(args: argparse.Namespace, model: Model) -> None:
         return
     value, own, class_name = getattr(args, flag), model.network, model.index["_class_name"]
     origin = f"--{flag} {value}"
+    if model.adapter is not None:
+        raise UserError(f"{origin}: --model {model.name} is an adapter for its teacher's own {own}; give a whole --model", 2)
     if own is None or flag not in (own, "checkpoint"):
         raise UserError(f"{origin}: {class_name} has no {flag}; {f'give --{own}' if own else 'drop it'}", 2)
     wanted = {"_class_name": model.index[own][1]} | model.config(own)
@@ -261,6 +281,8 @@ def fingerprint(model: Model) -> str:
         files = sorted(file for file in Path(source, config).parent.glob("*") if file.is_file())
         if part == model.network and model.checkpoint is not None:
             files = [model.checkpoint]
+        elif part == model.network and model.adapter is not None:
+            files.append(model.adapter)
         elif part in model.replaced and not os.path.isdir(source):
             digest.update(f"{part}: {hub_tools.commit_of(source, model.revision_of(source))}/{config}".encode())
         for file in files:
@@ -345,11 +367,37 @@ def load_component(model: Model, name: str, dtype: torch.dtype):
         return hub_tools.from_hub(component_class.from_pretrained, source, revision, subfolder=subfolder, **options)
 
 
+def load_adapter(model: Model, network: torch.nn.Module) -> None:
+    """Adds the model's adapter to the network that it was trained for. UserError (1) where it is not that one, or is damaged."""
+    base = network
+    if network.dtype == torch.float16:  # from which rounding to the fingerprint's bfloat16 is a second rounding
+        where = ("--model", model.base, model.network, model.revision, model.variant)
+        base = hub_tools.load_network(type(network), *where, dtype=torch.bfloat16)
+    if fingerprint_of(base) != model.distilled.get("teacher_fingerprint"):
+        given = f"{model.base}{f' at {model.revision}' if model.revision else ''}"
+        raise UserError(f"--model {model.name}: its adapter was trained over other weights than those of {given}; restore these")
+    with hub_tools.loading_model("--model", model.name):
+        with safe_open(model.adapter, "pt") as file:
+            names = set(file.keys())
+        prefix = model.network if all(name.startswith(f"{model.network}.") for name in names) else None
+        place = {"weight_name": model.adapter.name, "prefix": prefix, "adapter_name": ADAPTER}
+        network.load_lora_adapter(str(model.adapter.parent), **place)
+        own = {stored_name(name) for name, _ in network.named_parameters() if ".lora_" in name}
+        if own != {name.removeprefix(f"{prefix}.") for name in names}:
+            raise ValueError(f"{model.adapter.name} is not the whole of its adapter")
+    config = network.peft_config[ADAPTER]
+    if (config.r, config.lora_alpha) != (model.distilled["rank"], model.distilled.get("lora_alpha")):
+        there = f"rank {config.r} and alpha {config.lora_alpha:g}"
+        raise UserError(f"--model {model.name}: {FILE} speaks of {there}, its senseflow.json of others; copy both again")
+
+
 def load_pipeline(model: Model, sampler: Optional[str], device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """The whole pipeline on its device. UserError (1) where weights are missing or damaged."""
     parts = {name: load_component(model, name, dtype) for name in model.replaced}
     where = ("--model" if model.base == model.name else f"--model {model.name}: its teacher", model.base)
     pipeline = hub_tools.load_pipeline(model.pipeline_class, *where, model.revision, model.variant, dtype=dtype, **parts)
+    if model.adapter is not None:
+        load_adapter(model, getattr(pipeline, model.network))
     try:
         pipeline.to(device)
     except torch.OutOfMemoryError as error:

@@ -21,7 +21,8 @@ from PIL import Image
 
 from senseflow_args import DTYPES, UserError
 from senseflow_checkpoints import INCOMPLETE, publish_folder, writing
-from senseflow_hub import UNREADABLE, file_of, left_out, load_pipeline
+from senseflow_hub import UNREADABLE, file_of, left_out, load_pipeline, read_json
+from senseflow_lora import FILE, metadata_of
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
 from senseflow_utils import Schedule
@@ -30,6 +31,7 @@ from senseflow_vae import decode
 
 logger = get_logger(__name__)
 
+PLACE = "path/of/this/folder"  # in a model card
 LOWEST_DEFAULT = 50  # the timestep, of 1000, below which no anchor is chosen for a user
 
 
@@ -117,9 +119,13 @@ def absolute_if_local(path: str) -> str:
     return str(Path(path).resolve()) if os.path.isdir(path) else path
 
 
-def usage_record(args, schedule: Schedule, call: dict, iteration: int) -> dict:
+def usage_record(args, schedule: Schedule, call: dict, iteration: int, prints: dict) -> dict:
     """What senseflow.json holds: the trained levels, the sampler, the stock pipeline call that visits them, and what it takes to
-    load the rest of the pipeline again."""
+    load the rest of the pipeline again; of an adapter, its rank and the fingerprint of the network that it belongs to.
+
+    Args:
+        prints: of `senseflow_checkpoints.fingerprints_of`.
+    """
     record = {
         "sigmas": schedule.levels(schedule.anchors)[1].tolist(),
         "timesteps": schedule.anchors.tolist(),
@@ -132,6 +138,8 @@ def usage_record(args, schedule: Schedule, call: dict, iteration: int) -> dict:
         "iteration": iteration,
         "pipeline_call": call,
     }
+    if args.rank:
+        record |= {"rank": args.rank, "lora_alpha": args.lora_alpha, "teacher_fingerprint": prints["teacher"]}
     return record | {name: call[name] for name in ("guidance_scale",) if name in call}
 
 
@@ -143,13 +151,17 @@ def write_usage(folder: Path, record: dict, components: dict) -> None:
 
 
 def export(runtime: Runtime, args, pipeline_class, student: Role, components: dict, record: dict) -> None:
-    """The whole pipeline in --output_dir, with senseflow.json and the model card; written aside, then moved.
+    """The whole pipeline in --output_dir, or with --rank the adapter for the teacher's; with senseflow.json and the model card.
+    Written aside, then moved.
 
     Args:
         components: what is not the teacher's besides the student: the scheduler.
         record: of `usage_record`.
     """
     student.check_finite()
+    if args.rank:
+        export_adapter(runtime, args, pipeline_class, student, components, record)
+        return
     network = student.network()
     if runtime.accelerator.is_main_process:
         dtype, flag, path = DTYPES[args.export_dtype], "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
@@ -161,9 +173,28 @@ def export(runtime: Runtime, args, pipeline_class, student: Role, components: di
         with writing(aside):
             pipeline.to("cpu", dtype).save_pretrained(aside)
             write_usage(aside, record, {})
-            write_model_card(aside, pipeline_class, record, args, license_of(path, args.revision))
+            absent = keywords(left_out(pipeline_class, json.loads((aside / "model_index.json").read_text())))
+            lines = f"""from diffusers import {pipeline_class.__name__}
+pipeline = {pipeline_class.__name__}.from_pretrained("{PLACE}", dtype={dtype}{absent})"""
+            write_model_card(aside, lines, record, args)
             publish_folder(aside, Path(args.output_dir), last="model_index.json")
         logger.info(f"the pipeline is in {args.output_dir}")
+    runtime.accelerator.wait_for_everyone()
+
+
+def export_adapter(runtime: Runtime, args, pipeline_class, student: Role, components: dict, record: dict) -> None:
+    """The adapter in --output_dir, as `load_lora_weights` of the teacher's pipeline wants it, and what else `export` writes."""
+    weights = student.weights()
+    if runtime.accelerator.is_main_process:
+        weights = {name: tensor.to(DTYPES[args.export_dtype]) for name, tensor in weights.items()}
+        aside = Path(args.output_dir) / f"export{INCOMPLETE}"
+        with writing(aside):
+            layers, metadata = f"{student.subfolder}_lora_layers", f"{student.subfolder}_lora_adapter_metadata"
+            pipeline_class.save_lora_weights(aside, **{layers: weights, metadata: metadata_of(student.module)})
+            write_usage(aside, record, components)
+            write_model_card(aside, lines_with_adapter(pipeline_class, components, record, args), record, args, adapter=True)
+            publish_folder(aside, Path(args.output_dir), last=FILE)
+        logger.info(f"the adapter is in {args.output_dir}")
     runtime.accelerator.wait_for_everyone()
 
 
@@ -177,20 +208,44 @@ def license_of(path: str, revision: Optional[str] = None) -> dict[str, str]:
     return {name: str(value) for name, value in entries.items() if value} or {"license": "other"}
 
 
-def write_model_card(folder: Path, pipeline_class, record: dict, args, teacher_license: dict[str, str]) -> None:
-    """README.md of the exported pipeline: three-line usage with the exact call, levels, training arguments, licence.
+def keywords(arguments: dict) -> str:
+    """How they follow others in a call."""
+    return "".join(f", {name}={value!r}" for name, value in arguments.items())
+
+
+def lines_with_adapter(pipeline_class, components: dict, record: dict, args) -> str:
+    """The code that makes `pipeline` of the teacher's, what of it is not the teacher's, and the adapter."""
+    flag, path, dtype = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, DTYPES[args.export_dtype]
+    classes = sorted({pipeline_class.__name__, *(type(component).__name__ for component in components.values())})
+    source = {name: record[f"teacher_{name}"] for name in ("revision", "variant") if record[f"teacher_{name}"]}
+    absent = left_out(pipeline_class, read_json(flag, path, "model_index.json", args.revision))
+    lines = [
+        f"from diffusers import {', '.join(classes)}",
+        f'folder = "{PLACE}"',
+        f'pipeline = {pipeline_class.__name__}.from_pretrained("{record["teacher"]}", dtype={dtype}{keywords(source | absent)})',
+    ]
+    for name, component in components.items():
+        how = f", dtype={dtype}" if isinstance(component, torch.nn.Module) else ""
+        lines.append(f'pipeline.{name} = {type(component).__name__}.from_pretrained(folder, subfolder="{name}"{how})')
+    return "\n".join([*lines, "pipeline.load_lora_weights(folder)"])
+
+
+def write_model_card(folder: Path, lines: str, record: dict, args, adapter: bool = False) -> None:
+    """README.md of what is exported: usage in a few lines with the exact call, levels, training arguments, the teacher's licence.
 
     Args:
+        lines: the code that makes `pipeline`.
         record: what senseflow.json holds; `pipeline_call` are the arguments of the stock call.
-        teacher_license: what `license_of` found.
     """
-    teacher = record["teacher"]
+    teacher, teacher_license = record["teacher"], license_of(args.pretrained_model_name_or_path, args.revision)
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **teacher_license}
     if not os.path.isdir(teacher):
         front["base_model"] = teacher
-    pipeline, index = pipeline_class.__name__, json.loads((folder / "model_index.json").read_text())
-    absent = "".join(f", {name}=None" for name in left_out(pipeline_class, index))
-    call = ", ".join(f"{name}={value!r}" for name, value in record["pipeline_call"].items())
+    made = f"{record['iteration']} iterations"
+    if adapter:
+        front |= {"base_model_relation": "adapter", "tags": ["lora"]}
+        made += f"; an adapter (LoRA) of rank {args.rank}, alpha {args.lora_alpha:g}, for the teacher's own weights"
+    call = keywords(record["pipeline_call"])
     arguments = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
     levels = ", ".join(f"{t:g} (sigma {sigma:.4f})" for t, sigma in zip(record["timesteps"], record["sigmas"]))
     source = "".join(f", {name} `{record[f'teacher_{name}']}`" for name in ("revision", "variant") if record[f"teacher_{name}"])
@@ -202,13 +257,12 @@ def write_model_card(folder: Path, pipeline_class, record: dict, args, teacher_l
 
 # {Path(teacher).name} in {record["num_inference_steps"]} steps
 
-Distilled from `{teacher}`{source} with SenseFlow (arXiv 2506.00523), {record["iteration"]} iterations.
+Distilled from `{teacher}`{source} with SenseFlow (arXiv 2506.00523), {made}.
 
 ```python
 import torch
-from diffusers import {pipeline}
-pipeline = {pipeline}.from_pretrained("path/of/this/folder", dtype={DTYPES[args.export_dtype]}{absent})
-image = pipeline(prompt="a prompt", {call}).images[0]
+{lines}
+image = pipeline(prompt="a prompt"{call}).images[0]
 ```
 
 Timesteps visited: {levels}, {record["sampler"]} sampler. These are the levels that the student was trained at.

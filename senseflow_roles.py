@@ -5,8 +5,8 @@
     ShardedRole  weights, gradients and optimiser state shared out by FSDP2
     ZeroRole     by DeepSpeed: the optimiser state and gradients (ZeRO-2), the weights too (ZeRO-3)
 
-A loop speaks to a role and never to what is behind it. That a role is a part of a module which other roles share
-(`parameters`, `select`) is decided here, too.
+A loop speaks to a role and never to what is behind it. That a role trains a part of its module alone (`parameters`), over tensors
+which other roles share (senseflow_lora), is decided here, too.
 """
 
 import functools
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from senseflow_args import UserError, loading, require_package
+from senseflow_lora import save_adapter, stored_name
 from senseflow_utils import ida_update
 
 
@@ -114,14 +115,14 @@ class Role:
         dtype: what floating-point inputs are cast to.
         accelerator: of the run.
         parameters: what it trains, by name in the module; none for the teacher.
-        select: a context manager that makes its part of a shared module the active one and then restores what was.
+        autocast: whether the network computes under the run's autocast, where nothing else puts it there.
         max_grad_norm, accumulation: of its step; micro-batches of an iteration.
         subfolder: where a checkpoint holds its weights (default: its name).
     Attributes:
         module: the bare network, for a pipeline or a config; never call it in a loop.
         parameters: what the optimiser owns, by name; shards where the network is sharded.
         fingerprint: see `fingerprint`.
-        weight_bytes, trained_numbers: size of the whole network, and how many of its numbers it trains.
+        weight_bytes, trained_numbers: size of what a checkpoint stores of the network, and how many numbers it trains.
     """
 
     def __init__(
@@ -131,23 +132,25 @@ class Role:
         dtype: torch.dtype,
         accelerator: Accelerator,
         parameters: Optional[dict[str, torch.nn.Parameter]] = None,
-        select: Callable[[], ContextManager] = nullcontext,
+        autocast: bool = False,
         max_grad_norm: float = 1.0,
         accumulation: int = 1,
         subfolder: Optional[str] = None,
     ):
         self.name, self.module, self.dtype, self.accelerator = name, module, dtype, accelerator
         self.parameters = {} if parameters is None else parameters
-        self.select, self.max_grad_norm, self.accumulation = select, max_grad_norm, accumulation
+        self.autocast, self.max_grad_norm, self.accumulation = autocast, max_grad_norm, accumulation
         self.subfolder = subfolder or name
         self.optimizer = self.lr_scheduler = None
         self._wrapped, self._learning, self._turns = module, False, 0
-        self._stored = list(module.state_dict())  # names of what a checkpoint holds, before anything shards them
-        if not hasattr(module, "save_pretrained"):
-            buffers = dict(module.named_buffers())
-            self._stored = [name for name in self._stored if name in self.parameters or name in buffers]
+        state = module.state_dict()  # before anything shards it
+        self._adapted = hasattr(module, "peft_config")
+        if self._adapted or not hasattr(module, "save_pretrained"):
+            kept = {*self.parameters, *(() if self._adapted else dict(module.named_buffers()))}
+            state = {name: tensor for name, tensor in state.items() if name in kept}
+        self._stored = {stored_name(name): name for name in state}  # {name in a checkpoint: name in the module}
         self.fingerprint = fingerprint(module)
-        self.weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+        self.weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         self.trained_numbers = sum(parameter.numel() for parameter in self.parameters.values())
 
     def prepare(self, make_optimizer: Callable[[list[torch.nn.Parameter]], tuple]) -> None:
@@ -158,7 +161,7 @@ class Role:
 
     def __call__(self, *args, **kwargs):
         network = self._wrapped if self._learning and torch.is_grad_enabled() else self.module
-        with self.select():
+        with self.accelerator.autocast() if self.autocast else nullcontext():
             return network(*args, **kwargs)
 
     @contextmanager
@@ -168,7 +171,7 @@ class Role:
         Entered once per micro-batch. Only this role's parameters take gradient; what other roles accumulated stays.
         """
         self._turns += 1
-        with self.select(), self._gradients_stay_here(self._turns % self.accumulation > 0):
+        with self._gradients_stay_here(self._turns % self.accumulation > 0):
             self._set_learning(True)
             try:
                 yield
@@ -236,28 +239,32 @@ class Role:
         """A parameter or buffer as it is without sharding; all processes call it."""
         return tensor
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint stores of the network, on the CPU of the main process; empty in the others."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint stores of the network, on the CPU of the main process; empty in the others. All call it."""
         tensors = {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
         weights = {}
-        for name in self._stored:
+        for stored, name in self._stored.items():
             whole = self._whole(tensors[name]).detach()
             if self.accelerator.is_main_process:
-                weights[name] = whole.cpu().contiguous()
+                weights[stored] = whole.cpu().contiguous()
         return weights
 
     def save(self, folder: Path) -> None:
-        """Writes weights (safetensors; a diffusers folder where the network is a diffusers model) and optimiser state."""
+        """Writes weights (safetensors; as diffusers does where the network is a diffusers model, or one with an adapter) and
+        optimiser state."""
         path, main = folder / self.subfolder, self.accelerator.is_main_process
-        if hasattr(self.module, "save_pretrained"):
+        if hasattr(self.module, "save_pretrained") and not self._adapted:
             network = self.network()
             if main:
                 network.save_pretrained(path)
         else:
-            weights = self._weights()
+            weights = self.weights()
             if main:
                 path.mkdir(parents=True)
-                save_file(weights, path / "model.safetensors")
+                if self._adapted:
+                    save_adapter(path, self.module, weights)
+                else:
+                    save_file(weights, path / "model.safetensors")
         part, parts = self._part()
         if part is not None:
             state = {"state": self._optimizer_state(), "steps": self.lr_scheduler.last_epoch}
@@ -281,7 +288,7 @@ class Role:
         with loading("--resume_from_checkpoint", folder / self.subfolder):
             weights = read_safetensors(folder / self.subfolder)
             missing, unexpected = set(self._stored) - set(weights), set(weights) - set(self._stored)
-            missing = {name for name in missing if name in self.parameters}
+            missing = {name for name in missing if self._stored[name] in self.parameters}
             if missing or unexpected:
                 raise UserError(
                     f"--resume_from_checkpoint {folder}: {self.name} is another network "
@@ -292,7 +299,7 @@ class Role:
                 raise OSError(f"no optimiser state of the {self.name}")
             # Of many parts, each process wants some rows of every tensor.
             parts = [torch.load(file, map_location="cpu", weights_only=True, mmap=len(files) > 1) for file in files]
-            self._load_weights(weights)
+            self._load_weights({self._stored[name]: tensor for name, tensor in weights.items()})
             self._load_optimizer_state([part["state"] for part in parts])
         steps = self.lr_scheduler.last_epoch = parts[0]["steps"]
         for group, base, factor in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas):
@@ -349,7 +356,7 @@ class PartedRole(Role):
         return nullcontext()  # kept whole until the last micro-batch, they would fill the memory that sharding saves
 
     def network(self):
-        weights = self._weights()
+        weights = self.weights()
         if not self.accelerator.is_main_process:
             return None
         with torch.device("meta"):

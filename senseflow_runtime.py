@@ -11,10 +11,9 @@ import os
 import signal
 import time
 from collections import Counter
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, ContextManager, Iterator, Optional
+from typing import Iterator, Optional
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ class Runtime:
     """Processes, devices, trackers, and the making of roles after the way the processes were launched.
 
     Args:
-        args: reads output_dir, logging_dir, report_to, mixed_precision, allow_tf32, gradient_accumulation_steps, seed and the
+        args: reads output_dir, logging_dir, report_to, mixed_precision, allow_tf32, gradient_accumulation_steps, seed, rank and the
             optimiser's flags.
     """
 
@@ -56,6 +55,9 @@ class Runtime:
         self.args, self.launch = args, launched()
         if args.use_8bit_adam and self.launch.mode == "fsdp2":
             raise UserError("--use_8bit_adam: bitsandbytes cannot take FSDP2's shards: drop it, or take zero3.yaml", exit_code=2)
+        if args.rank and self.launch.mode != "replicated":
+            fix = "take single.yaml or ddp.yaml, or drop it"
+            raise UserError(f"--rank {args.rank}: adapters share weights that {self.launch.mode} would part: {fix}", exit_code=2)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
         if not torch.cuda.is_available() and self.launch.world_size > 1:
             # A multi-GPU configuration launched on a machine without a GPU runs on its CPU, over gloo.
@@ -103,10 +105,11 @@ class Runtime:
             say_at_once("Ctrl-C: a checkpoint is saved after this iteration or the next; a second Ctrl-C ends at once")
         self.endings.add(name)
 
-    def frozen_role(self, name: str, module: torch.nn.Module, select: Callable[[], ContextManager] = nullcontext) -> Role:
+    def frozen_role(self, name: str, module: torch.nn.Module) -> Role:
         """A role that never learns (the teacher); its module is in the precision of the run's frozen networks already."""
         module.requires_grad_(False).eval()
-        role = Role(name, module, self.weight_dtype, self.accelerator, select=select)
+        # Its twins compute under autocast, which has some layers in float32 that are not by themselves: it does as they do.
+        role = Role(name, module, self.weight_dtype, self.accelerator, autocast=self.args.rank > 0)
         if self.launch.mode == "fsdp2":
             shard(module, self.mesh, self.launch.plugin.reshard_after_forward)
         elif self.launch.mode == "zero3":
@@ -122,25 +125,18 @@ class Runtime:
         learning_rate: float,
         every: int = 1,
         subfolder: Optional[str] = None,
-        parameters: Optional[dict[str, torch.nn.Parameter]] = None,
-        select: Callable[[], ContextManager] = nullcontext,
         half: bool = True,
     ) -> Role:
-        """A role that learns, with its optimiser and learning-rate schedule.
+        """A role that learns, with its optimiser and learning-rate schedule. It trains what takes gradient in the module.
 
         Args:
             every: it steps in every `every`-th iteration; warm-up and decay, given in iterations, are divided by it.
             subfolder: where a checkpoint holds its weights (default: its name).
-            parameters: what it trains, by name in the module (default: everything). Fewer where roles share a module.
-            select: a context manager that makes its part of a shared module the active one and then restores what was.
             half: under --mixed_precision bf16, a sharded network may be gathered in bfloat16. Not one that computes with its own
                 weights in float32, as spectral norms do.
         """
         args, mode = self.args, self.launch.mode
-        parameters = dict(module.named_parameters()) if parameters is None else parameters
-        module.requires_grad_(False)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        parameters = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
         half = half and args.mixed_precision == "bf16"
         kind, how = Role, {}
         if mode == "fsdp2":
@@ -153,7 +149,6 @@ class Runtime:
             self.weight_dtype,
             self.accelerator,
             parameters,
-            select,
             max_grad_norm=args.max_grad_norm,
             accumulation=args.gradient_accumulation_steps,
             subfolder=subfolder,

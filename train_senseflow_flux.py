@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 import senseflow_args as args_tools
 import senseflow_checkpoints as checkpoint_tools
 import senseflow_hub as hub_tools
+import senseflow_lora as lora_tools
 import senseflow_pipeline as pipeline_tools
 import senseflow_prompts as prompt_tools
 import senseflow_vae as vae_tools
@@ -64,6 +65,10 @@ logger = get_logger(__name__)
 
 # What the teacher is and what the student is saved as, and of what it is made.
 PIPELINE, TRANSFORMER, VAE = FluxPipeline, FluxTransformer2DModel, AutoencoderKL
+# Attention and feed-forward, in the single blocks, too, where they are proj_mlp and proj_out.
+LORA_LAYERS = [
+    r".*blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,13 +240,14 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
 # FLUX: the network call, the prompts, the levels
 # ---------------------------------------------------------------------------------------------------------------------
 def flux_predict(
-    schedule: Schedule, empty: Optional[tuple], role: Role, x_t, t, condition, guidance: Optional[Guidance] = None
+    schedule: Schedule, empty: Optional[tuple], scale: float, role: Role, x_t, t, condition, guidance: Optional[Guidance] = None
 ) -> Prediction:
     """Asks a role about latents x_t (B, C, H, W) at timesteps t (B,).
 
     Args:
         empty: condition of the empty prompt, batch 1, for the classifier-free guidance of a role without a guidance embedder;
             None where no guidance scale is above 1.
+        scale: what student and fake score, which take no `guidance`, tell a guidance embedder; adapters leave it where it is.
         condition: (prompt_embeds (B, L, D), pooled (B, P)).
         guidance: for the teacher only. Where none of its scales is above 1, the pass for the empty prompt is not run.
     """
@@ -255,11 +261,12 @@ def flux_predict(
         embeds = torch.cat([empty[0].expand_as(embeds), embeds])
         pooled = torch.cat([empty[1].expand_as(pooled), pooled])
     batch, dtype = len(latents), role.dtype
+    scales = torch.full_like(steps, scale, dtype=torch.float32) if guidance is None else guidance.scale
     packed = PIPELINE._pack_latents(latents.to(dtype), batch, channels, height, width)
     output = role(
         hidden_states=packed,
         timestep=steps.to(dtype) / 1000,  # rounded as a stock pipeline in this dtype rounds it
-        guidance=guidance.scale.to(dtype) if embedded else None,
+        guidance=scales.to(dtype) if embedded else None,
         pooled_projections=pooled,
         encoder_hidden_states=embeds,
         txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=dtype),
@@ -312,7 +319,10 @@ def make_schedule(args, device) -> tuple[FlowSchedule, FlowMatchEulerDiscreteSch
     scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted), tokens), args.sampler)
     schedule = FlowSchedule(table, [1000 * sigma for sigma in sigmas], device=device)
     pipeline_tools.check_anchors(args, schedule)
-    call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
+    # An adapter leaves the guidance embedder where it is; of a network without, the call's guidance is no matter.
+    embedded = args.rank and hub_tools.config_of(TRANSFORMER, flag, path, "transformer", args.revision).get("guidance_embeds")
+    guidance = args.student_guidance_scale if embedded else 1.0
+    call = {"num_inference_steps": len(sigmas), "guidance_scale": guidance, "height": args.resolution, "width": args.resolution}
     visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), tokens)
     if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
         call["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
@@ -333,9 +343,11 @@ def parse_args(argv=None):
     add("--student_model_name_or_path",
         help=f"warm start of student and fake score: a {TRANSFORMER.__name__} or {PIPELINE.__name__}, Hub id or folder")
     add("--student_guidance_scale", type=float, default=3.5,
-        help="guidance folded into student and fake score, so that they start "
-        "as the teacher at it; 0 drops the embedder as the release, FLUX, does (3.5: FluxPipeline's default)")
+        help="guidance folded into student and fake score, so that they start as the teacher at it, with --rank said to the "
+        "embedder in every call; 0 drops the embedder as the release, FLUX, does (3.5: FluxPipeline's default)")
     add("--max_sequence_length", type=int, default=512, help="T5 tokens (release, FLUX)")
+
+    lora_tools.add_lora_arguments(parser, LORA_LAYERS)
 
     add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json",
@@ -443,9 +455,12 @@ def check_args(args):
     vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     hub_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     transformer = hub_tools.config_of(TRANSFORMER, flag, path, "transformer", args.revision)
+    lora_tools.check_lora_args(args, TRANSFORMER, transformer, LORA_LAYERS)
     if not transformer.get("guidance_embeds") and not args.validation_prompts:
         unused = (lambda args: True, "a teacher without guidance embedder", ("student_guidance_scale",))
         args_tools.refuse_unused(args, [unused])
+    if args.rank and args.student_guidance_scale == 0 and transformer.get("guidance_embeds"):
+        raise UserError("--student_guidance_scale 0: with --rank the teacher's embedder stays; give a guidance, such as 3.5", 2)
     if args.student_model_name_or_path:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
@@ -483,8 +498,11 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
 
     scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
     guided = max(scales) > 1 and not transformer.config.guidance_embeds
-    student = without_guidance_embedder(start, args.student_guidance_scale)
-    fake_score = copy.deepcopy(student)
+    if args.rank:
+        student, fake_score = lora_tools.adapted_twins(transformer.to(device), args)
+    else:
+        student = without_guidance_embedder(start, args.student_guidance_scale)
+        fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
             network.set_attention_backend("xformers")
@@ -497,7 +515,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
         teacher=runtime.frozen_role("teacher", transformer),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
-        predict=partial(flux_predict, schedule, encode_prompts([""]) if guided else None),
+        predict=partial(flux_predict, schedule, encode_prompts([""]) if guided else None, args.student_guidance_scale),
         encode_prompts=encode_prompts,
         real_latents=partial(vae_tools.real_latents, vae),
         latent_shape=vae_tools.latent_shape_of(config, args.resolution),
@@ -554,7 +572,7 @@ def main(argv=None):
         runtime.log_picture(f"validation/{name}", pipeline_tools.draw_grid(runtime, pipeline, args, call), iteration)
 
     def save() -> None:
-        record = pipeline_tools.usage_record(args, schedule, call, iteration)
+        record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
         usage = partial(pipeline_tools.write_usage, record=record, components=components)
         checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
 
@@ -580,7 +598,7 @@ def main(argv=None):
         save()
     progress.close()
     checkpoint_tools.check_finished(runtime, metrics, iteration)
-    record = pipeline_tools.usage_record(args, schedule, call, iteration)
+    record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
     pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
     runtime.accelerator.end_training()
 

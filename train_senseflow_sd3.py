@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 import senseflow_args as args_tools
 import senseflow_checkpoints as checkpoint_tools
 import senseflow_hub as hub_tools
+import senseflow_lora as lora_tools
 import senseflow_pipeline as pipeline_tools
 import senseflow_prompts as prompt_tools
 import senseflow_vae as vae_tools
@@ -63,6 +64,7 @@ logger = get_logger(__name__)
 
 # What the teacher is and what the student is saved as, and of what it is made.
 PIPELINE, TRANSFORMER, VAE = StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL
+LORA_LAYERS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out net.0.proj net.2".split()
 
 # The recipe differs between the two sizes; `--preset auto` takes "large" above 30 transformer blocks. Flags override.
 PRESETS = {
@@ -327,6 +329,8 @@ def parse_args(argv=None):
         help="defaults of the flags marked (preset): medium / large; auto: large above 30 transformer blocks")
     add("--max_sequence_length", type=int, default=77, help="T5 tokens (release, SD 3.5)")
 
+    lora_tools.add_lora_arguments(parser, LORA_LAYERS)
+
     add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json",
         help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
@@ -438,6 +442,7 @@ def check_args(args):
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2)
     vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     hub_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
+    lora_tools.check_lora_args(args, TRANSFORMER, transformer, LORA_LAYERS)
     if args.student_model_name_or_path:
         names = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size", "pos_embed_max_size")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
@@ -473,11 +478,11 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     where = {"revision": args.revision, "variant": args.variant}
     source = {**where, "dtype": runtime.weight_dtype}
     transformer = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
-    start_flag, start, start_where = flag, path, where
-    if args.student_model_name_or_path:
-        start_flag, start, start_where = "--student_model_name_or_path", args.student_model_name_or_path, {"variant": args.variant}
-    student = hub_tools.load_network(TRANSFORMER, start_flag, start, "transformer", dtype=torch.float32, **start_where)
-    fake_score = copy.deepcopy(student)
+    if args.rank:
+        student, fake_score = lora_tools.adapted_twins(transformer.to(device), args)
+    else:
+        student = hub_tools.load_start(TRANSFORMER, args, "transformer")
+        fake_score = copy.deepcopy(student)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "fp32", **where)
@@ -561,7 +566,7 @@ def main(argv=None):
         runtime.log_picture(f"validation/{name}", pipeline_tools.draw_grid(runtime, pipeline, args, call), iteration)
 
     def save() -> None:
-        record = pipeline_tools.usage_record(args, schedule, call, iteration)
+        record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
         usage = partial(pipeline_tools.write_usage, record=record, components=components)
         checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
 
@@ -587,7 +592,7 @@ def main(argv=None):
         save()
     progress.close()
     checkpoint_tools.check_finished(runtime, metrics, iteration)
-    record = pipeline_tools.usage_record(args, schedule, call, iteration)
+    record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
     pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
     runtime.accelerator.end_training()
 

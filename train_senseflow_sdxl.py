@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 import senseflow_args as args_tools
 import senseflow_checkpoints as checkpoint_tools
 import senseflow_hub as hub_tools
+import senseflow_lora as lora_tools
 import senseflow_pipeline as pipeline_tools
 import senseflow_prompts as prompt_tools
 import senseflow_vae as vae_tools
@@ -65,6 +66,8 @@ logger = get_logger(__name__)
 
 # What the teacher is and what the student is saved as, and of what it is made.
 PIPELINE, UNET, VAE = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
+LORA_LAYERS = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj".split()
+LORA_LAYERS += ["downsamplers.0.conv", "upsamplers.0.conv"]  # as diffusers' LCM-LoRA
 ANCHORS = [999, 749, 499, 249]
 
 # What `--method` decides where a flag does not, and the flags that it has no use for (as senseflow_args.UNUSED).
@@ -400,13 +403,14 @@ def parse_args(argv=None):
     add("--student_model_name_or_path",
         help=f"warm start of student and fake score: a {UNET.__name__} or {PIPELINE.__name__}, Hub id or folder")
 
+    lora_tools.add_lora_arguments(parser, LORA_LAYERS)
+
     add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json",
         help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
     add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
     add("--train_data_dir", help="folder of pictures; captions in metadata.{jsonl,csv,parquet} or a .txt each, one a line")
-    add("--prompts_file",
-        help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
+    add("--prompts_file", help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
     add("--dataset_lmdb", help="a folder with DMD2's LMDB of VAE latents and prompts, or of several; needs lmdb")
     add("--dataset_config_name", help="of --dataset_name")
     add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
@@ -449,8 +453,7 @@ def parse_args(argv=None):
     add("--discriminator_layers", type=int, nargs="+",
         help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
         "the same depths of any other; release, SDXL)")
-    add("--discriminator_text_encoder",
-        help="a CLIP with projection (method: openai/clip-vit-large-patch14 / none; release, SDXL)")
+    add("--discriminator_text_encoder", help="a CLIP with projection (method: openai/clip-vit-large-patch14 / none; release, SDXL)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release, SDXL)")
@@ -460,8 +463,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=float, default=1e-6, help="of the student (release, SDXL)")
     add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate)")
     add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate)")
-    add("--lr_scheduler", default="constant", choices=args_tools.LR_SCHEDULERS,
-        help="as in diffusers (release, SDXL)")
+    add("--lr_scheduler", default="constant", choices=args_tools.LR_SCHEDULERS, help="as in diffusers (release, SDXL)")
     add("--lr_warmup_steps", type=int, default=0, help="in iterations (release, SDXL)")
     add("--lr_warmup_start", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
     add("--adam_beta1", type=float, default=0.9, help="(release, SDXL)")
@@ -539,6 +541,7 @@ def check_args(args):
         hub_tools.check_alike(vae_flag, vae_path, VAE, "vae", vae, names, args.variant)
     check_levels(flag, path, hub_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False))
     unet = hub_tools.config_of(UNET, flag, path, "unet", args.revision)
+    lora_tools.check_lora_args(args, UNET, unet, LORA_LAYERS)
     if args.student_model_name_or_path:
         names = ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim")
         names += ("time_cond_proj_dim", "mid_block_type")
@@ -582,11 +585,11 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
     unet = hub_tools.load_network(UNET, flag, path, "unet", **source)
-    start_flag, start, where = flag, path, {"revision": args.revision, "variant": args.variant}
-    if args.student_model_name_or_path:
-        start_flag, start, where = "--student_model_name_or_path", args.student_model_name_or_path, {"variant": args.variant}
-    student = hub_tools.load_network(UNET, start_flag, start, "unet", dtype=torch.float32, **where)
-    fake_score = copy.deepcopy(student)
+    if args.rank:
+        student, fake_score = lora_tools.adapted_twins(unet.to(device), args)
+    else:
+        student = hub_tools.load_start(UNET, args, "unet")
+        fake_score = copy.deepcopy(student)
     dmd2 = args.method == "dmd2" and args.gan_weight > 0
     encodes = (args.backward_simulation_prob < 1 or dmd2) and not args.dataset_lmdb
     decodes = (args.gan_weight > 0 and not dmd2) or bool(args.validation_prompts)
@@ -680,7 +683,7 @@ def main(argv=None):
         runtime.log_picture(f"validation/{name}", pipeline_tools.draw_grid(runtime, pipeline, args, call), iteration)
 
     def save() -> None:
-        record = pipeline_tools.usage_record(args, schedule, call, iteration)
+        record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
         usage = partial(pipeline_tools.write_usage, record=record, components=components)
         checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
 
@@ -706,7 +709,7 @@ def main(argv=None):
         save()
     progress.close()
     checkpoint_tools.check_finished(runtime, metrics, iteration)
-    record = pipeline_tools.usage_record(args, schedule, call, iteration)
+    record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
     pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
     runtime.accelerator.end_training()
 

@@ -188,6 +188,7 @@ def make_args(**changes) -> SimpleNamespace:
         "adam_weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "use_8bit_adam": False,
+        "rank": 0,
         "mixed_precision": "no",
         "allow_tf32": False,
         "report_to": "none",

@@ -1,6 +1,5 @@
 """`train_iteration` of the FLUX script on real tiny networks: who learns when, how many passes run, what is shared."""
 
-from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from senseflow_args import LR_SCHEDULERS
 from senseflow_data import load_rows, make_dataloader
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
-from senseflow_utils import Draws, FlowSchedule, Guidance
+from senseflow_utils import Draws, Guidance
 from train_senseflow_flux import Parts, load_parts, make_schedule, needs_pictures, parse_args, simulated_steps, train_iteration
 
 
@@ -222,58 +221,3 @@ def test_every_learning_rate_schedule_warms_up_in_iterations_and_steps(kind, bui
     warms_up = kind != "constant"
     assert rates[0] == pytest.approx(5e-4 if warms_up else 1e-3) and rates[2] == pytest.approx(1e-3)
     assert (rates[5] < 5e-4) == (kind not in ("constant", "constant_with_warmup")), rates
-
-
-class Adapted(torch.nn.Module):
-    """One frozen base with a low-rank addition per role, one of which is active; as an adapter library would do it."""
-
-    def __init__(self, size=6):
-        super().__init__()
-        torch.manual_seed(0)
-        self.base = torch.nn.Linear(size + 1, size)
-        self.adapters = torch.nn.ModuleDict({name: torch.nn.Linear(size + 1, size) for name in ("student", "fake_score")})
-        for adapter in self.adapters.values():
-            torch.nn.init.zeros_(adapter.weight)
-            torch.nn.init.zeros_(adapter.bias)
-        self.active = None
-
-    @contextmanager
-    def adapter(self, name):
-        before, self.active = self.active, name
-        try:
-            yield
-        finally:
-            self.active = before
-
-    def forward(self, x):
-        y = self.base(x)
-        return y if self.active is None else y + self.adapters[self.active](x)
-
-
-def test_three_roles_may_share_one_module(build):
-    """The same loop on one adapted base, and on three networks of their own: the same training. The loop does not know."""
-    args = build("--gan_weight", "0", "--ttur_ratio", "1", "--backward_simulation_prob", "1", "--learning_rate", "1e-2").args
-    schedule = FlowSchedule(torch.arange(1, 1001), [1000, 500])
-
-    def predict(role, x_t, t, condition, guidance=None):
-        output = role(torch.cat([x_t, t.view(-1, 1).float() / 1000], 1))
-        return schedule.as_prediction(x_t, output if guidance is None else output * guidance.scale.view(-1, 1), t)
-
-    def train(shared: bool):
-        runtime, networks = Runtime(args), [Adapted() for _ in range(1 if shared else 3)]
-        student, fake, teacher = networks * 3 if shared else networks
-        roles = {}
-        for name, network in (("student", student), ("fake_score", fake)):
-            own = {key: p for key, p in network.named_parameters() if f"adapters.{name}." in key}
-            roles[name] = runtime.trained_role(name, network, 1e-2, parameters=own, select=partial(network.adapter, name))
-        roles["teacher"] = runtime.frozen_role("teacher", teacher, select=partial(teacher.adapter, None))
-        parts = Parts(**roles, discriminator=None, predict=predict, encode_prompts=list, real_latents=None, latent_shape=(6,))
-        for iteration in range(4):
-            train_iteration(iteration, [{"slots": [0, 1, 2], "prompts": ["a"] * 3}], parts, schedule, args, "cpu")
-        if shared:
-            assert student.active is None
-        return [torch.cat([p.detach().flatten() for p in roles[name].parameters.values()]) for name in ("student", "fake_score")]
-
-    apart, together = train(shared=False), train(shared=True)
-    for a, b in zip(apart, together):
-        assert torch.equal(a, b) and a.abs().sum() > 0

@@ -1,6 +1,5 @@
 """The student as a pipeline: how it is called for validation, what is written of it, and its model card."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -33,15 +32,14 @@ def test_the_prompt_goes_by_its_name(tmp_path):
     assert pipeline.prompts == ["a cat", "a dog"]
 
     # The record is that of a call without guidance_scale, and the card's call is the record's.
-    args = SimpleNamespace(resolution=64, sampler="euler", revision=None, variant="fp16", export_dtype="fp32")
+    args = SimpleNamespace(resolution=64, sampler="euler", revision=None, variant="fp16", export_dtype="fp32", rank=0)
     args.pretrained_model_name_or_path = str(tmp_path)
     senseflow_pipeline.check_resolution(args, 32)
     schedule = FlowSchedule(torch.arange(1000.0, 0, -1), [1000.0, 500.0])
-    record = senseflow_pipeline.usage_record(args, schedule, {"num_inference_steps": 2}, 7)
+    record = senseflow_pipeline.usage_record(args, schedule, {"num_inference_steps": 2}, 7, {})
     assert "guidance_scale" not in record and record["pixel_multiple"] == 32 and record["teacher_variant"] == "fp16"
-    assert senseflow_pipeline.usage_record(args, schedule, {"guidance_scale": 1.0}, 7)["guidance_scale"] == 1.0
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "EditsPictures"}))
-    senseflow_pipeline.write_model_card(tmp_path, EditsPictures, record, args, {"license": "other"})
+    assert senseflow_pipeline.usage_record(args, schedule, {"guidance_scale": 1.0}, 7, {})["guidance_scale"] == 1.0
+    senseflow_pipeline.write_model_card(tmp_path, "pipeline = EditsPictures()", record, args)
     card = (tmp_path / "README.md").read_text()
     line = next(line for line in card.splitlines() if line.startswith("image = "))
     names = {"pipeline": EditsPictures()}

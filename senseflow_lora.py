@@ -1,0 +1,140 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Low-rank adapters (LoRA): teacher, student and fake score over one copy of the teacher's weights.
+
+Student and fake score are twins of the teacher: networks of their own, with an adapter of their own, whose frozen tensors are the
+teacher's. A twin takes no memory for weights, and no adapter is ever switched on or off: gradient checkpointing recomputes under
+the adapter it ran under, and DDP and the optimiser see the few parameters of one role.
+"""
+
+import copy
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.training_utils import cast_training_params
+
+from senseflow_args import UserError, require_package
+
+
+ADAPTER = "default"  # the name peft gives to the adapter of a network; not a part of the names in a file
+FILE = "pytorch_lora_weights.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+def add_lora_arguments(parser, layers: Sequence[str]) -> None:
+    """`--rank`, `--lora_alpha`, `--lora_layers`; `layers` are those of the script's teacher."""
+    add = parser.add_argument_group("low-rank adaptation").add_argument
+    add(
+        "--rank",
+        type=int,
+        default=0,
+        help="train adapters of this rank on the teacher's own weights, which are then held once, instead of two whole networks "
+        "(0: full fine-tuning); needs peft",
+    )
+    add("--lora_alpha", type=float, help="the adapters' output is scaled by this over the rank (default: the rank)")
+    add("--lora_layers", nargs="+",
+        help=f"linear and convolutional layers with adapters: ends of their names, or one regular expression of peft's for their "
+        f"whole names (default: {' '.join(layers)})")  # fmt: skip
+
+
+def target_modules(layers: Sequence[str]):
+    """What peft's LoraConfig takes: one regular expression, or a list of names."""
+    return layers[0] if len(layers) == 1 and re.search(r"[*+?|()\[\]\\^$]", layers[0]) else list(layers)
+
+
+def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str]) -> None:
+    """Refuses (exit code 2) layers that the network does not have; fills in --lora_alpha and --lora_layers. No weight loads.
+
+    Args:
+        kind, config: class and configuration of the teacher's network.
+    """
+    if not args.rank:
+        return
+    require_package("peft", "--rank")
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if args.student_model_name_or_path:
+        start = f"--student_model_name_or_path {args.student_model_name_or_path}"
+        raise UserError(f"{start}: with --rank student and fake score are the teacher's own network; drop one of the two", 2)
+    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
+    args.lora_layers = args.lora_layers or list(default_layers)
+    with torch.device("meta"):
+        modules = dict(kind.from_config(config).named_modules())
+    possible = {name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+    targets = target_modules(args.lora_layers)
+    for target in [targets] if isinstance(targets, str) else targets:
+        try:
+            wanted = LoraConfig(target_modules=targets if isinstance(targets, str) else [target])
+            found = {name for name in modules if name and check_target_module_exists(wanted, name)}
+        except re.error as error:
+            raise UserError(f"--lora_layers {target}: is no regular expression ({error}); mend it, or give names", 2) from error
+        if not found & possible:
+            near = ", ".join(similar_layers(target, possible))
+            raise UserError(f"--lora_layers {target}: no linear or convolutional layer is called so; there are {near}, ...", 2)
+        if found - possible:
+            other = sorted(found - possible)[0]
+            message = f"--lora_layers {target}: also means {other}, a {type(modules[other]).__name__}, which takes no adapter"
+            raise UserError(f"{message}; name linear and convolutional layers alone", 2)
+
+
+def similar_layers(target: str, layers: Iterable[str], number: int = 3) -> list[str]:
+    """The layers most like `target`, by what stands behind the number of their block."""
+    return difflib.get_close_matches(target, {re.sub(r"^.*blocks\.\d+\.", "", name) for name in layers}, number, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Twins
+# ---------------------------------------------------------------------------------------------------------------------
+def twin(network: torch.nn.Module, base: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a network that shares every parameter and buffer of `base` with it, and nothing else."""
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+
+
+def adapted_twins(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(student, fake score) over the teacher's network: equal at the start, and as the teacher, for half of each adapter is zero.
+
+    Args:
+        base: the teacher's network on its device: a twin that is moved has tensors of its own. It is frozen, and keeps its class.
+    Returns:
+        Two networks of which the adapters alone take gradient, in float32 whatever the precision of `base`.
+    """
+    from peft import LoraConfig
+
+    base.requires_grad_(False)
+    student = twin(base, base)
+    student.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules(args.lora_layers)))
+    cast_training_params(student, torch.float32)
+    return student, twin(student, base)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+def stored_name(name: str) -> str:
+    """A parameter's name in a file: as diffusers writes those of adapters, and of any other as it is."""
+    return name.replace(f".{ADAPTER}.", ".") if ".lora_" in name else name
+
+
+def adapter_of(network: torch.nn.Module) -> dict[str, Any]:
+    """Rank, alpha and layers of a network's adapter, in JSON's types; all None if it has none."""
+    config = getattr(network, "peft_config", {}).get(ADAPTER)
+    if config is None:
+        return {"rank": None, "lora_alpha": None, "lora_layers": None}
+    layers = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    return {"rank": config.r, "lora_alpha": config.lora_alpha, "lora_layers": layers}
+
+
+def metadata_of(network: torch.nn.Module) -> dict[str, Any]:
+    """What peft must know to build a network's adapter again; the one place where alpha is kept."""
+    return network.peft_config[ADAPTER].to_dict()
+
+
+def save_adapter(folder: Path, network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Writes what `network.save_lora_adapter(folder)` writes, of `weights` by their names in a file."""
+    LoraBaseMixin.write_lora_layers(weights, str(folder), True, FILE, None, True, lora_adapter_metadata=metadata_of(network))

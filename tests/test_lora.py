@@ -1,0 +1,203 @@
+"""--rank in the three scripts on tiny pipelines: one frozen base under teacher, student and fake score, and their adapters."""
+
+import pytest
+import torch
+
+import train_senseflow_flux
+import train_senseflow_sd3
+import train_senseflow_sdxl
+from scripts import assert_same, built, launch, refused, states, without
+from senseflow_roles import Role
+from senseflow_utils import Guidance
+from tiny_pipelines import write_sd3, write_sdxl
+
+
+SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
+NETWORK = {"flux": "transformer", "sd3": "transformer", "sdxl": "unet"}
+
+
+@pytest.fixture(scope="module")
+def teachers(teacher, tmp_path_factory):
+    """{script: a tiny pipeline}."""
+    found = {"flux": teacher}
+    for name, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
+        found[name] = tmp_path_factory.mktemp(name)
+        write(found[name])
+    return found
+
+
+@pytest.fixture
+def flags(teachers, data, vision, tmp_path):
+    """flags(name, *more) -> arguments of a script with adapters; without `gan=True` the discriminator is off."""
+
+    def make(name, *more, gan=False):
+        seen = ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+        return [
+            *("--pretrained_model_name_or_path", str(teachers[name]), "--dataset_json", str(data), "--resolution", "64"),
+            *("--rank", "4", "--report_to", "none"),
+            *("--train_batch_size", "2", "--ttur_ratio", "1", "--learning_rate", "1e-3", "--ida_decay", "0.5"),
+            *("--output_dir", str(tmp_path / "out"), "--export_dtype", "fp32"),
+            *(["--max_sequence_length", "16"] if name != "sdxl" else []),
+            *(["--lr_warmup_steps", "0"] if name == "flux" else []),
+            *(seen if gan else ["--gan_weight", "0"]),
+            *more,
+        ]
+
+    return make
+
+
+def own_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a network by the names that they have without adapters; those of adapters are left out."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors if ".lora_" not in name}
+
+
+@torch.no_grad()
+def outputs(run) -> list[torch.Tensor]:
+    """What teacher, student and fake score say; the teacher at the students' guidance where it has an embedder."""
+    parts, t = run.parts, torch.tensor([900.0, 500.0])
+    x_t = torch.randn(2, *parts.latent_shape, generator=torch.Generator().manual_seed(0))
+    condition = parts.encode_prompts(("a red square", "blue"))
+    embedded = parts.teacher.module.config.get("guidance_embeds")
+    guidance = Guidance(torch.full((2,), run.args.student_guidance_scale), True) if embedded else None
+    teacher = parts.predict(parts.teacher, x_t, t, condition, guidance).output
+    return [teacher, *(parts.predict(role, x_t, t, condition).output for role in (parts.student, parts.fake_score))]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_three_roles_are_one_base_and_two_adapters(name, flags):
+    run = built(SCRIPTS[name], flags(name, gan=True))
+    parts, base = run.parts, own_of(run.parts.teacher.module)
+    start = {key: tensor.clone() for key, tensor in base.items()}
+
+    def assert_one_base():
+        for role in (parts.student, parts.fake_score):
+            own = own_of(role.module)
+            assert own.keys() == base.keys() and all(own[key] is base[key] for key in base)
+
+    assert_one_base()
+    students, fakes = parts.student.parameters, parts.fake_score.parameters
+    assert students.keys() == fakes.keys() and len(students) > 20 and all(".lora_" in key for key in students)
+    assert sum(key.endswith("lora_A.default.weight") and tensor.abs().sum() > 0 for key, tensor in students.items()) > 10
+    assert all(torch.equal(students[key], fakes[key]) and students[key] is not fakes[key] for key in students)
+    teacher, student, fake = outputs(run)
+    assert torch.equal(teacher, student) and torch.equal(teacher, fake) and teacher.std() > 0
+    for iteration in range(2):
+        run.step(iteration)
+    assert_one_base()
+    assert all(torch.equal(base[key], start[key]) for key in base)
+    again, student, fake = outputs(run)
+    assert torch.equal(again, teacher)
+    assert len({tensor.sum().item() for tensor in (teacher, student, fake)}) == 3
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_not_change_it(name, flags, monkeypatch):
+    backward, touched, gradients = Role.backward, [], []
+
+    def watched(role, loss):
+        roles = {key: getattr(run.parts, key) for key in ("teacher", "student", "fake_score", "discriminator")}
+        assert all(parameter.grad is None for other in roles.values() for parameter in other.module.parameters())
+        backward(role, loss)
+        reached = {key: {n for n, p in other.module.named_parameters() if p.grad is not None} for key, other in roles.items()}
+        touched.append((role.name, {key for key, names in reached.items() if names}))
+        assert reached[role.name] == set(role.parameters)
+        gradients[-1] |= {f"{role.name}/{key}": parameter.grad.clone() for key, parameter in role.parameters.items()}
+        if role.name != "fake_score":  # they step at the end: what is seen next must be the next one's
+            held.append([(parameter, parameter.grad) for parameter in role.parameters.values()])
+            for parameter in role.parameters.values():
+                parameter.grad = None
+
+    step = Role.step
+
+    def stepped(role):
+        for parameter, gradient in held.pop(0) if role.name != "fake_score" else ():
+            parameter.grad = gradient
+        return step(role)
+
+    monkeypatch.setattr(Role, "backward", watched)
+    monkeypatch.setattr(Role, "step", stepped)
+    for more in ((), ("--gradient_checkpointing",)):
+        held = []
+        gradients.append({})
+        run = built(SCRIPTS[name], flags(name, "--isg_weight", "1", *more, gan=True))
+        for role in (run.parts.student, run.parts.fake_score):  # the gradient of A is zero as long as B is
+            for key, parameter in role.parameters.items():
+                parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key)))
+        run.step(0)
+    assert touched == [(role, {role}) for role in ("student", "discriminator", "fake_score")] * 2
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys()
+    for key in plain:
+        torch.testing.assert_close(plain[key], checkpointed[key], rtol=1e-5, atol=1e-7, msg=key)
+    assert sum(gradient.abs().sum() > 0 for gradient in plain.values()) > 40
+
+
+def test_ida_moves_a_and_b_of_the_fake_score_towards_the_students(flags):
+    run = built(SCRIPTS["sd3"], flags("sd3", "--learning_rate_fake", "0", "--ida_decay", "0.25"))
+    start = {key: tensor.clone() for key, tensor in run.parts.fake_score.parameters.items()}
+    run.step(0)
+    for key, tensor in run.parts.fake_score.parameters.items():
+        torch.testing.assert_close(tensor, 0.25 * start[key] + 0.75 * run.parts.student.parameters[key])
+    assert any(not torch.equal(start[key], tensor) for key, tensor in run.parts.fake_score.parameters.items())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_accumulation_trains_the_same_global_batch_alike(name, flags):
+    results = []
+    for batch, accumulated in (("4", "1"), ("2", "2")):
+        sizes = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulated)
+        run = built(SCRIPTS[name], flags(name, "--adam_epsilon", "1e-3", *sizes))
+        for iteration in range(2):
+            run.step(iteration)
+        results.append((run.parts.student.parameters, run.parts.fake_score.parameters))
+    for once, twice in zip(*results):
+        torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-6)
+
+
+def test_dmd2_in_two_processes_trains_as_in_one(flags, tmp_path):
+    """The classifier lies over the fake score's adapter: one network runs three times before its backward."""
+    common = without(flags("sdxl"), "--gan_weight", "--ida_decay", "--train_batch_size", "--output_dir", "--learning_rate")
+    common += ["--method", "dmd2", "--classifier_weight", "1", "--learning_rate", "1e-2"]
+    common += ["--adam_epsilon", "1e-3", "--max_train_steps", "3", "--checkpointing_steps", "3"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_senseflow_sdxl.main([*common, "--train_batch_size", "4", "--output_dir", str(one)])
+    launch("train_senseflow_sdxl.py", [*common, "--train_batch_size", "2", "--output_dir", str(two)], processes=2)
+    a, b = states(one / "checkpoint-3"), states(two / "checkpoint-3")
+    assert_same(a, b, rtol=0, atol=1e-5)
+    classifier = {key for key in a if key.startswith("fake_score/classifier.")}
+    assert classifier and {key for key in a if key.startswith("fake_score/")} - classifier == {
+        f"fake_score/unet.{key.removeprefix('unet/')}" for key in a if key.startswith("unet/")
+    }
+    assert max(tensor.abs().max() for key, tensor in a.items() if key.startswith("unet/") and "lora_B" in key) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, more, needle",
+    [
+        ("flux", ("--rank", "-1"), "--rank -1: must not be negative"),
+        ("flux", ("--rank", "0", "--lora_alpha", "2"), "--lora_alpha 2: a run without --rank has no use for it"),
+        ("flux", ("--lora_alpha", "0"), "--lora_alpha 0.0: must be above 0"),
+        (
+            "flux",
+            ("--lora_layers", "to_q", "attn.to_kk"),
+            "--lora_layers attn.to_kk: no linear or convolutional layer is called so",
+        ),
+        ("flux", ("--lora_layers", "attn.to_kk"), "there are attn.to_k, "),
+        ("sdxl", ("--lora_layers", r".*attentions\..*"), "also means down_blocks.1.attentions.0, a Transformer2DModel,"),
+        ("sd3", ("--lora_layers", "(to_q"), "--lora_layers (to_q: is no regular expression"),
+        ("sd3", ("--lora_layers", ".*tooo_q"), "--lora_layers .*tooo_q: no linear"),
+        ("sd3", ("--student_model_name_or_path", "x"), "--student_model_name_or_path x: with --rank"),
+        ("flux", ("--student_guidance_scale", "0"), "--student_guidance_scale 0: with --rank"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_loads(name, more, needle, flags, capsys):
+    refused(SCRIPTS[name], flags(name, *more), 2, needle, capsys)
+
+
+@pytest.mark.parametrize("variables", [{"USE_FSDP": "true", "FSDP_VERSION": "2"}, {"USE_DEEPSPEED": "true"}])
+def test_modes_that_would_part_the_shared_weights_are_refused(variables, flags, capsys, monkeypatch):
+    for key, value in variables.items():
+        monkeypatch.setenv(f"ACCELERATE_{key}" if key.startswith("USE") else key, value)
+    monkeypatch.setattr("senseflow_runtime.launched", __import__("senseflow_roles").Launch)
+    refused(SCRIPTS["sd3"], flags("sd3"), 2, "--rank 4: adapters share weights that ", capsys)
