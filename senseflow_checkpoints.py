@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError
 
 from senseflow_args import UserError
-from senseflow_lora import FILE, adapter_of
+from senseflow_lora import FILE, LORA_FLAGS, adapter_of
 from senseflow_roles import Role, fingerprint, launched
 from senseflow_runtime import ENDINGS, Metrics, Runtime
 
@@ -126,7 +126,7 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, prints: dict, r
             )
     for name, value in prints.items():
         if state["fingerprint"].get(name) != value:
-            if name in vars(args):
+            if name in LORA_FLAGS:
                 given, stored = getattr(args, name), state["args"].get(name)
                 if isinstance(given, list):
                     given, stored = " ".join(given), " ".join(stored or [])

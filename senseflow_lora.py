@@ -21,6 +21,7 @@ from senseflow_args import UserError, require_package
 
 ADAPTER = "default"  # the name peft gives to the adapter of a network; not a part of the names in a file
 FILE = "pytorch_lora_weights.safetensors"
+LORA_FLAGS = ("rank", "lora_alpha", "lora_layers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,12 +123,12 @@ def stored_name(name: str) -> str:
 
 
 def adapter_of(network: torch.nn.Module) -> dict[str, Any]:
-    """Rank, alpha and layers of a network's adapter, in JSON's types; all None if it has none."""
+    """LORA_FLAGS as a network's adapter has them, in JSON's types; all None if it has none."""
     config = getattr(network, "peft_config", {}).get(ADAPTER)
     if config is None:
-        return {"rank": None, "lora_alpha": None, "lora_layers": None}
+        return dict.fromkeys(LORA_FLAGS)
     layers = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    return {"rank": config.r, "lora_alpha": config.lora_alpha, "lora_layers": layers}
+    return dict(zip(LORA_FLAGS, (config.r, config.lora_alpha, layers)))
 
 
 def metadata_of(network: torch.nn.Module) -> dict[str, Any]:
