@@ -384,7 +384,7 @@ def load_adapter(model: Model, network: torch.nn.Module) -> None:
         network.load_lora_adapter(str(model.adapter.parent), **place)
         own = {stored_name(name) for name, _ in network.named_parameters() if ".lora_" in name}
         if own != {name.removeprefix(f"{prefix}.") for name in names}:
-            raise ValueError(f"{model.adapter.name} is not the whole of its adapter")
+            raise ValueError(f"{model.adapter.name} speaks of layers that this network does not have")
     config = network.peft_config[ADAPTER]
     if (config.r, config.lora_alpha) != (model.distilled["rank"], model.distilled.get("lora_alpha")):
         there = f"rank {config.r} and alpha {config.lora_alpha:g}"

@@ -1,12 +1,31 @@
 """--rank in the three scripts on tiny pipelines: one frozen base under teacher, student and fake score, and their adapters."""
 
+import json
+import re
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import infer
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from scripts import assert_same, built, launch, refused, states, without
+from scripts import (
+    assert_same,
+    built,
+    launch,
+    picture_of,
+    refused,
+    resume_is_the_same_run,
+    states,
+    the_cards_call_is_infers_picture,
+    without,
+)
+from senseflow_args import UserError
+from senseflow_lora import FILE
 from senseflow_roles import Role
 from senseflow_utils import Guidance
 from tiny_pipelines import write_sd3, write_sdxl
@@ -172,6 +191,117 @@ def test_dmd2_in_two_processes_trains_as_in_one(flags, tmp_path):
     assert max(tensor.abs().max() for key, tensor in a.items() if key.startswith("unet/") and "lora_B" in key) > 1e-3
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_picture(name, flags, tmp_path):
+    """Alpha is not the rank, and the rate high enough, for both to be seen in a picture."""
+    common = without(flags(name, gan=True), "--output_dir", "--ttur_ratio", "--learning_rate")
+    common += ["--ttur_ratio", "2", "--learning_rate", "3e-2", "--learning_rate_disc", "1e-3", "--lora_alpha", "8"]
+    common += ["--max_train_steps", "4", "--checkpointing_steps", "2"]
+    whole = resume_is_the_same_run(SCRIPTS[name], common, tmp_path)
+    checkpoint, network = whole / "checkpoint-4", NETWORK[name]
+
+    files = {
+        str(path.relative_to(whole)): set(load_file(path))
+        for path in whole.rglob("*.safetensors")
+        if path.parts[-3] != "checkpoint-2"
+    }
+    student = files.pop(f"checkpoint-4/{network}/{FILE}")
+    assert student == files.pop(f"checkpoint-4/fake_score/{FILE}") == {key.partition(".")[2] for key in files.pop(FILE)}
+    assert all(re.search(r"\.lora_[AB]\.weight$", key) for key in student)
+    assert files.keys() == {"checkpoint-4/discriminator/model.safetensors"}
+    record = json.loads((whole / "senseflow.json").read_text())
+    assert record["pipeline_call"]["guidance_scale"] == {"flux": 3.5, "sd3": 1.0, "sdxl": 0.0}[name]
+
+    the_cards_call_is_infers_picture(whole, "timesteps" if name == "sdxl" else "sigmas", tmp_path)
+    drawn = picture_of(whole, tmp_path / "pictures").astype(int)
+    assert np.array_equal(picture_of(checkpoint, tmp_path / "checkpoint"), drawn)
+    # A whole pipeline by the README's stock lines; and the student as it was trained, its adapter laid over the teacher's by hand.
+    code = (whole / "README.md").read_text().split("```python\n")[1].split("image =")[0].replace("path/of/this/folder", str(whole))
+    names: dict = {}
+    exec(code, names)
+    pipeline, taught = names["pipeline"], load_file(checkpoint / network / FILE)
+    base = {key: tensor.clone() for key, tensor in own_of(getattr(pipeline, network)).items()}
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "fused")
+    shutil.copy(whole / "senseflow.json", tmp_path / "fused")
+    assert np.abs(picture_of(tmp_path / "fused", tmp_path / "of_fused") - drawn).max() <= 1
+    moved = 0
+    for key, tensor in getattr(pipeline, network).state_dict().items():
+        layer = key.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" in taught:
+            a, b = (taught[f"{layer}.lora_{half}.weight"] for half in "AB")
+            delta = 8 / 4 * (b.flatten(1) @ a.flatten(1)).view_as(tensor)
+            torch.testing.assert_close(tensor, base[key] + delta, rtol=0, atol=1e-5)
+            moved = max(moved, delta.abs().max().item())
+        else:
+            assert torch.equal(tensor, base[key]), key
+    assert moved > 0.01
+
+    if name != "flux":
+        return
+    resumed = ["--output_dir", str(tmp_path / "halves"), "--resume_from_checkpoint", "latest"]
+    for more in (["--rank", "2"], ["--rank", "0"], ["--lora_alpha", "4.0"], ["--lora_layers", "to_q"]):
+        dropped = (more[0], "--lora_alpha") if more == ["--rank", "0"] else (more[0],)
+        with pytest.raises(UserError, match=f"^{' '.join(more)}: {tmp_path}.* was made with"):
+            SCRIPTS[name].main([*without(common, *dropped), *resumed, *more])
+
+
+@pytest.fixture(scope="module")
+def exported(teachers, tmp_path_factory):
+    """The output of a run on a copy of the FLUX teacher, and that copy."""
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(teachers["flux"], folder / "teacher")
+    (folder / "prompts.txt").write_text("a red square\n")
+    train_senseflow_flux.main(
+        [
+            *("--pretrained_model_name_or_path", str(folder / "teacher"), "--prompts_file", str(folder / "prompts.txt")),
+            *("--gan_weight", "0", "--backward_simulation_prob", "1", "--resolution", "64", "--max_sequence_length", "16"),
+            *("--rank", "2", "--max_train_steps", "1", "--output_dir", str(folder / "out"), "--report_to", "none"),
+        ]
+    )
+    return folder
+
+
+def other_weights(folder):
+    path = folder / "teacher/transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "proj_out.weight": weights["proj_out.weight"] + 1}, path)
+
+
+def unknown_layers(folder):
+    weights = load_file(folder / "out" / FILE)
+    save_file({key.replace("0.attn.to_q", "7.attn.to_q"): tensor for key, tensor in weights.items()}, folder / "out" / FILE)
+
+
+def without_alpha(folder):
+    """Alpha is said by the file's metadata alone; without it, alpha is taken to be the rank."""
+    record = json.loads((folder / "out/senseflow.json").read_text())
+    (folder / "out/senseflow.json").write_text(json.dumps(record | {"lora_alpha": 4.0}))
+
+
+@pytest.mark.parametrize(
+    "damage, more, code, needle",
+    [
+        (other_weights, (), 1, "its adapter was trained over other weights than those of "),
+        (unknown_layers, (), 1, f"{FILE} speaks of layers that this network does not have"),
+        (without_alpha, (), 1, "speaks of rank 2 and alpha 2, its senseflow.json of others"),
+        (lambda folder: (folder / "out" / FILE).unlink(), (), 2, f"there is no {FILE}"),
+        (lambda folder: None, ("--transformer", "x"), 2, "is an adapter for its teacher's own transformer"),
+    ],
+)
+def test_an_adapter_is_drawn_with_over_its_own_base_and_whole(damage, more, code, needle, exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "copy")
+    record = json.loads((exported / "out/senseflow.json").read_text())
+    record["teacher"] = str(tmp_path / "copy/teacher")
+    (tmp_path / "copy/out/senseflow.json").write_text(json.dumps(record))
+    arguments = ["--model", str(tmp_path / "copy/out"), "--prompt", "a cat", "--output_dir", str(tmp_path / "pictures")]
+    infer.main([*arguments, "--dtype", "fp16"])  # whose rounding is not taken for another base
+    capsys.readouterr()
+    damage(tmp_path / "copy")
+    refused(infer, [*arguments[:-1], str(tmp_path / "others"), *more], code, needle, capsys)
+
+
 @pytest.mark.parametrize(
     "name, more, needle",
     [
@@ -193,6 +323,12 @@ def test_dmd2_in_two_processes_trains_as_in_one(flags, tmp_path):
 )
 def test_bad_input_is_refused_before_anything_loads(name, more, needle, flags, capsys):
     refused(SCRIPTS[name], flags(name, *more), 2, needle, capsys)
+
+
+def test_an_adapter_is_not_written_over(flags, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FILE).touch()
+    refused(SCRIPTS["flux"], flags("flux"), 2, "holds another run: choose an empty folder", capsys)
 
 
 @pytest.mark.parametrize("variables", [{"USE_FSDP": "true", "FSDP_VERSION": "2"}, {"USE_DEEPSPEED": "true"}])
