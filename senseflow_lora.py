@@ -107,7 +107,6 @@ def adapted_twins(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.n
     """
     from peft import LoraConfig
 
-    base.requires_grad_(False)
     student = twin(base, base)
     student.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules(args.lora_layers)))
     cast_training_params(student, torch.float32)

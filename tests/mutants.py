@@ -69,6 +69,9 @@ STEP = f"{ROLE_TESTS}::test_a_step_is_clipped_and_taken_only_where_its_gradient_
 ENDS = f"{ROLE_TESTS}::test_what_ends_a_run_saves_and_the_run_goes_on_as_if_nothing_had_been"
 DISCRIMINATOR = "senseflow_discriminator.py"
 VISION = "tests/test_discriminator.py::test_under_bf16_weights_and_residual_stream_stay_float32"
+LORA, ONE_BASE = "senseflow_lora.py", "tests/test_lora.py::test_three_roles_are_one_base_and_two_adapters"
+ADAPTER_CARD = "tests/test_lora.py::test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_picture"
+OVER_ITS_OWN = "tests/test_lora.py::test_an_adapter_is_drawn_with_over_its_own_base_and_whole"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
 
@@ -523,6 +526,44 @@ MUTANTS = [
     Mutant("--call goes unrecorded", "infer.py", f"{INFER_TESTS}::test_a_call_is_the_pipelines_own_and_is_recorded",
         '{"call": asked or None}',
         '{"call": None}'),
+    # Adapters
+    Mutant("adapters: the fake score draws an A of its own", LORA, f"{ONE_BASE}[sd3]",
+        "return student, twin(student, base)",
+        "fake_score = twin(student, base)\n"
+        "    [torch.nn.init.normal_(p) for n, p in fake_score.named_parameters() if 'lora_A' in n]\n    return student, fake_score"),
+    Mutant("adapters: one for both", LORA, f"{ONE_BASE}[sd3]",
+        "return student, twin(student, base)",
+        "return student, student"),
+    Mutant("adapters: a base for each", LORA, f"{ONE_BASE}[sd3]",
+        "copy.deepcopy(network, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})",
+        "copy.deepcopy(network)"),
+    Mutant("adapters: buffers for each", LORA, f"{ONE_BASE}[sd3]",
+        "(*base.parameters(), *base.buffers())",
+        "base.parameters()"),
+    Mutant("adapters: the base is trained, too", RUNTIME, f"{ONE_BASE}[sd3]",
+        "in module.named_parameters() if parameter.requires_grad}",
+        "in module.named_parameters()}\n        module.requires_grad_(True)"),
+    Mutant("adapters: alpha is not exported", "senseflow_pipeline.py", f"{ADAPTER_CARD}[sd3]",
+        "metadata: metadata_of(student.module)}",
+        "metadata: None}"),
+    Mutant("adapters: the fake score's is exported", SDXL, f"{ADAPTER_CARD}[sdxl]",
+        "PIPELINE, parts.student, components",
+        "PIPELINE, vars(parts.fake_score).update(subfolder='unet') or parts.fake_score, components"),
+    Mutant("adapters: the card's call is not at the student's guidance", LOOP, f"{ADAPTER_CARD}[flux]",
+        "guidance = args.student_guidance_scale if embedded else 1.0",
+        "guidance = 1.0"),
+    Mutant("adapters: the network is not called at the student's guidance", LOOP, f"{ONE_BASE}[flux]",
+        "torch.full_like(steps, scale, dtype=torch.float32)",
+        "torch.full_like(steps, 1.0, dtype=torch.float32)"),
+    Mutant("adapters: resumed with another rank", "senseflow_checkpoints.py", f"{ADAPTER_CARD}[flux]",
+        "    prints |= adapter_of(parts.student.module)\n",
+        ""),
+    Mutant("adapters: drawn over any base", MODELS, OVER_ITS_OWN,
+        'if fingerprint_of(base) != model.distilled.get("teacher_fingerprint"):',
+        "if False:"),
+    Mutant("adapters: float16 is another base", MODELS, OVER_ITS_OWN,
+        "if network.dtype == torch.float16:",
+        "if False:"),
 ]
 # fmt: on
 
