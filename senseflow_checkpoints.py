@@ -13,8 +13,9 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError
 
 from senseflow_args import UserError
+from senseflow_hub import fingerprint
 from senseflow_lora import FILE, LORA_FLAGS, adapter_of
-from senseflow_roles import Role, fingerprint, launched
+from senseflow_roles import Role, launched
 from senseflow_runtime import ENDINGS, Metrics, Runtime
 
 

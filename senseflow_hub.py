@@ -1,6 +1,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Pipelines and networks by folder or Hub id: looked at before any weight loads, then loaded. No family of pipelines is named."""
 
+import hashlib
 import json
 import logging
 import os
@@ -249,11 +250,11 @@ def holds(path: str, file: str, revision: Optional[str] = None) -> bool:
         return False
 
 
-def folders_of(path: str) -> set[str]:
-    """The folders in a folder or Hub repository."""
+def files_of(path: str) -> list[str]:
+    """The paths of the files of a Hub repository, or of a folder and the folders in it."""
     if os.path.isdir(path):
-        return {entry.name for entry in Path(path).iterdir() if entry.is_dir()}
-    return {file.partition("/")[0] for file in look_up(path).files if "/" in file}
+        return [str(file.relative_to(path)) for pattern in ("*", "*/*") for file in Path(path).glob(pattern) if file.is_file()]
+    return sorted(look_up(path).files)
 
 
 def subfolder_of(path: str, name: str, revision: Optional[str] = None) -> Optional[str]:
@@ -296,6 +297,18 @@ def load_network(
     if unexpected:
         logger.warning("%s %s: %d weights have no place in its config.json (%s)", flag, path, len(unexpected), few(unexpected))
     return network
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short hash of a network's shapes and of a few values of every weight: another teacher has another one.
+
+    Values are rounded to bfloat16, so that it is the same in whatever precision the network was loaded.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_start(kind, args, subfolder: str) -> torch.nn.Module:

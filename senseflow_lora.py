@@ -10,13 +10,14 @@ import copy
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Optional, Sequence
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.training_utils import cast_training_params
 
 from senseflow_args import UserError, require_package
+from senseflow_hub import UNREADABLE, file_of, files_of, fingerprint, hub_reason, loading_model
 
 
 ADAPTER = "default"  # the name peft gives to the adapter of a network; not a part of the names in a file
@@ -38,9 +39,18 @@ def add_lora_arguments(parser, layers: Sequence[str]) -> None:
         "(0: full fine-tuning); needs peft",
     )
     add("--lora_alpha", type=float, help="the adapters' output is scaled by this over the rank (default: the rank)")
-    add("--lora_layers", nargs="+",
+    add(
+        "--lora_layers",
+        nargs="+",
         help=f"linear and convolutional layers with adapters: ends of their names, or one regular expression of peft's for their "
-        f"whole names (default: {' '.join(layers)})")  # fmt: skip
+        f"whole names (default: {' '.join(layers)})",
+    )
+
+    add(
+        "--teacher_lora",
+        help="a LoRA that is fused into the teacher on loading: a .safetensors file, or a folder or Hub id that holds one",
+    )
+    add("--teacher_lora_scale", type=float, default=1.0, help="of --teacher_lora (diffusers)")  # fmt: skip
 
 
 def target_modules(layers: Sequence[str]):
@@ -63,6 +73,8 @@ def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str
     if args.student_model_name_or_path:
         start = f"--student_model_name_or_path {args.student_model_name_or_path}"
         raise UserError(f"{start}: with --rank student and fake score are the teacher's own network; drop one of the two", 2)
+    if args.teacher_lora:
+        find_lora("--teacher_lora", args.teacher_lora)
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     args.lora_layers = args.lora_layers or list(default_layers)
     with torch.device("meta"):
@@ -111,6 +123,57 @@ def adapted_twins(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.n
     student.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules(args.lora_layers)))
     cast_training_params(student, torch.float32)
     return student, twin(student, base)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A teacher that is a LoRA over a pipeline
+# ---------------------------------------------------------------------------------------------------------------------
+def find_lora(flag: str, path: str) -> Path:
+    """The file of a LoRA, by itself, or in a folder or Hub repository, where it is the only one or has diffusers' name.
+
+    UserError (exit code 2) where there is none, or more than one.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    try:
+        found = [file for file in files_of(path) if file.endswith(".safetensors") and "/" not in file]
+        if FILE in found or len(found) == 1:
+            return file_of(path, FILE if FILE in found else found[0])
+    except UNREADABLE as error:
+        raise UserError(f"{flag} {path}: no such file or folder, and {hub_reason(error)}", 2) from error
+    raise UserError(f"{flag} {path}: holds {len(found)} .safetensors files; give the one that is the LoRA, by itself", 2)
+
+
+def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[float]) -> str:
+    """Fuses a LoRA into a pipeline, as its stock methods do; into its text encoders, too, where it has weights for them.
+
+    Args:
+        network: the component that it must have weights for.
+        scale: None: nothing is fused, only the fingerprint taken.
+    Returns:
+        The fingerprint of that network, unfused, with the LoRA: whatever the precision, which what is fused depends on.
+    Raises:
+        UserError: exit code 1; not a LoRA, or one for another network.
+    """
+    file = find_lora(flag, path)
+    with loading_model(flag, path):
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        module = getattr(pipeline, network)
+        if not getattr(module, "peft_config", None):
+            raise ValueError(f"it has no layer of a {type(module).__name__}")
+        found = fingerprint(module)
+        if scale is not None:
+            pipeline.fuse_lora(lora_scale=scale)
+        pipeline.unload_lora_weights()
+    return found
+
+
+def fuse_teacher_lora(args, pipeline, network: str) -> Optional[str]:
+    """Makes the teacher of --teacher_lora, before it has twins; its fingerprint, None without the flag."""
+    if not args.teacher_lora:
+        return None
+    found = fuse_lora(pipeline, network, "--teacher_lora", args.teacher_lora, args.teacher_lora_scale)
+    return f"{found} at {args.teacher_lora_scale:g}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,9 +28,8 @@ from safetensors.torch import load_file
 
 import senseflow_hub as hub_tools
 from senseflow_args import UserError, require_package
-from senseflow_lora import ADAPTER, FILE, stored_name
+from senseflow_lora import ADAPTER, FILE, fuse_lora, stored_name
 from senseflow_pipeline import absolute_if_local
-from senseflow_roles import fingerprint as fingerprint_of
 from senseflow_utils import SAMPLERS
 
 
@@ -134,7 +133,8 @@ def find_model(name: str, revision: Optional[str] = None, variant: Optional[str]
         index = hub_tools.read_json(flag, base, "model_index.json", revision)
         if index is None:
             raise UserError(f"{flag} {base}, has no model_index.json", 2)
-        replaced = {part: (name, part) for part in index if part in hub_tools.folders_of(name)}
+        folders = {file.partition("/")[0] for file in hub_tools.files_of(name) if "/" in file}
+        replaced = {part: (name, part) for part in index if part in folders}
     class_name = str(index.get("_class_name"))
     parameters = inspect.signature(getattr(diffusers, class_name, DiffusionPipeline).__call__).parameters
     if "prompt" not in parameters:
@@ -367,15 +367,33 @@ def load_component(model: Model, name: str, dtype: torch.dtype):
         return hub_tools.from_hub(component_class.from_pretrained, source, revision, subfolder=subfolder, **options)
 
 
-def load_adapter(model: Model, network: torch.nn.Module) -> None:
-    """Adds the model's adapter to the network that it was trained for. UserError (1) where it is not that one, or is damaged."""
-    base = network
+def make_teacher(model: Model, pipeline: DiffusionPipeline) -> str:
+    """Fuses the LoRA that the teacher was made with into its pipeline; the teacher's fingerprint, as training takes it."""
+    network, lora, scale = getattr(pipeline, model.network), model.distilled.get("teacher_lora"), None
     if network.dtype == torch.float16:  # from which rounding to the fingerprint's bfloat16 is a second rounding
         where = ("--model", model.base, model.network, model.revision, model.variant)
-        base = hub_tools.load_network(type(network), *where, dtype=torch.bfloat16)
-    if fingerprint_of(base) != model.distilled.get("teacher_fingerprint"):
+        exact = hub_tools.load_network(type(network), *where, dtype=torch.bfloat16)
+    else:
+        exact = network
+    if lora is None:
+        return hub_tools.fingerprint(exact)
+    scale = model.distilled.get("teacher_lora_scale", 1.0)
+    where = (model.network, f"--model {model.name}: the LoRA of its teacher,", lora)
+    pipeline.register_modules(**{model.network: exact})
+    found = fuse_lora(pipeline, *where, scale if exact is network else None)
+    if exact is not network:
+        pipeline.register_modules(**{model.network: network})
+        fuse_lora(pipeline, *where, scale)
+    return f"{found} at {scale:g}"
+
+
+def load_adapter(model: Model, pipeline: DiffusionPipeline) -> None:
+    """Adds the model's adapter to the network that it was trained for. UserError (1) where it is not that one, or is damaged."""
+    if make_teacher(model, pipeline) != model.distilled.get("teacher_fingerprint"):
         given = f"{model.base}{f' at {model.revision}' if model.revision else ''}"
+        given += f" with {model.distilled['teacher_lora']}" if model.distilled.get("teacher_lora") else ""
         raise UserError(f"--model {model.name}: its adapter was trained over other weights than those of {given}; restore these")
+    network = getattr(pipeline, model.network)
     with hub_tools.loading_model("--model", model.name):
         with safe_open(model.adapter, "pt") as file:
             names = set(file.keys())
@@ -397,7 +415,7 @@ def load_pipeline(model: Model, sampler: Optional[str], device: torch.device, dt
     where = ("--model" if model.base == model.name else f"--model {model.name}: its teacher", model.base)
     pipeline = hub_tools.load_pipeline(model.pipeline_class, *where, model.revision, model.variant, dtype=dtype, **parts)
     if model.adapter is not None:
-        load_adapter(model, getattr(pipeline, model.network))
+        load_adapter(model, pipeline)
     try:
         pipeline.to(device)
     except torch.OutOfMemoryError as error:

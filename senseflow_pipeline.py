@@ -22,7 +22,7 @@ from PIL import Image
 from senseflow_args import DTYPES, UserError
 from senseflow_checkpoints import INCOMPLETE, publish_folder, writing
 from senseflow_hub import UNREADABLE, file_of, left_out, load_pipeline, read_json
-from senseflow_lora import FILE, metadata_of
+from senseflow_lora import FILE, find_lora, metadata_of
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
 from senseflow_utils import Schedule
@@ -115,8 +115,8 @@ def picture_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 # The student as a pipeline
 # ---------------------------------------------------------------------------------------------------------------------
 def absolute_if_local(path: str) -> str:
-    """A folder's absolute path, so that a checkpoint finds its teacher from anywhere; a Hub id as it is."""
-    return str(Path(path).resolve()) if os.path.isdir(path) else path
+    """The absolute path of a file or folder, so that a checkpoint finds its teacher from anywhere; a Hub id as it is."""
+    return str(Path(path).resolve()) if os.path.exists(path) else path
 
 
 def usage_record(args, schedule: Schedule, call: dict, iteration: int, prints: dict) -> dict:
@@ -140,6 +140,8 @@ def usage_record(args, schedule: Schedule, call: dict, iteration: int, prints: d
     }
     if args.rank:
         record |= {"rank": args.rank, "lora_alpha": args.lora_alpha, "teacher_fingerprint": prints["teacher"]}
+    if args.rank and args.teacher_lora:
+        record |= {"teacher_lora": absolute_if_local(args.teacher_lora), "teacher_lora_scale": args.teacher_lora_scale}
     return record | {name: call[name] for name in ("guidance_scale",) if name in call}
 
 
@@ -227,6 +229,14 @@ def lines_with_adapter(pipeline_class, components: dict, record: dict, args) -> 
     for name, component in components.items():
         how = f", dtype={dtype}" if isinstance(component, torch.nn.Module) else ""
         lines.append(f'pipeline.{name} = {type(component).__name__}.from_pretrained(folder, subfolder="{name}"{how})')
+    if args.teacher_lora:  # what the teacher was made with, before what was learnt over it
+        file = find_lora("--teacher_lora", args.teacher_lora).name
+        lora, name = record["teacher_lora"], "" if os.path.isfile(args.teacher_lora) else f', weight_name="{file}"'
+        lines += [
+            f'pipeline.load_lora_weights("{lora}"{name})',
+            f"pipeline.fuse_lora(lora_scale={args.teacher_lora_scale})",
+            "pipeline.unload_lora_weights()",
+        ]
     return "\n".join([*lines, "pipeline.load_lora_weights(folder)"])
 
 

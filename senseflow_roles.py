@@ -10,7 +10,6 @@ which other roles share (senseflow_lora), is decided here, too.
 """
 
 import functools
-import hashlib
 import logging
 import os
 import warnings
@@ -27,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from senseflow_args import UserError, loading, require_package
+from senseflow_hub import fingerprint
 from senseflow_lora import save_adapter, stored_name
 from senseflow_utils import ida_update
 
@@ -320,18 +320,6 @@ def _joined(parts: Sequence[dict], name: str) -> dict[str, Any]:
     if len(parts) == 1:
         return first
     return {k: torch.cat([part[name][k] for part in parts]) if torch.is_tensor(v) and v.dim() else v for k, v in first.items()}
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """A short hash of a network's shapes and of a few values of every weight: another teacher has another one.
-
-    Values are rounded to bfloat16, so that it is the same in whatever precision the network was loaded.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:

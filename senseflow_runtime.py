@@ -105,11 +105,16 @@ class Runtime:
             say_at_once("Ctrl-C: a checkpoint is saved after this iteration or the next; a second Ctrl-C ends at once")
         self.endings.add(name)
 
-    def frozen_role(self, name: str, module: torch.nn.Module) -> Role:
-        """A role that never learns (the teacher); its module is in the precision of the run's frozen networks already."""
+    def frozen_role(self, name: str, module: torch.nn.Module, fingerprint: Optional[str] = None) -> Role:
+        """A role that never learns (the teacher); its module is in the precision of the run's frozen networks already.
+
+        Args:
+            fingerprint: of what the module was made of, where that depends on the precision.
+        """
         module.requires_grad_(False).eval()
         # Its twins compute under autocast, which has some layers in float32 that are not by themselves: it does as they do.
         role = Role(name, module, self.weight_dtype, self.accelerator, autocast=self.args.rank > 0)
+        role.fingerprint = fingerprint or role.fingerprint
         if self.launch.mode == "fsdp2":
             shard(module, self.mesh, self.launch.plugin.reshard_after_forward)
         elif self.launch.mode == "zero3":

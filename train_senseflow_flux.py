@@ -490,6 +490,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "bf16", **where)
     pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
+    teacher_print = lora_tools.fuse_teacher_lora(args, pipeline, "transformer")
     prompt_tools.place_text_encoders(args, pipeline, device)
 
     @torch.no_grad()
@@ -512,7 +513,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
     config = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     parts = Parts(
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
-        teacher=runtime.frozen_role("teacher", transformer),
+        teacher=runtime.frozen_role("teacher", transformer, teacher_print),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
         predict=partial(flux_predict, schedule, encode_prompts([""]) if guided else None, args.student_guidance_scale),

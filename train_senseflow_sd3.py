@@ -478,15 +478,11 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     where = {"revision": args.revision, "variant": args.variant}
     source = {**where, "dtype": runtime.weight_dtype}
     transformer = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
-    if args.rank:
-        student, fake_score = lora_tools.adapted_twins(transformer.to(device), args)
-    else:
-        student = hub_tools.load_start(TRANSFORMER, args, "transformer")
-        fake_score = copy.deepcopy(student)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "fp32", **where)
     pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
+    teacher_print = lora_tools.fuse_teacher_lora(args, pipeline, "transformer")
     prompt_tools.place_text_encoders(args, pipeline, device)
 
     @torch.no_grad()
@@ -497,6 +493,11 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
 
     scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
     guided = max(scales) > 1
+    if args.rank:
+        student, fake_score = lora_tools.adapted_twins(transformer.to(device), args)
+    else:
+        student = hub_tools.load_start(TRANSFORMER, args, "transformer")
+        fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
             network.set_attention_backend("xformers")
@@ -506,7 +507,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     config = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     parts = Parts(
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
-        teacher=runtime.frozen_role("teacher", transformer),
+        teacher=runtime.frozen_role("teacher", transformer, teacher_print),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
         predict=partial(sd3_predict, schedule, encode_prompts([""]) if guided else None),

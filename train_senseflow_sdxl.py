@@ -585,17 +585,13 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
     unet = hub_tools.load_network(UNET, flag, path, "unet", **source)
-    if args.rank:
-        student, fake_score = lora_tools.adapted_twins(unet.to(device), args)
-    else:
-        student = hub_tools.load_start(UNET, args, "unet")
-        fake_score = copy.deepcopy(student)
     dmd2 = args.method == "dmd2" and args.gan_weight > 0
     encodes = (args.backward_simulation_prob < 1 or dmd2) and not args.dataset_lmdb
     decodes = (args.gan_weight > 0 and not dmd2) or bool(args.validation_prompts)
     vae_flag, vae_path, where = vae_source(args)
     vae = vae_tools.load_vae(VAE, vae_flag, vae_path, args, device, encodes, decodes, "fp32", **where)
     pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
+    teacher_print = lora_tools.fuse_teacher_lora(args, pipeline, "unet")
     prompt_tools.place_text_encoders(args, pipeline, device)
     size = (args.resolution, args.resolution)
     time_ids = torch.tensor([[*size, 0, 0, *size]], device=device, dtype=runtime.weight_dtype)  # whole pictures, as a stock call
@@ -605,6 +601,11 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
         embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
         return embeds, pooled, time_ids.expand(len(prompts), -1)
 
+    if args.rank:
+        student, fake_score = lora_tools.adapted_twins(unet.to(device), args)
+    else:
+        student = hub_tools.load_start(UNET, args, "unet")
+        fake_score = copy.deepcopy(student)
     for network in (unet, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
             network.enable_xformers_memory_efficient_attention()
@@ -619,7 +620,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
         )
     parts = Parts(
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="unet"),
-        teacher=runtime.frozen_role("teacher", unet),
+        teacher=runtime.frozen_role("teacher", unet, teacher_print),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
         predict=partial(sdxl_predict, schedule),

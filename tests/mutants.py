@@ -72,6 +72,7 @@ VISION = "tests/test_discriminator.py::test_under_bf16_weights_and_residual_stre
 LORA, ONE_BASE = "senseflow_lora.py", "tests/test_lora.py::test_three_roles_are_one_base_and_two_adapters"
 ADAPTER_CARD = "tests/test_lora.py::test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_picture"
 OVER_ITS_OWN = "tests/test_lora.py::test_an_adapter_is_drawn_with_over_its_own_base_and_whole"
+OF_A_LORA = "tests/test_lora.py::test_a_teacher_with_a_lora_is_distilled_and_drawn_with"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
 
@@ -530,7 +531,8 @@ MUTANTS = [
     Mutant("adapters: the fake score draws an A of its own", LORA, f"{ONE_BASE}[sd3]",
         "return student, twin(student, base)",
         "fake_score = twin(student, base)\n"
-        "    [torch.nn.init.normal_(p) for n, p in fake_score.named_parameters() if 'lora_A' in n]\n    return student, fake_score"),
+        "    [torch.nn.init.normal_(p) for n, p in fake_score.named_parameters() if 'lora_A' in n]\n"
+        "    return student, fake_score"),
     Mutant("adapters: one for both", LORA, f"{ONE_BASE}[sd3]",
         "return student, twin(student, base)",
         "return student, student"),
@@ -561,6 +563,12 @@ MUTANTS = [
     Mutant("adapters: drawn over any base", MODELS, OVER_ITS_OWN,
         'if fingerprint_of(base) != model.distilled.get("teacher_fingerprint"):',
         "if False:"),
+    Mutant("adapters: the LoRA of the teacher is left out", MODELS, OF_A_LORA,
+        "scale if exact is network else None)",
+        "None)"),
+    Mutant("adapters: the scale of the teacher's LoRA is left out", LORA, OF_A_LORA,
+        "pipeline.fuse_lora(lora_scale=scale)",
+        "pipeline.fuse_lora()"),
     Mutant("adapters: float16 is another base", MODELS, OVER_ITS_OWN,
         "if network.dtype == torch.float16:",
         "if False:"),

@@ -78,8 +78,8 @@ def resume_is_the_same_run(script, flags, folder: Path, *validation) -> Path:
     return whole
 
 
-def the_cards_call_is_infers_picture(model: Path, levels: str, folder: Path) -> None:
-    """A fresh process with the card's three lines visits the record's levels and draws what infer.py draws.
+def the_cards_call_is_infers_picture(model: Path, levels: str, folder: Path, fresh: bool = True) -> None:
+    """The card's few lines, in a fresh process or in this one, visit the record's levels and draw what infer.py draws.
 
     Args:
         levels: "sigmas" or "timesteps": what of the scheduler is compared with senseflow.json.
@@ -96,7 +96,10 @@ def the_cards_call_is_infers_picture(model: Path, levels: str, folder: Path) -> 
         + f"\nnumpy.save({str(folder / 'stock.npy')!r}, image)\n"
         + f"numpy.save({str(folder / 'levels.npy')!r}, pipeline.scheduler.{levels}.numpy())\n"
     )
-    subprocess.run([sys.executable, "-c", watch], check=True, capture_output=True)
+    if fresh:
+        subprocess.run([sys.executable, "-c", watch], check=True, capture_output=True)
+    else:
+        exec(watch, {})
     np.testing.assert_allclose(np.load(folder / "levels.npy")[: len(record[levels])], record[levels], atol=1e-6)
     drawn = picture_of(model, folder / "pictures")
     assert np.array_equal(drawn, (np.load(folder / "stock.npy") * 255).round().astype("uint8")) and drawn.std() > 0

@@ -3,10 +3,13 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import infer
@@ -300,6 +303,58 @@ def test_an_adapter_is_drawn_with_over_its_own_base_and_whole(damage, more, code
     capsys.readouterr()
     damage(tmp_path / "copy")
     refused(infer, [*arguments[:-1], str(tmp_path / "others"), *more], code, needle, capsys)
+
+
+def write_lora(script: str, teachers: dict, file: Path) -> None:
+    """A LoRA of rank 2 as other people make them: for attention alone, alpha 4, moving every layer."""
+    torch.manual_seed(1)
+    pipeline = SCRIPTS[script].PIPELINE.from_pretrained(teachers[script])
+    network, name = getattr(pipeline, NETWORK[script]), NETWORK[script]
+    network.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers, metadata = get_peft_model_state_dict(network), network.peft_config["default"].to_dict()
+    how = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
+    pipeline.save_lora_weights(file.parent, weight_name=file.name, **how)
+
+
+def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_path, capsys):
+    """Drawn in float32 and float16: the teacher's fingerprint is not that of what is fused, which is another in each."""
+    lora = tmp_path / "style/mine.safetensors"
+    write_lora("sd3", teachers, lora)
+    taught = [*flags("sd3"), "--teacher_lora", str(lora.parent), "--teacher_lora_scale", "0.5"]
+    run, plain = built(SCRIPTS["sd3"], taught), built(SCRIPTS["sd3"], flags("sd3"))
+    teacher, student, fake = outputs(run)
+    assert (
+        torch.equal(teacher, student) and torch.equal(teacher, fake) and not torch.allclose(teacher, outputs(plain)[0], atol=1e-3)
+    )
+    wanted, own = (own_of(built_run.parts.teacher.module) for built_run in (plain, run))
+    weights = load_file(lora)
+    for key in wanted:
+        layer = f"transformer.{key.removesuffix('.weight')}"
+        a, b = (weights.get(f"{layer}.lora_{half}.weight") for half in "AB")
+        delta = 0 if a is None else 0.5 * 4 / 2 * b @ a
+        torch.testing.assert_close(own[key], wanted[key] + delta, rtol=0, atol=1e-6)
+
+    out = ["--learning_rate", "3e-2", "--max_train_steps", "2", "--checkpointing_steps", "2"]
+    SCRIPTS["sd3"].main([*without(taught, "--learning_rate"), *out])
+    the_cards_call_is_infers_picture(tmp_path / "out", "sigmas", tmp_path, fresh=False)
+    other = ["--teacher_lora_scale", "1", "--resume_from_checkpoint", "latest"]
+    with pytest.raises(UserError, match="made with another teacher"):
+        SCRIPTS["sd3"].main([*without(taught, "--teacher_lora_scale"), *other])
+
+    drawn = ["--model", str(tmp_path / "out/checkpoint-2"), "--prompt", "a cat", "--output_dir"]
+    infer.main([*drawn, str(tmp_path / "half"), "--dtype", "fp16"])
+    save_file({key: tensor + 1 for key, tensor in weights.items()}, lora)
+    capsys.readouterr()
+    needle = f"over other weights than those of {teachers['sd3']} with {lora.parent};"
+    refused(infer, [*drawn, str(tmp_path / "changed")], 1, needle, capsys)
+    write_lora("sdxl", teachers, lora)
+    with pytest.raises(UserError, match=f"^--teacher_lora {lora.parent}: cannot load the weights .*SD3Transformer2DModel"):
+        built(SCRIPTS["sd3"], taught)
+    save_file({"a": torch.ones(1)}, lora.with_name("second.safetensors"))
+    refused(SCRIPTS["sd3"], taught, 2, f"--teacher_lora {lora.parent}: holds 2 .safetensors files", capsys)
+    refused(
+        SCRIPTS["sd3"], [*flags("sd3"), "--teacher_lora", str(tmp_path / "none")], 2, "none: no such file or folder, and ", capsys
+    )
 
 
 @pytest.mark.parametrize(
