@@ -8,16 +8,19 @@ the adapter it ran under, and DDP and the optimiser see the few parameters of on
 
 import copy
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Any, Iterable, Optional, Sequence
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from diffusers.training_utils import cast_training_params
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from senseflow_args import UserError, require_package
-from senseflow_hub import UNREADABLE, file_of, files_of, fingerprint, hub_reason, loading_model
+from senseflow_args import UserError, loading, require_package
+from senseflow_hub import UNREADABLE, few, file_of, files_of, fingerprint, hub_reason, loading_model
 
 
 ADAPTER = "default"  # the name peft gives to the adapter of a network; not a part of the names in a file
@@ -58,8 +61,16 @@ def target_modules(layers: Sequence[str]):
     return layers[0] if len(layers) == 1 and re.search(r"[*+?|()\[\]\\^$]", layers[0]) else list(layers)
 
 
+def config_of(args):
+    """peft's configuration of the adapters."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules(args.lora_layers))
+
+
 def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str]) -> None:
-    """Refuses (exit code 2) layers that the network does not have; fills in --lora_alpha and --lora_layers. No weight loads.
+    """Refuses (exit code 2) layers that the network does not have, and an adapter to start from that has others; fills in
+    --lora_alpha and --lora_layers. No weight loads.
 
     Args:
         kind, config: class and configuration of the teacher's network.
@@ -70,15 +81,13 @@ def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    if args.student_model_name_or_path:
-        start = f"--student_model_name_or_path {args.student_model_name_or_path}"
-        raise UserError(f"{start}: with --rank student and fake score are the teacher's own network; drop one of the two", 2)
     if args.teacher_lora:
         find_lora("--teacher_lora", args.teacher_lora)
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     args.lora_layers = args.lora_layers or list(default_layers)
     with torch.device("meta"):
-        modules = dict(kind.from_config(config).named_modules())
+        network = kind.from_config(config)
+    modules = dict(network.named_modules())
     possible = {name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
     targets = target_modules(args.lora_layers)
     for target in [targets] if isinstance(targets, str) else targets:
@@ -94,6 +103,42 @@ def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str
             other = sorted(found - possible)[0]
             message = f"--lora_layers {target}: also means {other}, a {type(modules[other]).__name__}, which takes no adapter"
             raise UserError(f"{message}; name linear and convolutional layers alone", 2)
+    if args.student_model_name_or_path:
+        check_start(args, network)
+
+
+def check_start(args, network: torch.nn.Module) -> None:
+    """Refuses (exit code 2) a --student_model_name_or_path that holds no adapter as this run trains it.
+
+    Args:
+        network: the teacher's, without weights.
+    """
+    start = f"--student_model_name_or_path {args.student_model_name_or_path}"
+    with loading("--student_model_name_or_path", args.student_model_name_or_path):
+        with safe_open(start_file(args), "pt") as file:
+            shapes = {inner_name(name): list(file.get_slice(name).get_shape()) for name in file.keys()}
+            said = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    alpha = next((value for name, value in said.items() if name.rpartition(".")[2] == "lora_alpha"), args.lora_alpha)
+    if alpha != args.lora_alpha:
+        raise UserError(f"{start}: its adapter has alpha {alpha:g}, this run's {args.lora_alpha:g}; give --lora_alpha {alpha:g}", 2)
+    network.add_adapter(config_of(args))
+    own = {stored_name(name): list(tensor.shape) for name, tensor in network.named_parameters() if ".lora_" in name}
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name} - {args.rank}
+    if ranks:
+        raise UserError(f"{start}: its adapter has rank {min(ranks)}; give --rank {min(ranks)}", 2)
+    other = [name for name in {**own, **shapes} if own.get(name) != shapes.get(name)]
+    if other:
+        raise UserError(f"{start}: its adapter has other layers ({few(other)}); give the --lora_layers it was trained with", 2)
+
+
+def start_file(args) -> Path:
+    """The file of the adapter that --student_model_name_or_path names. UserError (exit code 2) where there is none."""
+    return find_lora("--student_model_name_or_path", args.student_model_name_or_path)
+
+
+def inner_name(name: str) -> str:
+    """A tensor's name in the file of an adapter, without that of the component, which a pipeline's file has before it."""
+    return re.sub(r"^(transformer|unet)\.", "", name)
 
 
 def similar_layers(target: str, layers: Iterable[str], number: int = 3) -> list[str]:
@@ -110,18 +155,24 @@ def twin(network: torch.nn.Module, base: torch.nn.Module) -> torch.nn.Module:
 
 
 def adapted_twins(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """(student, fake score) over the teacher's network: equal at the start, and as the teacher, for half of each adapter is zero.
+    """(student, fake score) over the teacher's network: equal at the start, and as the teacher, for half of each adapter is
+    zero, or as what --student_model_name_or_path holds.
 
     Args:
         base: the teacher's network on its device: a twin that is moved has tensors of its own. It is frozen, and keeps its class.
     Returns:
         Two networks of which the adapters alone take gradient, in float32 whatever the precision of `base`.
     """
-    from peft import LoraConfig
-
     student = twin(base, base)
-    student.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules(args.lora_layers)))
+    student.add_adapter(config_of(args))
     cast_training_params(student, torch.float32)
+    if args.student_model_name_or_path:
+        with loading_model("--student_model_name_or_path", args.student_model_name_or_path):
+            weights = {inner_name(name): tensor for name, tensor in load_file(start_file(args)).items()}
+            with torch.no_grad():
+                for name, parameter in student.named_parameters():
+                    if ".lora_" in name:
+                        parameter.copy_(weights[stored_name(name)])
     return student, twin(student, base)
 
 
@@ -141,7 +192,8 @@ def find_lora(flag: str, path: str) -> Path:
             return file_of(path, FILE if FILE in found else found[0])
     except UNREADABLE as error:
         raise UserError(f"{flag} {path}: no such file or folder, and {hub_reason(error)}", 2) from error
-    raise UserError(f"{flag} {path}: holds {len(found)} .safetensors files; give the one that is the LoRA, by itself", 2)
+    fix = "give the one that is the LoRA, by itself" if found else "give a LoRA's file, or a folder with one"
+    raise UserError(f"{flag} {path}: holds {len(found)} .safetensors files; {fix}", 2)
 
 
 def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[float]) -> str:

@@ -341,7 +341,8 @@ def parse_args(argv=None):
     add("--revision", help="of the teacher on the Hub: a branch, tag or commit; the run keeps to its commit")
     add("--variant", help="of the weight files, e.g. fp16, of the teacher and of other networks that come in it")
     add("--student_model_name_or_path",
-        help=f"warm start of student and fake score: a {TRANSFORMER.__name__} or {PIPELINE.__name__}, Hub id or folder")
+        help=f"warm start of student and fake score: a {TRANSFORMER.__name__} or {PIPELINE.__name__}, Hub id or folder; "
+        "with --rank an adapter of that rank")
     add("--student_guidance_scale", type=float, default=3.5,
         help="guidance folded into student and fake score, so that they start as the teacher at it, with --rank said to the "
         "embedder in every call; 0 drops the embedder as the release, FLUX, does (3.5: FluxPipeline's default)")
@@ -461,7 +462,7 @@ def check_args(args):
         args_tools.refuse_unused(args, [unused])
     if args.rank and args.student_guidance_scale == 0 and transformer.get("guidance_embeds"):
         raise UserError("--student_guidance_scale 0: with --rank the teacher's embedder stays; give a guidance, such as 3.5", 2)
-    if args.student_model_name_or_path:
+    if args.student_model_name_or_path and not args.rank:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
         hub_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names, args.variant)
@@ -483,7 +484,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
     where = {"revision": args.revision, "variant": args.variant}
     source = {**where, "dtype": runtime.weight_dtype}
     transformer = start = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
-    if args.student_model_name_or_path:
+    if args.student_model_name_or_path and not args.rank:
         start_flag, start_path = "--student_model_name_or_path", args.student_model_name_or_path
         start = hub_tools.load_network(TRANSFORMER, start_flag, start_path, "transformer", variant=args.variant)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb

@@ -324,7 +324,8 @@ def parse_args(argv=None):
     add("--revision", help="of the teacher on the Hub: a branch, tag or commit; the run keeps to its commit")
     add("--variant", help="of the weight files, e.g. fp16, of the teacher and of other networks that come in it")
     add("--student_model_name_or_path",
-        help=f"warm start of student and fake score: a {TRANSFORMER.__name__} or {PIPELINE.__name__}, Hub id or folder")
+        help=f"warm start of student and fake score: a {TRANSFORMER.__name__} or {PIPELINE.__name__}, Hub id or folder; "
+        "with --rank an adapter of that rank")
     add("--preset", choices=["auto", *PRESETS], default="auto",
         help="defaults of the flags marked (preset): medium / large; auto: large above 30 transformer blocks")
     add("--max_sequence_length", type=int, default=77, help="T5 tokens (release, SD 3.5)")
@@ -443,7 +444,7 @@ def check_args(args):
     vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     hub_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     lora_tools.check_lora_args(args, TRANSFORMER, transformer, LORA_LAYERS)
-    if args.student_model_name_or_path:
+    if args.student_model_name_or_path and not args.rank:
         names = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size", "pos_embed_max_size")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
         hub_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names, args.variant)

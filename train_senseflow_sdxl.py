@@ -401,7 +401,7 @@ def parse_args(argv=None):
     add("--variant", help="of the weight files, e.g. fp16, of the teacher and of other networks that come in it")
     add("--pretrained_vae_model_name_or_path", help="another VAE, e.g. the fp16-fix one; saved with the student (diffusers)")
     add("--student_model_name_or_path",
-        help=f"warm start of student and fake score: a {UNET.__name__} or {PIPELINE.__name__}, Hub id or folder")
+        help=f"warm start of student and fake score: {UNET.__name__} or {PIPELINE.__name__}; with --rank an adapter of that rank")
 
     lora_tools.add_lora_arguments(parser, LORA_LAYERS)
 
@@ -542,7 +542,7 @@ def check_args(args):
     check_levels(flag, path, hub_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False))
     unet = hub_tools.config_of(UNET, flag, path, "unet", args.revision)
     lora_tools.check_lora_args(args, UNET, unet, LORA_LAYERS)
-    if args.student_model_name_or_path:
+    if args.student_model_name_or_path and not args.rank:
         names = ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim")
         names += ("time_cond_proj_dim", "mid_block_type")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path

@@ -357,6 +357,30 @@ def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_
     )
 
 
+def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, capsys):
+    lora = tmp_path / "start/mine.safetensors"
+    write_lora("sdxl", teachers, lora)
+    start = [*without(flags("sdxl"), "--rank"), "--student_model_name_or_path", str(lora)]
+    fitting = {"--rank": ["2"], "--lora_alpha": ["4"], "--lora_layers": ["to_q", "to_v"]}
+
+    def given(**changes):
+        return [*start, *(word for flag, words in (fitting | changes).items() for word in (flag, *words))]
+
+    run, weights = built(SCRIPTS["sdxl"], given()), load_file(lora)
+    for role in (run.parts.student, run.parts.fake_score):
+        own = {f"unet.{key.replace('.default', '')}": tensor for key, tensor in role.parameters.items()}
+        assert own.keys() == weights.keys() and all(torch.equal(own[key], weights[key]) for key in own)
+    teacher, student, fake = outputs(run)
+    assert torch.equal(student, fake) and not torch.allclose(student, teacher, atol=1e-3)
+    capsys.readouterr()
+    for changes, needle in (
+        ({"--rank": ["3"]}, "its adapter has rank 2; give --rank 2"),
+        ({"--lora_alpha": ["3"]}, "its adapter has alpha 4, this run's 3; give --lora_alpha 4"),
+        ({"--lora_layers": ["to_q"]}, "its adapter has other layers ("),
+    ):
+        refused(SCRIPTS["sdxl"], given(**changes), 2, f"{lora}: {needle}", capsys)
+
+
 @pytest.mark.parametrize(
     "name, more, needle",
     [
@@ -372,7 +396,12 @@ def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_
         ("sdxl", ("--lora_layers", r".*attentions\..*"), "also means down_blocks.1.attentions.0, a Transformer2DModel,"),
         ("sd3", ("--lora_layers", "(to_q"), "--lora_layers (to_q: is no regular expression"),
         ("sd3", ("--lora_layers", ".*tooo_q"), "--lora_layers .*tooo_q: no linear"),
-        ("sd3", ("--student_model_name_or_path", "x"), "--student_model_name_or_path x: with --rank"),
+        ("sd3", ("--student_model_name_or_path", "x"), "--student_model_name_or_path x: no such file or folder"),
+        (
+            "sd3",
+            ("--student_model_name_or_path", "tests"),
+            "--student_model_name_or_path tests: holds 0 .safetensors files; give a",
+        ),
         ("flux", ("--student_guidance_scale", "0"), "--student_guidance_scale 0: with --rank"),
     ],
 )
