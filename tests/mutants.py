@@ -72,6 +72,7 @@ VISION = "tests/test_discriminator.py::test_under_bf16_weights_and_residual_stre
 LORA, ONE_BASE = "senseflow_lora.py", "tests/test_lora.py::test_three_roles_are_one_base_and_two_adapters"
 ADAPTER_CARD = "tests/test_lora.py::test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_picture"
 OVER_ITS_OWN = "tests/test_lora.py::test_an_adapter_is_drawn_with_over_its_own_base_and_whole"
+START = "tests/test_lora.py::test_student_and_fake_score_start_as_an_adapter"
 OF_A_LORA = "tests/test_lora.py::test_a_teacher_with_a_lora_is_distilled_and_drawn_with"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
@@ -563,7 +564,7 @@ MUTANTS = [
     Mutant("adapters: drawn over any base", MODELS, OVER_ITS_OWN,
         'if make_teacher(model, pipeline) != model.distilled.get("teacher_fingerprint"):',
         "if make_teacher(model, pipeline) is None:"),
-    Mutant("adapters: the one to start from is not read", LORA, "tests/test_lora.py::test_student_and_fake_score_start_as_an_adapter",
+    Mutant("adapters: the one to start from is not read", LORA, START,
         "parameter.copy_(weights[stored_name(name)])",
         "weights[stored_name(name)]"),
     Mutant("adapters: the LoRA of the teacher is left out", MODELS, OF_A_LORA,
