@@ -176,6 +176,16 @@ def adapted_twins(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.n
     return student, twin(student, base)
 
 
+def share_base(network: torch.nn.Module, base: torch.nn.Module) -> None:
+    """Puts the parameters of `base` into the place of those that a twin of it, by itself or within `network`, has of its own.
+
+    As FSDP2 needs it, which gives every network shards of its own: after both are sharded, and before FSDP looks at the twin's.
+    """
+    (adapted,) = (part for part in network.modules() if hasattr(part, "peft_config"))
+    own, names = dict(base.named_parameters()), [name for name, _ in adapted.named_parameters() if ".lora_" not in name]
+    adapted.load_state_dict({name: own[name.replace(".base_layer.", ".")] for name in names}, strict=False, assign=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A teacher that is a LoRA over a pipeline
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from senseflow_args import UserError, loading, require_package
 from senseflow_hub import fingerprint
-from senseflow_lora import save_adapter, stored_name
+from senseflow_lora import save_adapter, share_base, stored_name
 from senseflow_utils import ida_update
 
 
@@ -380,11 +380,12 @@ class ShardedRole(PartedRole):
     Args:
         mesh, reshard: see `shard`.
         half: gather the weights, which stay in float32 where the optimiser owns them, in the precision of `dtype`.
+        base: the sharded network whose twin the module is, or holds; None where it is none.
     """
 
-    def __init__(self, *args, mesh: DeviceMesh, reshard: bool, half: bool, **kwargs):
+    def __init__(self, *args, mesh: DeviceMesh, reshard: bool, half: bool, base: Optional[torch.nn.Module], **kwargs):
         super().__init__(*args, **kwargs)
-        self._mesh, self._reshard, self._half = mesh, reshard, half
+        self._mesh, self._reshard, self._half, self._base = mesh, reshard, half, base
 
     def prepare(self, make_optimizer):
         policy = None
@@ -392,6 +393,8 @@ class ShardedRole(PartedRole):
             # Inputs are cast by the caller: a timestep of 759 would be 760 in bfloat16.
             policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         shard(self.module, self._mesh, self._reshard, policy)
+        if self._base is not None:
+            share_base(self.module, self._base)
         # Now, as long as the parameters take gradient: FSDP looks at them once to learn the gradients' precision.
         self.module._get_fsdp_state()._lazy_init()
         shards = dict(self.module.named_parameters())

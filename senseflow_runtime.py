@@ -55,9 +55,9 @@ class Runtime:
         self.args, self.launch = args, launched()
         if args.use_8bit_adam and self.launch.mode == "fsdp2":
             raise UserError("--use_8bit_adam: bitsandbytes cannot take FSDP2's shards: drop it, or take zero3.yaml", exit_code=2)
-        if args.rank and self.launch.mode != "replicated":
-            fix = "take single.yaml or ddp.yaml, or drop it"
-            raise UserError(f"--rank {args.rank}: adapters share weights that {self.launch.mode} would part: {fix}", exit_code=2)
+        if args.rank and self.launch.mode.startswith("zero"):
+            fix = "take single.yaml, ddp.yaml or fsdp2.yaml, or drop it"
+            raise UserError(f"--rank {args.rank}: adapters share weights, of which DeepSpeed makes copies: {fix}", exit_code=2)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
         if not torch.cuda.is_available() and self.launch.world_size > 1:
             # A multi-GPU configuration launched on a machine without a GPU runs on its CPU, over gloo.
@@ -76,6 +76,7 @@ class Runtime:
         self.device = self.accelerator.device
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]
         self.trained: list[Role] = []
+        self.base: Optional[torch.nn.Module] = None  # the frozen network, whose shards its twins take
         if self.launch.mode == "fsdp2":
             self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -117,6 +118,7 @@ class Runtime:
         role.fingerprint = fingerprint or role.fingerprint
         if self.launch.mode == "fsdp2":
             shard(module, self.mesh, self.launch.plugin.reshard_after_forward)
+            self.base = module
         elif self.launch.mode == "zero3":
             role._wrapped = engine_of(module, self._deepspeed_config(half=True))
         else:
@@ -146,6 +148,7 @@ class Runtime:
         kind, how = Role, {}
         if mode == "fsdp2":
             kind, how = ShardedRole, {"mesh": self.mesh, "reshard": self.launch.plugin.reshard_after_forward, "half": half}
+            how["base"] = self.base if any(hasattr(part, "peft_config") for part in module.modules()) else None
         elif mode != "replicated":
             kind, how = ZeroRole, {"config": self._deepspeed_config(half)}
         role = kind(

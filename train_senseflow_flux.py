@@ -513,8 +513,8 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
         fake_score.enable_gradient_checkpointing()
     config = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     parts = Parts(
+        teacher=runtime.frozen_role("teacher", transformer, teacher_print),  # first: its twins take its shards
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
-        teacher=runtime.frozen_role("teacher", transformer, teacher_print),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
         predict=partial(flux_predict, schedule, encode_prompts([""]) if guided else None, args.student_guidance_scale),

@@ -619,8 +619,8 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
             fake_score, LatentClassifier(student.config.block_out_channels[-1], middle_size(student, latent_shape[-1]))
         )
     parts = Parts(
+        teacher=runtime.frozen_role("teacher", unet, teacher_print),  # first: its twins take its shards
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="unet"),
-        teacher=runtime.frozen_role("teacher", unet, teacher_print),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
         predict=partial(sdxl_predict, schedule),

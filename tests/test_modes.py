@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from scripts import ROOT, assert_same, launch, start, states
+from scripts import ROOT, assert_same, launch, start, states, without
 from tiny_pipelines import write_sd3, write_sdxl
 
 
@@ -204,6 +204,63 @@ def test_dmd2_trains_as_one(mode, flags, tmp_path):
         batch = ["--train_batch_size", str(16 // processes), "--output_dir", str(tmp_path / name)]
         launch("train_senseflow_sdxl.py", [*common, *batch], processes, "no", how)
     assert_near(*(weights(tmp_path / name / f"checkpoint-{LAST}") for name in ("one", "two")))
+
+
+@pytest.fixture(scope="session")
+def adapted(flags, tmp_path_factory):
+    """adapted(script, mode, processes) -> the output folder of its run with --rank; SDXL's is DMD2."""
+    done: dict[tuple, Path] = {}
+
+    def run(script, mode, processes):
+        if (script, mode) not in done:
+            out = done[script, mode] = tmp_path_factory.mktemp(f"adapted-{script}-{mode}")
+            launch(
+                f"train_senseflow_{script}.py", [*of_adapters(script, processes), "--output_dir", str(out)], processes, "no", mode
+            )
+        return done[script, mode]
+
+    def of_adapters(script, processes):
+        common = [*without(flags(script), "--learning_rate"), "--rank", "4", "--learning_rate", "1e-2"]
+        if script == "sdxl":
+            dropped = ("--discriminator_backbone", "--discriminator_text_encoder", "--ida_decay", "--learning_rate_disc")
+            common = [*without(common, *dropped), "--method", "dmd2", "--classifier_weight", "1"]
+        return [*common, "--train_batch_size", str(16 // processes)]
+
+    run.flags = of_adapters
+    return run
+
+
+@pytest.mark.parametrize("script, mode", [("flux", "ddp"), ("flux", "fsdp2"), ("sdxl", "fsdp2")])
+def test_adapters_train_in_two_processes_as_in_one(script, mode, adapted):
+    one, two = adapted(script, "single", 1), adapted(script, mode, 2)
+    for iteration in (3, LAST):
+        assert_near(weights(one / f"checkpoint-{iteration}"), weights(two / f"checkpoint-{iteration}"))
+    for role in (ROLES[script], "fake_score"):
+        distance = moved(*(weights(two / f"checkpoint-{iteration}") for iteration in (3, LAST)), role)
+        assert distance.abs().max() > 1e-4, role
+    a, b = (load_file(out / "pytorch_lora_weights.safetensors") for out in (one, two))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode, processes", [("ddp", 2), ("fsdp2", 2), ("single", 1)])
+def test_adapters_go_on_where_they_were(mode, processes, adapted, tmp_path):
+    """To the bit as they were launched; from FSDP2's shards in one process, too."""
+    whole = adapted("flux", "fsdp2" if mode == "single" else mode, 2)
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    arguments = [*adapted.flags("flux", processes), "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
+    launch("train_senseflow_flux.py", arguments, processes, "no", mode)
+    if mode == "single":
+        assert_near(weights(whole / f"checkpoint-{LAST}"), weights(tmp_path / f"checkpoint-{LAST}"))
+    else:
+        assert_same(states(whole / f"checkpoint-{LAST}"), states(tmp_path / f"checkpoint-{LAST}"))
+
+
+def test_under_fsdp2_a_process_holds_its_part_of_one_base(teacher, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square\na blue circle\n")
+    arguments = ["--pretrained_model_name_or_path", str(teacher), "--prompts_file", str(tmp_path / "prompts.txt")]
+    arguments += ["--gan_weight", "0", "--backward_simulation_prob", "1", "--resolution", "64", "--max_sequence_length", "16"]
+    arguments += ["--train_batch_size", "2", "--ttur_ratio", "1", "--rank", "4", "--learning_rate", "1e-2", "--report_to", "none"]
+    launch("tests/one_base.py", [*arguments, "--output_dir", str(tmp_path)], 2, "no", "fsdp2")
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero3"])
