@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -155,6 +156,28 @@ def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_n
     assert sum(gradient.abs().sum() > 0 for gradient in plain.values()) > 40
 
 
+@pytest.fixture
+def bfloat16():
+    """Runs of this test may be of another precision than those of this process before it, and after it."""
+    AcceleratorState._reset_state()
+    yield ["--mixed_precision", "bf16", "--gradient_checkpointing"]
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_in_bfloat16_adapters_are_float32_and_the_teacher_computes_as_its_twins(name, flags, bfloat16):
+    run = built(SCRIPTS[name], flags(name, *bfloat16))
+    parts = run.parts
+    assert {tensor.dtype for tensor in own_of(parts.student.module).values()} == {torch.bfloat16}
+    for role in (parts.student, parts.fake_score):
+        assert {parameter.dtype for parameter in role.parameters.values()} == {torch.float32}
+    teacher, student, fake = outputs(run)
+    assert torch.equal(teacher, student) and torch.equal(teacher, fake)
+    (values, _), _ = run.step(0)
+    assert all(value.isfinite() for value in values.values()) and not torch.equal(outputs(run)[1], teacher)
+    assert torch.equal(outputs(run)[0], teacher)
+
+
 def test_ida_moves_a_and_b_of_the_fake_score_towards_the_students(flags):
     run = built(SCRIPTS["sd3"], flags("sd3", "--learning_rate_fake", "0", "--ida_decay", "0.25"))
     start = {key: tensor.clone() for key, tensor in run.parts.fake_score.parameters.items()}
@@ -215,7 +238,7 @@ def test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_picture(n
     record = json.loads((whole / "senseflow.json").read_text())
     assert record["pipeline_call"]["guidance_scale"] == {"flux": 3.5, "sd3": 1.0, "sdxl": 0.0}[name]
 
-    the_cards_call_is_infers_picture(whole, "timesteps" if name == "sdxl" else "sigmas", tmp_path)
+    the_cards_call_is_infers_picture(whole, "timesteps" if name == "sdxl" else "sigmas", tmp_path, fresh=name == "flux")
     drawn = picture_of(whole, tmp_path / "pictures").astype(int)
     assert np.array_equal(picture_of(checkpoint, tmp_path / "checkpoint"), drawn)
     # A whole pipeline by the README's stock lines; and the student as it was trained, its adapter laid over the teacher's by hand.
