@@ -73,6 +73,8 @@ LORA, ONE_BASE = "senseflow_lora.py", "tests/test_lora.py::test_three_roles_are_
 ADAPTER_CARD = "tests/test_lora.py::test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_picture"
 OVER_ITS_OWN = "tests/test_lora.py::test_an_adapter_is_drawn_with_over_its_own_base_and_whole"
 START = "tests/test_lora.py::test_student_and_fake_score_start_as_an_adapter"
+IN_BFLOAT16 = "tests/test_lora.py::test_in_bfloat16_adapters_are_float32_and_the_teacher_computes_as_its_twins"
+ONE_PART = "tests/test_modes.py::test_under_fsdp2_a_process_holds_its_part_of_one_base"
 OF_A_LORA = "tests/test_lora.py::test_a_teacher_with_a_lora_is_distilled_and_drawn_with"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
@@ -560,6 +562,15 @@ MUTANTS = [
         "torch.full_like(steps, 1.0, dtype=torch.float32)"),
     Mutant("adapters: resumed with another rank", "senseflow_checkpoints.py", f"{ADAPTER_CARD}[flux]",
         "    prints |= adapter_of(parts.student.module)\n",
+        ""),
+    Mutant("adapters: under FSDP2 shards of the base for each", ROLES, ONE_PART,
+        "share_base(self.module, self._base)",
+        "pass"),
+    Mutant("adapters: the teacher computes as it does by itself", RUNTIME, IN_BFLOAT16,
+        "autocast=self.args.rank > 0)",
+        "autocast=False)"),
+    Mutant("adapters: in the precision of the base", LORA, IN_BFLOAT16,
+        "    cast_training_params(student, torch.float32)\n",
         ""),
     Mutant("adapters: drawn over any base", MODELS, OVER_ITS_OWN,
         'if make_teacher(model, pipeline) != model.distilled.get("teacher_fingerprint"):',

@@ -171,7 +171,12 @@ def test_in_bfloat16_adapters_are_float32_and_the_teacher_computes_as_its_twins(
     assert {tensor.dtype for tensor in own_of(parts.student.module).values()} == {torch.bfloat16}
     for role in (parts.student, parts.fake_score):
         assert {parameter.dtype for parameter in role.parameters.values()} == {torch.float32}
+    under_autocast = []
+    for role in (parts.teacher, parts.student, parts.fake_score):
+        layer = next(module for module in role.module.modules() if isinstance(module, torch.nn.Linear))
+        layer.register_forward_pre_hook(lambda *_: under_autocast.append(torch.is_autocast_enabled("cpu")))
     teacher, student, fake = outputs(run)
+    assert under_autocast == [True] * 3
     assert torch.equal(teacher, student) and torch.equal(teacher, fake)
     (values, _), _ = run.step(0)
     assert all(value.isfinite() for value in values.values()) and not torch.equal(outputs(run)[1], teacher)
