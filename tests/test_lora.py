@@ -32,7 +32,7 @@ from senseflow_args import UserError
 from senseflow_lora import FILE
 from senseflow_roles import Launch, Role
 from senseflow_utils import Guidance
-from tiny_pipelines import write_sd3, write_sdxl
+from tiny_pipelines import cache_repository, write_sd3, write_sdxl
 
 
 SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
@@ -383,6 +383,19 @@ def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_
     refused(
         SCRIPTS["sd3"], [*flags("sd3"), "--teacher_lora", str(tmp_path / "none")], 2, "none: no such file or folder, and ", capsys
     )
+
+
+def test_adapters_come_from_the_hub(exported, flags, teachers, tmp_path, monkeypatch):
+    """Switched off: the cache has it all."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache_repository(tmp_path / "hub", "me/student", exported / "out", "01" * 20)
+    assert np.array_equal(picture_of("me/student", tmp_path / "there"), picture_of(exported / "out", tmp_path / "here"))
+    write_lora("sd3", teachers, tmp_path / "style/mine.safetensors")
+    cache_repository(tmp_path / "hub", "me/style", tmp_path / "style", "01" * 20)
+    there, here = (
+        outputs(built(SCRIPTS["sd3"], flags("sd3", "--teacher_lora", place))) for place in ("me/style", str(tmp_path / "style"))
+    )
+    assert torch.equal(there[0], here[0])
 
 
 def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, capsys):
