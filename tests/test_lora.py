@@ -205,12 +205,12 @@ def test_accumulation_trains_the_same_global_batch_alike(name, flags):
         torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-6)
 
 
-def test_dmd2_in_two_processes_trains_as_in_one(flags, tmp_path):
+def test_dmd2_in_two_processes_trains_as_in_one_and_goes_on_where_it_was(flags, tmp_path):
     """The classifier lies over the fake score's adapter: one network runs three times before its backward."""
     common = without(flags("sdxl"), "--gan_weight", "--ida_decay", "--train_batch_size", "--output_dir", "--learning_rate")
     common += ["--method", "dmd2", "--classifier_weight", "1", "--learning_rate", "1e-2"]
-    common += ["--adam_epsilon", "1e-3", "--max_train_steps", "3", "--checkpointing_steps", "3"]
-    one, two = tmp_path / "one", tmp_path / "two"
+    common += ["--adam_epsilon", "1e-3", "--max_train_steps", "3", "--checkpointing_steps", "1"]
+    one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
     train_senseflow_sdxl.main([*common, "--train_batch_size", "4", "--output_dir", str(one)])
     launch("train_senseflow_sdxl.py", [*common, "--train_batch_size", "2", "--output_dir", str(two)], processes=2)
     a, b = states(one / "checkpoint-3"), states(two / "checkpoint-3")
@@ -220,6 +220,10 @@ def test_dmd2_in_two_processes_trains_as_in_one(flags, tmp_path):
         f"fake_score/unet.{key.removeprefix('unet/')}" for key in a if key.startswith("unet/")
     }
     assert max(tensor.abs().max() for key, tensor in a.items() if key.startswith("unet/") and "lora_B" in key) > 1e-3
+    shutil.copytree(one / "checkpoint-2", again / "checkpoint-2")
+    resumed = ["--train_batch_size", "4", "--output_dir", str(again), "--resume_from_checkpoint", "latest"]
+    train_senseflow_sdxl.main([*common, *resumed])
+    assert_same(a, states(again / "checkpoint-3"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -228,7 +232,8 @@ def test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_picture(n
     common = without(flags(name, gan=True), "--output_dir", "--ttur_ratio", "--learning_rate")
     common += ["--ttur_ratio", "2", "--learning_rate", "3e-2", "--learning_rate_disc", "1e-3", "--lora_alpha", "8"]
     common += ["--max_train_steps", "4", "--checkpointing_steps", "2"]
-    whole = resume_is_the_same_run(SCRIPTS[name], common, tmp_path)
+    drawn = ["--validation_prompts", "a red square", "--validation_steps", "2", "--teacher_num_inference_steps", "2"]
+    whole = resume_is_the_same_run(SCRIPTS[name], common, tmp_path, *drawn)
     checkpoint, network = whole / "checkpoint-4", NETWORK[name]
 
     files = {
