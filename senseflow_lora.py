@@ -32,7 +32,7 @@ LORA_FLAGS = ("rank", "lora_alpha", "lora_layers")
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
 def add_lora_arguments(parser, layers: Sequence[str]) -> None:
-    """`--rank`, `--lora_alpha`, `--lora_layers`; `layers` are those of the script's teacher."""
+    """The flags of adapters; `layers` are what --lora_layers is for the script's teacher."""
     add = parser.add_argument_group("low-rank adaptation").add_argument
     add(
         "--rank",
@@ -48,12 +48,11 @@ def add_lora_arguments(parser, layers: Sequence[str]) -> None:
         help=f"linear and convolutional layers with adapters: ends of their names, or one regular expression of peft's for their "
         f"whole names (default: {' '.join(layers)})",
     )
-
     add(
         "--teacher_lora",
         help="a LoRA that is fused into the teacher on loading: a .safetensors file, or a folder or Hub id that holds one",
     )
-    add("--teacher_lora_scale", type=float, default=1.0, help="of --teacher_lora (diffusers)")  # fmt: skip
+    add("--teacher_lora_scale", type=float, default=1.0, help="of --teacher_lora (diffusers)")
 
 
 def target_modules(layers: Sequence[str]):

@@ -1,6 +1,6 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""The teacher's pipeline around the student: validation pictures, and the student saved as a pipeline. No family of pipelines is
-named here.
+"""The teacher's pipeline around the student: validation pictures, and the student saved as a pipeline or an adapter. No family of
+pipelines is named here.
 """
 
 import inspect
