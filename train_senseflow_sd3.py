@@ -399,7 +399,7 @@ def parse_args(argv=None):
         help="bf16: frozen networks in bf16, trained ones with fp32 masters (default: accelerate's configuration)")
     add("--vae_dtype", choices=["auto", "fp32", "bf16"], default="auto",
         help="in which the VAE encodes and decodes; auto: fp32, under --mixed_precision bf16 too (release, SD 3.5)")
-    add("--gradient_checkpointing", action="store_true", help="recompute student, fake score, DINOv2 and VAE decoder in the backward")
+    add("--gradient_checkpointing", action="store_true", help="recompute student, fake score, DINOv2, VAE decoder in the backward")
     add("--offload_text_encoders", action="store_true", help="keep them on the CPU; freed if the prompts are few (ours)")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release uses it for SD 3.5 Large)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
