@@ -159,7 +159,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_args(self, argv=None) -> Arguments:
-        args, absent = super().parse_args(argv, Arguments()), object()
+        args, absent = super().parse_args(argv, Arguments()), []  # a list, as action="extend" adds to one
         names = [action.dest for action in self._actions]
         without_defaults = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
         args.given = frozenset(name for name in names if getattr(without_defaults, name) is not absent)
