@@ -69,7 +69,8 @@ def test_a_table_of_few_prompts_gives_what_encoding_them_together_gives():
     pipeline = SimpleNamespace(components={}, register_modules=lambda **parts: None)
 
     class Rows(list):
-        prompt = list.__getitem__
+        def captions(self, row):
+            return [self[row]]
 
     looked_up = prompt_tools.encode_small_set(args, Rows(PROMPTS), pipeline, encode, "cpu")
     assert looked_up is not encode
