@@ -734,6 +734,6 @@ def test_a_data_set_that_the_hub_does_not_give_is_no_typo(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'some/data' is a gated dataset on the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset", gated)
-    with pytest.raises(UserError, match="some/data: cannot be loaded .*is a gated dataset on the Hub.*accept its licence") as caught:
+    with pytest.raises(UserError, match="some/data: cannot be loaded .*is a gated dataset.*accept its licence") as caught:
         load_rows(make_args(dataset_name="some/data"))
     assert caught.value.exit_code == 2
