@@ -309,8 +309,8 @@ MUTANTS = [
         "self.skipped[role] += 0"),
     # DINOv2 under bf16
     Mutant("DINOv2's weights in bf16", DISCRIMINATOR, VISION,
-        "Dinov2Model.from_pretrained(path, dtype=torch.float32,",
-        "Dinov2Model.from_pretrained(path, dtype=dtype,"),
+        "Dinov2Model.from_pretrained, path, dtype=torch.float32,",
+        "Dinov2Model.from_pretrained, path, dtype=dtype,"),
     Mutant("DINOv2 without autocast", DISCRIMINATOR, VISION,
         "enabled=self.dtype != torch.float32",
         "enabled=False"),
