@@ -250,6 +250,13 @@ MUTANTS = [
     Mutant("the discriminator's hinge reaches the student", LOOP, GAN,
         "fake = [features.detach() for features in fake]",
         "fake = [features for features in fake]"),
+    Mutant("offloaded encoders: lists of tensors stay on the CPU", "senseflow_prompts.py", "tests/test_prompts.py",
+        "return send_to_device(encode_prompt(*args, device=where, **kwargs), device)",
+        "return encode_prompt(*args, device=where, **kwargs)"),
+    Mutant("FLUX: trained beside the levels that the stock call visits", LOOP,
+        "tests/test_train_flux.py::test_the_network_is_called_as_the_stock_pipeline_calls_it",
+        "FlowSchedule(table, [1000 * sigma for sigma in sigmas], device=device)",
+        "FlowSchedule(table, [999 * sigma for sigma in sigmas], device=device)"),
     # Data
     Mutant("16-bit pictures are clipped", "senseflow_pictures.py", "tests/test_pictures.py",
         'if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):',
