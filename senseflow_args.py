@@ -10,6 +10,7 @@ import pickle
 import sys
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NoReturn, Sequence
@@ -54,6 +55,7 @@ class UserError(Exception):
 def quiet_libraries() -> None:
     """Keeps the libraries' notes and bars from stderr, where a user looks for this project's one line."""
     hub_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # diffusers', for every Hub id
     datasets.disable_progress_bars()
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
@@ -157,7 +159,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_args(self, argv=None) -> Arguments:
-        args, absent = super().parse_args(argv, Arguments()), object()
+        args, absent = super().parse_args(argv, Arguments()), []  # a list, as action="extend" adds to one
         names = [action.dest for action in self._actions]
         without_defaults = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
         args.given = frozenset(name for name in names if getattr(without_defaults, name) is not absent)

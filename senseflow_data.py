@@ -238,7 +238,10 @@ def _load_dataset(flag: str, path: str, config: Optional[str], streaming: bool, 
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # A failed build says nothing itself, its cause does.
         reason = f"cannot be loaded ({error.__cause__ or error})"
-        raise _refusal(flag, path, reason, "give a Hub id or a folder that datasets.load_dataset takes") from error
+        fix = "give a Hub id or a folder that datasets.load_dataset takes"
+        if not os.path.isdir(path):  # the reason is the Hub's, in the words of datasets, which keeps no more of it
+            fix = "check the spelling; if it is gated or private, accept its licence there and log in with `hf auth login`"
+        raise _refusal(flag, path, reason, fix) from error
 
 
 def _files_left_aside(path: str, config: Optional[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 
 from senseflow_args import UserError
@@ -34,8 +35,7 @@ def place_text_encoders(args, pipeline, device) -> None:
 
 def _encode_where_they_are(pipeline, encode_prompt, *args, device, **kwargs) -> tuple:
     where = next(iter(text_encoders_of(pipeline).values())).device
-    outputs = encode_prompt(*args, device=where, **kwargs)
-    return tuple(output.to(device) if torch.is_tensor(output) else output for output in outputs)
+    return send_to_device(encode_prompt(*args, device=where, **kwargs), device)  # lists of tensors, too
 
 
 def encode_small_set(args, rows, pipeline, encode_prompts, device):

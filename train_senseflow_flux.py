@@ -420,7 +420,7 @@ def parse_args(argv=None):
         help="bf16: frozen networks in bf16, trained ones with fp32 masters (default: accelerate's configuration)")
     add("--vae_dtype", choices=["auto", "fp32", "bf16"], default="auto",
         help="in which the VAE encodes and decodes; auto: bf16 under --mixed_precision bf16, else fp32 (release, FLUX)")
-    add("--gradient_checkpointing", action="store_true", help="recompute student, fake score and VAE decoder in the backward")
+    add("--gradient_checkpointing", action="store_true", help="recompute student, fake score, DINOv2, VAE decoder in the backward")
     add("--offload_text_encoders", action="store_true", help="keep them on the CPU; freed if the prompts are few (ours)")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release, FLUX, uses it; off here)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
@@ -430,7 +430,7 @@ def parse_args(argv=None):
     add("--output_dir", required=True, help="checkpoints, logs, and in the end the pipeline")
     add("--checkpointing_steps", type=int, default=1500, help="iterations (release, FLUX)")
     add("--checkpoints_total_limit", type=int, help="keep the newest so many")
-    add("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
+    add("--resume_from_checkpoint", help='a checkpoint folder, the name of one in --output_dir, or "latest"')
     add("--export_dtype", choices=list(args_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
 
     add = parser.add_argument_group("logging and validation").add_argument

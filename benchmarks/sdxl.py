@@ -2,7 +2,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """train_senseflow_sdxl.py on a teacher that was really trained: a StableDiffusionXLPipeline in miniature on the demo's scenes.
 
-    OMP_NUM_THREADS=1 python benchmarks/sdxl.py                 # the table of RESULTS.md
+    OMP_NUM_THREADS=1 python benchmarks/sdxl.py                 # students of 4 and of 2 steps, three seeds each
     OMP_NUM_THREADS=1 python benchmarks/sdxl.py --stage grid    # the teacher, and how good it is at few steps
 
 The teacher is a UNet that predicts epsilon in the latents of the demo's VAE, trained with 10 % of the conditions at zero. A
@@ -31,6 +31,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionXLPipeline,
@@ -69,12 +70,17 @@ SCHEDULERS = {
     # These start at 999, as a student does. Euler with this spacing is the same as DDIM.
     "ddim trailing": partial(DDIMScheduler.from_config, timestep_spacing="trailing", clip_sample=False),
     "dpm++ trailing": partial(DPMSolverMultistepScheduler.from_config, timestep_spacing="trailing"),
+    "ancestral": partial(EulerAncestralDiscreteScheduler.from_config, timestep_spacing="trailing"),  # DDPM's sampler
     "lcm": partial(LCMScheduler.from_config, original_inference_steps=100),  # the student's
 }
 
-# (steps, scheduler, guidance) of the reference and of the teacher at a student's steps: the best that `--stage grid` shows.
-MANY = (25, "euler", 2.0)
-FEW = (2, "ddim trailing", 1.5)
+# (steps, scheduler, guidance) of the teacher, the best that `--stage grid` shows: at many steps, with SDXL's own solver and with a
+# stochastic sampler, and with as many forwards as a student of 2 and of 4 steps has (a step with guidance above 1 takes two).
+MANY = {"ODE": (25, "euler", 2.0), "SDE": (50, "ancestral", 2.0)}
+FEW = {
+    2: [(1, "ddim trailing", 1.5), (1, "ddim trailing", 2.0), (2, "ddim trailing", 1.0)],
+    4: [(2, "ddim trailing", 1.5), (2, "ddim trailing", 2.0), (4, "ddim trailing", 1.0)],
+}
 PER_CAPTION = 6  # x 96 captions = 576 pictures a row
 PICTURE_SEED, OTHER_PICTURE_SEED = 0, 1_000_000  # picture i is drawn with seed + i: far enough apart to share none
 
@@ -82,7 +88,7 @@ STUDENT = {
     "max_train_steps": 300,
     "train_batch_size": 32,
     "resolution": RESOLUTION,
-    "anchors": [999, 499],
+    "anchors": [999, 749, 499, 249],
     "learning_rate": 2e-4,
     "learning_rate_fake": 5e-4,
     "lr_scheduler": "cosine",
@@ -90,15 +96,21 @@ STUDENT = {
     "adam_beta1": 0.0,
     "adam_beta2": 0.99,
     "ttur_ratio": 3,
-    "isg_weight": 1.0,
+    "isg_weight": 0.2,
     "gan_weight": 0,  # as in the demo: pictures this simple need no discriminator
     "backward_simulation_prob": 1.0,
-    "dmd_guidance_scale": MANY[2],
-    "isg_guidance_scale": MANY[2],
+    "dmd_guidance_scale": 2.0,
+    "isg_guidance_scale": 2.0,
     "mixed_precision": "no",
     "export_dtype": "fp32",
 }
-VARIANTS = {"isg": {}, "isg+ida": {"ida_decay": 0.97}}
+VARIANTS = {
+    "4-step": {},
+    "4-step-isg-1": {"isg_weight": 1.0},
+    "4-step-isg-0": {"isg_weight": 0.0},
+    "4-step-guidance-1.5": {"dmd_guidance_scale": 1.5},
+    "2-step": {"anchors": [999, 499]},
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,20 +266,23 @@ def scan_teacher():
         pool.setdefault(caption, []).append(np.asarray(picture))
     clean = np.stack([pool[caption].pop() for caption in captions])
 
-    def line(reference, steps, scheduler, guidance, seed):
-        result = measure(judge, sample(pipeline, steps, scheduler, guidance, per_caption, seed), captions, reference)
-        numbers = f"fd {result['fd']:7.2f}  captions right {result['accuracy']:.3f}  diversity {result['diversity']:.2f}"
-        print(f"{steps:2d} steps  {scheduler:16}  guidance {guidance:.2f}  {numbers}", flush=True)
+    def line(references, settings, seed):
+        pictures, (steps, scheduler, guidance) = sample(pipeline, *settings, per_caption, seed), settings
+        results = {kind: measure(judge, pictures, captions, reference) for kind, reference in references.items()}
+        numbers = "  ".join(f"fd to {kind} {result['fd']:6.2f}" for kind, result in results.items())
+        print(f"{steps:2d} steps  {scheduler:14}  guidance {guidance:.2f}  {numbers}  ", end="")
+        result = next(iter(results.values()))
+        print(f"captions right {result['accuracy']:.3f}  diversity {result['diversity']:.2f}", flush=True)
 
     print(f"many steps, against clean scenes, {len(captions)} pictures")
-    for guidance in (1.0, 1.5, 2.0, 3.0):
-        line(clean, *MANY[:2], guidance, PICTURE_SEED)
-    print(f"against the teacher at {MANY[0]} steps and guidance {MANY[2]}; first with other seeds")
-    reference = sample(pipeline, *MANY, per_caption, PICTURE_SEED)
-    line(reference, *MANY, OTHER_PICTURE_SEED)
-    for steps, scheduler in itertools.product((2, 4), SCHEDULERS):
-        for guidance in (1.0, 1.5, 2.0, 3.0):
-            line(reference, steps, scheduler, guidance, PICTURE_SEED)
+    for (steps, scheduler, _), guidance in itertools.product(MANY.values(), (1.0, 1.5, 2.0, 3.0)):
+        line({"clean": clean}, (steps, scheduler, guidance), PICTURE_SEED)
+    print("against the teacher at many steps; first with other seeds")
+    references = {kind: sample(pipeline, *settings, per_caption, PICTURE_SEED) for kind, settings in MANY.items()}
+    for settings in MANY.values():
+        line(references, settings, OTHER_PICTURE_SEED)
+    for settings in itertools.product((1, 2, 4), SCHEDULERS, (1.0, 1.5, 2.0, 3.0)):
+        line(references, settings, PICTURE_SEED)
 
 
 def call(name, command):
@@ -304,23 +319,36 @@ def make_student(variant, seed):
 def report(variants, seeds):
     """Stage `report`: prints the table, and writes it to report.json."""
     judge, captions = load_the_judge(), all_captions() * PER_CAPTION
-    reference = teacher_pictures("reference", *MANY, PER_CAPTION, PICTURE_SEED)
-    rows = {
-        f"teacher, {MANY[0]} steps, other seeds (floor)": teacher_pictures("floor", *MANY, PER_CAPTION, OTHER_PICTURE_SEED),
-        f"teacher, {MANY[0]} steps (reference)": reference,
-        f"teacher, {FEW[0]} steps": teacher_pictures("few", *FEW, PER_CAPTION, PICTURE_SEED),
-        f"student before training, {FEW[0]} steps": teacher_pictures("start", FEW[0], "lcm", 1.0, PER_CAPTION, PICTURE_SEED),
-    }
-    rows |= {f"student {variant}, seed {seed}": make_student(variant, seed) for variant in variants for seed in seeds}
-    results = {name: measure(judge, pictures, captions, reference) for name, pictures in rows.items()}
-    floor, _, few, start = (result["fd"] for result in list(results.values())[:4])
-    print("| | FD | captions right | diversity | closed from the teacher | from the start |\n|---|---|---|---|---|---|")
+    forwards = {variant: len((STUDENT | VARIANTS[variant])["anchors"]) for variant in variants}
+
+    def teacher(*settings, seed=PICTURE_SEED):
+        return teacher_pictures("-".join(map(str, (*settings, seed))).replace(" ", "_"), *settings, PER_CAPTION, seed)
+
+    references = {kind: teacher(*settings) for kind, settings in MANY.items()}
+    results = {}
+
+    def row(name, count, pictures):
+        against = {kind: measure(judge, pictures, captions, reference) for kind, reference in references.items()}
+        results[name] = against["ODE"] | {"forwards": count, "fd": {kind: found["fd"] for kind, found in against.items()}}
+
+    for kind, settings in MANY.items():
+        row(f"teacher, {kind}", 2 * settings[0], references[kind])
+        row(f"teacher, {kind}, other seeds", 2 * settings[0], teacher(*settings, seed=OTHER_PICTURE_SEED))
+    for count in sorted(set(forwards.values())):
+        for settings in FEW[count]:
+            row(f"teacher, {settings[0]} step{'s'[: settings[0] > 1]}, guidance {settings[2]:g}", count, teacher(*settings))
+        row(f"student before training, {count} steps", count, teacher(count, "lcm", 1.0))
+    for variant, seed in itertools.product(variants, seeds):
+        row(f"student {variant}, seed {seed}", forwards[variant], make_student(variant, seed))
+
+    print("| | forwards | captions right | diversity | FD to the ODE | closed | FD to the SDE | closed |\n" + "|---" * 8 + "|")
     for name, result in results.items():
-        shares = ["", ""]
-        if name.startswith("student"):
-            result["closed"] = [(baseline - result["fd"]) / (baseline - floor) for baseline in (few, start)]
-            shares = [f"{share:.0%}" for share in result["closed"]]
-        cells = [name, f"{result['fd']:.2f}", f"{result['accuracy']:.3f}", f"{result['diversity']:.2f}", *shares]
+        cells = [name, str(result["forwards"]), f"{result['accuracy']:.3f}", f"{result['diversity']:.2f}"]
+        for kind, distance in result["fd"].items():
+            floor = results[f"teacher, {kind}, other seeds"]["fd"][kind]
+            peers = [r["fd"][kind] for n, r in results.items() if n.startswith("teacher") and r["forwards"] == result["forwards"]]
+            share = (min(peers) - distance) / (min(peers) - floor) if name.startswith("student") else None
+            cells += [f"{abs(distance):.2f}", "" if share is None else f"{share:.0%}"]
         print("| " + " | ".join(cells) + " |")
     (OUT / "report.json").write_text(json.dumps(results, indent=1) + "\n")
 
@@ -330,7 +358,7 @@ def main():
     parser.add_argument(
         "--stage", choices=("teacher", "grid", "report"), default="report", help="grid and report train the teacher, too"
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["isg"], help="of the student's training")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["4-step", "2-step"], help="of the student's training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students' training")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)

@@ -204,7 +204,7 @@ class Demo:
             "seed": seed,
             "height": RESOLUTION,
             "width": RESOLUTION,
-            "dtype": "float32",
+            "dtype": "fp32",
             "device": "cpu",
         }
         if guidance is not None:

@@ -5,7 +5,7 @@ import pytest
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from senseflow_args import UserError, check_common_args
+from senseflow_args import Parser, UserError, check_common_args
 
 
 SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
@@ -30,6 +30,13 @@ def test_what_was_given_is_known_and_does_not_show():
     names = {"pretrained_model_name_or_path", "output_dir", "dataset_name", "anchors", "random_flip", "learning_rate", "sampler"}
     assert args.given == names, "given as it is by default is given, too"
     assert "given" not in vars(args) and vars(args).keys() > names and args.ttur_ratio == 5
+
+
+def test_a_flag_that_adds_to_a_list_is_known_to_be_given():
+    parser = Parser()
+    parser.add_argument("--call", nargs="+", action="extend", default=[])
+    args = parser.parse_args(["--call", "a", "--call", "b"])
+    assert args.call == ["a", "b"] and args.given == {"call"} and not parser.parse_args([]).given
 
 
 UNUSED = {

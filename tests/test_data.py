@@ -727,3 +727,13 @@ def test_a_missing_picture_may_lie_in_the_random_sample(tmp_path):
     (tmp_path / paths[1]).unlink()
     with pytest.raises(UserError, match="1 of .* missing, one is 1.png"):
         check_data_args(make_args(dataset_json=args.dataset_json, max_train_samples=1000))
+
+
+def test_a_data_set_that_the_hub_does_not_give_is_no_typo(monkeypatch):
+    def gated(*args, **kwargs):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'some/data' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    with pytest.raises(UserError, match="some/data: cannot be loaded .*is a gated dataset.*accept its licence") as caught:
+        load_rows(make_args(dataset_name="some/data"))
+    assert caught.value.exit_code == 2

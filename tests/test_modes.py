@@ -263,6 +263,11 @@ def test_under_fsdp2_a_process_holds_its_part_of_one_base(teacher, tmp_path):
     launch("tests/one_base.py", [*arguments, "--output_dir", str(tmp_path)], 2, "no", "fsdp2")
 
 
+def traceback_in(said: str) -> bool:
+    """Whether a process of several has ended with one; torch's warnings, which a build for GPUs has here, begin with [rank0]:W."""
+    return re.search(r"\[rank\d+\]: ", said) is not None
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero3"])
 @pytest.mark.parametrize(
     "fault, message", [("error", "the disk went away; mount it again"), ("nan", "fake_loss not finite 3 times")]
@@ -278,7 +283,7 @@ def test_what_ends_one_process_ends_all_and_is_said_last(mode, fault, message, f
     assert process.returncode == 1
     (cause,) = re.findall(r"Root Cause.*?traceback : (.*?)\n=", said, re.DOTALL)
     assert message in cause and said.rstrip().endswith("==="), said[-3000:]
-    assert "[rank" not in said, "no process ends with a traceback"
+    assert not traceback_in(said), "no process ends with a traceback"
 
 
 @pytest.mark.parametrize("mode, sent", [("ddp", "SIGTERM"), ("fsdp2", "SIGINT"), ("zero2", "SIGTERM"), ("zero3", "SIGINT")])
@@ -296,7 +301,7 @@ def test_a_signal_saves_and_says_so(mode, sent, flags, tmp_path):
     (number,) = re.findall(rf"stopped by {who}; checkpoint-(\d+) in .* is complete", said)
     assert json.loads((tmp_path / f"checkpoint-{number}" / "state.json").read_text())["iteration"] == int(number)
     assert not (tmp_path / "model_index.json").exists()
-    assert "[rank" not in said and "Worker" not in said, said[-3000:]
+    assert not traceback_in(said) and "Worker" not in said, said[-3000:]
 
 
 def test_what_must_be_mended_in_one_process_data_saves_in_all(flags, tmp_path):
@@ -305,7 +310,7 @@ def test_what_must_be_mended_in_one_process_data_saves_in_all(flags, tmp_path):
     _, said = process.communicate()
     assert process.returncode == 1
     (number,) = re.findall(r"error: --dataset_json data.json: lost.png; mend it, checkpoint-(\d+) is complete\n", said)
-    assert 2 <= int(number) <= 3 and (tmp_path / f"checkpoint-{number}" / "state.json").exists() and "[rank" not in said
+    assert 2 <= int(number) <= 3 and (tmp_path / f"checkpoint-{number}" / "state.json").exists() and not traceback_in(said)
 
 
 def test_kills_at_any_moment_lose_nothing():

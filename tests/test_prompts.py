@@ -46,6 +46,22 @@ def test_text_of_any_length_becomes_text_of_one_length_and_a_mask():
         prompt_tools.pad_condition(*longest_together(PROMPTS)[:1], 5, longest_together(PROMPTS)[1])
 
 
+def test_offloaded_encoders_give_all_that_they_return_on_the_device():
+    """Tensors in a list, as pipelines with text of variable length return it, and what is no tensor."""
+    encoder = torch.nn.Embedding(1, 1)
+    encoder.device = encoder.weight.device  # as transformers' have
+    pipeline = SimpleNamespace(components={"text_encoder": encoder})
+
+    def encode_prompt(prompts, device):
+        return [torch.ones(len(prompt), 3, device=device) for prompt in prompts], None, torch.ones(2, device=device)
+
+    pipeline.encode_prompt = encode_prompt
+    prompt_tools.place_text_encoders(SimpleNamespace(offload_text_encoders=True), pipeline, "meta")
+    texts, absent, pooled = pipeline.encode_prompt(["a", "bc"], device="meta")
+    assert [text.shape[0] for text in texts] == [1, 2] and absent is None
+    assert {tensor.device.type for tensor in (*texts, pooled)} == {"meta"}
+
+
 def test_a_table_of_few_prompts_gives_what_encoding_them_together_gives():
     """The table holds each prompt as it was encoded alone, and joins rows of different prompts: their lengths must agree."""
     PartialState()  # accelerate's loggers want to know the process
@@ -53,7 +69,8 @@ def test_a_table_of_few_prompts_gives_what_encoding_them_together_gives():
     pipeline = SimpleNamespace(components={}, register_modules=lambda **parts: None)
 
     class Rows(list):
-        prompt = list.__getitem__
+        def captions(self, row):
+            return [self[row]]
 
     looked_up = prompt_tools.encode_small_set(args, Rows(PROMPTS), pipeline, encode, "cpu")
     assert looked_up is not encode

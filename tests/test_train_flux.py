@@ -121,12 +121,15 @@ def unpacked(latents: torch.Tensor) -> torch.Tensor:
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build, without_embedder):
     run = build()
-    assert_called_as_stock(run.parts, run.pipeline, run.call | {"guidance_scale": 3.5}, 3.5, unpacked)
-    assert_called_as_stock(run.parts, run.pipeline, run.call, 1.0, unpacked)
+    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call | {"guidance_scale": 3.5}, 3.5, unpacked)
+    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, 1.0, unpacked)
     run = build(*without_embedder)
     guided = {"true_cfg_scale": 4.0, "negative_prompt": ""}
-    assert_called_as_stock(run.parts, run.pipeline, run.call | guided, 4.0, unpacked)
-    assert_called_as_stock(run.parts, run.pipeline, run.call, None, unpacked)
+    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call | guided, 4.0, unpacked)
+    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, None, unpacked)
+    run.schedule.anchors -= 1
+    with pytest.raises(AssertionError):
+        assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, None, unpacked)
 
 
 def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(build, without_embedder):

@@ -129,8 +129,8 @@ def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(flags, tm
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
     run = build()
-    assert_called_as_stock(run.parts, run.pipeline, run.call | {"guidance_scale": 4.0}, scale=4.0)
-    assert_called_as_stock(run.parts, run.pipeline, run.call, scale=None)
+    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call | {"guidance_scale": 4.0}, scale=4.0)
+    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, scale=None)
     assert_starts_as_the_teacher(run.parts)
 
 

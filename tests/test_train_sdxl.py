@@ -125,8 +125,8 @@ def build(flags, tmp_path):
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
     run = build("--gan_weight", "0")
-    assert_called_as_stock(run.parts, run.pipeline, run.call | {"guidance_scale": 8.0}, scale=8.0)
-    assert_called_as_stock(run.parts, run.pipeline, run.call, scale=None)
+    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call | {"guidance_scale": 8.0}, scale=8.0)
+    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, scale=None)
     assert_starts_as_the_teacher(run.parts)
 
 
