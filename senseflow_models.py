@@ -31,6 +31,7 @@ from senseflow_args import UserError, require_package
 from senseflow_lora import ADAPTER, FILE, fuse_lora, stored_name
 from senseflow_pipeline import absolute_if_local
 from senseflow_utils import SAMPLERS
+from senseflow_vae import latent_shape_of, vae_scale_of
 
 
 logger = logging.getLogger(__name__)
@@ -302,11 +303,14 @@ def pixel_multiple(model: Model) -> int:
     if "pixel_multiple" in model.distilled:
         return model.distilled["pixel_multiple"]
     vae, network = model.config("vae"), model.config("transformer") or model.config("unet")
-    blocks = next((vae[key] for key in ("block_out_channels", "encoder_block_out_channels", "dim_mult") if key in vae), [1])
-    channels = network.get("in_channels", 1)
+    try:
+        scale, channels = vae_scale_of(vae), latent_shape_of(vae, 0)[0]
+    except KeyError:  # no VAE, or of a kind that nothing here trains with
+        scale, channels = 1, network.get("in_channels", 1)
     # FLUX and its like fold 2 x 2 latents into channels before the network, whose own patch_size then does not count.
-    packed = math.isqrt(channels // (vae.get("latent_channels") or vae.get("z_dim") or channels))
-    return 2 ** (len(blocks) - 1) * (packed if packed > 1 else network.get("patch_size") or 1)
+    packed = math.isqrt(network.get("in_channels", 1) // channels)
+    patch = network.get("patch_size") or network.get("all_patch_size") or 1
+    return scale * (packed if packed > 1 else max(patch) if isinstance(patch, list) else patch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,7 +373,7 @@ def load_component(model: Model, name: str, dtype: torch.dtype):
 
 def make_teacher(model: Model, pipeline: DiffusionPipeline) -> str:
     """Fuses the LoRA that the teacher was made with into its pipeline; the teacher's fingerprint, as training takes it."""
-    network, lora, scale = getattr(pipeline, model.network), model.distilled.get("teacher_lora"), None
+    network, lora = getattr(pipeline, model.network), model.distilled.get("teacher_lora")
     if network.dtype == torch.float16:  # from which rounding to the fingerprint's bfloat16 is a second rounding
         where = ("--model", model.base, model.network, model.revision, model.variant)
         exact = hub_tools.load_network(type(network), *where, dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -391,6 +392,27 @@ def test_the_multiple_of_pixels_is_the_trainings(models, tmp_path):
     write_senseflow(tmp_path / "student", pixel_multiple=32)
     with pytest.raises(UserError, match="--height 48: not divisible by 32; 64 is"):
         infer.choose_call(infer.parse_args(argv), model_tools.find_model(argv[1]))
+
+
+MULTIPLES = {  # (pixels, what counts of the VAE's configuration, of the network's)
+    "FLUX.1": (16, {"block_out_channels": [1] * 4, "latent_channels": 16}, {"in_channels": 64, "patch_size": 1}),
+    "FLUX.2": (
+        16,
+        {"block_out_channels": [1] * 4, "latent_channels": 32, "patch_size": [2, 2], "batch_norm_eps": 1e-4},
+        {"in_channels": 128, "patch_size": 1},
+    ),
+    "Qwen-Image": (16, {"dim_mult": [1] * 4, "z_dim": 16}, {"in_channels": 64, "patch_size": 2}),
+    "Z-Image": (16, {"block_out_channels": [1] * 4, "latent_channels": 16}, {"in_channels": 16, "all_patch_size": [2]}),
+    "Sana": (32, {"encoder_block_out_channels": [1] * 6, "latent_channels": 32}, {"in_channels": 32, "patch_size": 1}),
+    "in pixels": (1, {}, {"in_channels": 3}),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_the_multiple_of_pixels_is_read_from_the_configurations(name):
+    multiple, vae, network = MULTIPLES[name]
+    model = SimpleNamespace(distilled={}, config={"vae": vae, "transformer": network}.get)
+    assert model_tools.pixel_multiple(model) == multiple
 
 
 def test_a_checkpoint_finds_the_variant_of_its_teacher(models, drawn, tmp_path):
