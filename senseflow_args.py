@@ -133,6 +133,22 @@ def require_package(name: str, flag: str) -> None:
         raise UserError(f"{flag} needs {name}, which is not installed: pip install {name}, or drop the flag", exit_code=2)
 
 
+def check_xformers(flag: str) -> None:
+    """Refuses (exit code 2) xformers where its attention does not run: not installed, no GPU, or built for another torch."""
+    require_package("xformers", flag)
+    if not torch.cuda.is_available():
+        raise UserError(f"{flag} needs a CUDA GPU: drop the flag", exit_code=2)
+    from xformers.ops import memory_efficient_attention
+
+    query = torch.zeros(1, 8, 1, 64, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}", dtype=torch.float16)
+    try:
+        memory_efficient_attention(query, query, query)
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(":. ")
+        fix = f"install its build for torch {torch.__version__}, or drop the flag"
+        raise UserError(f"{flag}: xformers' attention does not run here ({reason}); {fix}", exit_code=2) from error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,9 +257,7 @@ def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
     if args.use_8bit_adam:
         require_package("bitsandbytes", "--use_8bit_adam")
     if getattr(args, "enable_xformers_memory_efficient_attention", False):
-        require_package("xformers", "--enable_xformers_memory_efficient_attention")
-        if not torch.cuda.is_available():
-            raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: drop the flag", exit_code=2)
+        check_xformers("--enable_xformers_memory_efficient_attention")
     if args.report_to != "none":
         if args.report_to not in [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]:
             refuse("report_to", "is no tracker of accelerate; give tensorboard, wandb, ... or none")

@@ -501,7 +501,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
         fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
-            network.set_attention_backend("xformers")
+            network.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()

@@ -538,6 +538,8 @@ MUTANTS = [
         '{"call": asked or None}',
         '{"call": None}'),
     # Adapters
+    Mutant("xformers that nothing in SD 3.5 asks for", SD3, "tests/test_attention.py",
+           "network.enable_xformers_memory_efficient_attention()", 'network.set_attention_backend("native")'),
     Mutant("adapters: the fake score draws an A of its own", LORA, f"{ONE_BASE}[sd3]",
         "return student, twin(student, base)",
         "fake_score = twin(student, base)\n"
