@@ -1,4 +1,4 @@
-"""--enable_xformers_memory_efficient_attention, with a stand-in for xformers: it is used in every script, and refused where it does not run."""
+"""xformers, by a stand-in for it: with its flag every role of every script attends so, and where it does not run that is said."""
 
 import sys
 from types import SimpleNamespace
