@@ -185,6 +185,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)", exit_code=2)
 
 
+# Of student, fake score and discriminator with --rank, in units of the rate of full fine-tuning; benchmarks/RESULTS.md.
+LORA_RATES = (10, 5, 1)
+
+
 def complete_args(args):
     """Fills in what one flag takes from another; guidance scales become [MIN, MAX]. UserError (exit code 2) for more than two."""
     for name in ("dmd_guidance_scale", "isg_guidance_scale"):
@@ -193,8 +197,13 @@ def complete_args(args):
             if len(values) > 2:
                 raise UserError(f"--{name} {values}: give one value, or MIN MAX", exit_code=2)
             setattr(args, name, [values[0], values[-1]])
-    args.learning_rate_fake = args.learning_rate if args.learning_rate_fake is None else args.learning_rate_fake
-    args.learning_rate_disc = args.learning_rate if args.learning_rate_disc is None else args.learning_rate_disc
+    student, fake_score, discriminator = LORA_RATES if args.rank else (1, 1, 1)
+    if "learning_rate" not in args.given:
+        args.learning_rate *= student
+    if args.learning_rate_fake is None:
+        args.learning_rate_fake = args.learning_rate * fake_score / student
+    if args.learning_rate_disc is None:
+        args.learning_rate_disc = args.learning_rate * discriminator / student
     return args
 
 
