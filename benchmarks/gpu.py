@@ -15,6 +15,7 @@ import gc
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -272,21 +273,6 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
-def in_a_process(function, *args) -> None:
-    """Runs a function in a fork of this process, which has imported everything and has not touched the GPU."""
-    child = os.fork()
-    if child == 0:
-        code = 0
-        try:
-            function(*args)
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        os._exit(code)
-    os.waitpid(child, 0)
-
-
 def keep(case: str, output: Path, function, *args) -> None:
     """Runs a case and writes what it found, or why it found nothing."""
     start = time.time()
@@ -335,7 +321,8 @@ def report(output: Path) -> str:
         lines.append(
             f"| {case} | {other:.2f} | {student:.2f} | {(4 * other + student) / 5:.2f} | "
             f"{tflop.get('other', 0):.0f} / {tflop.get(TURN, 0):.0f} | {share} | "
-            f"{peak.get('allocated', 0):.1f} | {peak.get('reserved', 0):.1f} | {loading.get('allocated', 0):.1f} | {'yes' if finite else 'NO'} |"
+            f"{peak.get('allocated', 0):.1f} | {peak.get('reserved', 0):.1f} | {loading.get('allocated', 0):.1f} | "
+            f"{'yes' if finite else 'NO'} |"
         )
     lines += ["", "Seconds by role, mean of the timed iterations of each kind (other / student's turn):", ""]
     for case, result in found.items():
@@ -369,23 +356,20 @@ def main(argv=None) -> None:
         "--iterations", type=int, default=8, help=f"of a case, of which the first {WARM_UP} and last {TTUR} are not timed"
     )
     parser.add_argument("--minutes", type=float, default=9, help="no case is begun after this time")
+    parser.add_argument("--here", action="store_true", help="the first case, in this process, and no tables")
     parser.add_argument("--tiny", action="store_true", help="tiny networks at 64 px: whether this runs, not what it costs")
     args = parser.parse_args(argv)
     start, output = time.monotonic(), args.output_dir
-    for package in (
-        "diffusers.pipelines.flux",
-        "diffusers.pipelines.stable_diffusion_3",
-        "diffusers.pipelines.stable_diffusion_xl",
-    ):
-        importlib.import_module(package)
+    if args.here:
+        how = (run_operators, args.tiny)
+        if args.cases != [OPERATORS]:
+            how = (run_case, args.cases[0], output / "folder", args.tiny, args.iterations)
+        return keep(args.cases[0], output, *how)
     for case in args.cases:
         if time.monotonic() - start > 60 * args.minutes:
             break
-        if case == OPERATORS:
-            in_a_process(keep, case, output, run_operators, args.tiny)
-        else:
-            folder = output / "folder"
-            in_a_process(keep, case, output, run_case, case, folder, args.tiny, args.iterations)
+        command = [sys.executable, __file__, "--here", "--cases", case, "--output_dir", output, "--iterations", args.iterations]
+        subprocess.run([str(part) for part in command] + ["--tiny"] * args.tiny)
         print(report(output), flush=True)
 
 
