@@ -79,9 +79,9 @@ class Runtime:
         self.base: Optional[torch.nn.Module] = None  # the frozen network, whose shards its twins take
         if self.launch.mode == "fsdp2":
             self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
-        # On Hopper the gradients of cuDNN's attention are not finite for some shapes; torch then takes its other kernels.
+        # The gradients of cuDNN's attention are not finite for some shapes (RESULTS.md); torch has other kernels.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32  # convolutions keep torch's own default, which is TF32
         set_seed(args.seed)  # initial weights of the discriminator; every draw of the training itself is stateless
         self.endings: set[str] = set()  # of ENDINGS, what has reached this process
         self.saved = 0  # iterations that the last complete checkpoint holds

@@ -164,6 +164,8 @@ def run_case(case: str, folder: Path, tiny: bool, iterations: int) -> dict:
         if iteration == 0:
             result["loading"] = peaks(gpu)
         counted = iteration >= iterations - TTUR
+        if iteration == iterations - TTUR:
+            result["peak"] = peaks(gpu)  # before FLOPs are counted, for which tensors are kept that are freed otherwise
         counter = FlopCounterMode(display=False) if counted else nullcontext()
         spans = {label: len(spans) for label, spans in watch.spans.items()}
         with counter, watch.part("iteration"):
@@ -181,7 +183,7 @@ def run_case(case: str, folder: Path, tiny: bool, iterations: int) -> dict:
     script.checkpoint_tools.check_disk = lambda *args, **kwargs: None
     with launched_under(CASES[case][2]), full_size.random_weights("cuda" if gpu else None):
         script.main(command)
-    result |= {"peak": peaks(gpu), "tflop": flops, "iterations": []}
+    result |= {"tflop": flops, "iterations": []}
     seconds = watch.seconds()
     for number, (student, warm, counted, first, numbers) in enumerate(rows):
         last = rows[number + 1][3] if number + 1 < len(rows) else {}
