@@ -287,7 +287,7 @@ def refuse_unused(args, table: Sequence[tuple]) -> None:
 
 # (whether something is off, how a message names that, the flags that then change nothing)
 UNUSED = (
-    (lambda args: args.rank == 0, "a run without --rank", ("lora_alpha", "lora_layers", "teacher_lora")),
+    (lambda args: args.rank == 0, "a run without --rank", ("lora_alpha", "lora_layers", "teacher_lora", "base_quantization")),
     (lambda args: args.teacher_lora is None, "a run without --teacher_lora", ("teacher_lora_scale",)),
     (lambda args: args.gan_weight == 0, "--gan_weight 0",
      ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder", "classifier_weight")),

@@ -125,6 +125,10 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, prints: dict, r
                 f"--resume_from_checkpoint {checkpoint}: holds no {role.name}, which --gan_weight {args.gan_weight} needs; "
                 "resume with --gan_weight 0 or start anew"
             )
+    given, stored = args.base_quantization, state["args"].get("base_quantization", "none")
+    if given != stored:
+        fix = "give that, or start in a new --output_dir"
+        raise UserError(f"--base_quantization {given}: {checkpoint} was made with {stored}; {fix}")
     for name, value in prints.items():
         if state["fingerprint"].get(name) != value:
             if name in LORA_FLAGS:

@@ -9,6 +9,7 @@ the adapter it ran under, and DDP and the optimiser see the few parameters of on
 import copy
 import difflib
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any, Iterable, Optional, Sequence
@@ -21,7 +22,10 @@ from safetensors.torch import load_file
 
 from senseflow_args import UserError, loading, require_package
 from senseflow_hub import UNREADABLE, few, file_of, files_of, fingerprint, hub_reason, loading_model
+from senseflow_quantization import BACKENDS, quantization_states, quantize
 
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "default"  # the name peft gives to the adapter of a network; not a part of the names in a file
 FILE = "pytorch_lora_weights.safetensors"
@@ -53,6 +57,12 @@ def add_lora_arguments(parser, layers: Sequence[str]) -> None:
         help="a LoRA that is fused into the teacher on loading: a .safetensors file, or a folder or Hub id that holds one",
     )
     add("--teacher_lora_scale", type=float, default=1.0, help="of --teacher_lora (diffusers)")
+    add(
+        "--base_quantization",
+        default="none",
+        choices=("none", *BACKENDS),
+        help="hold the teacher's linear layers, which student and fake score share, in 8 bits or in 4 (nf4); needs bitsandbytes",
+    )
 
 
 def target_modules(layers: Sequence[str]):
@@ -80,6 +90,11 @@ def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
+    if args.base_quantization != "none":
+        require_package("bitsandbytes", f"--base_quantization {args.base_quantization}")
+        if args.teacher_lora:
+            fix = "fuse it into a whole pipeline first, and give that"
+            raise UserError(f"--teacher_lora {args.teacher_lora}: stock pipelines fuse none into a quantised base; {fix}", 2)
     if args.teacher_lora:
         find_lora("--teacher_lora", args.teacher_lora)
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
@@ -149,8 +164,9 @@ def similar_layers(target: str, layers: Iterable[str], number: int = 3) -> list[
 # Twins
 # ---------------------------------------------------------------------------------------------------------------------
 def twin(network: torch.nn.Module, base: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a network that shares every parameter and buffer of `base` with it, and nothing else."""
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+    """A copy of a network that shares every parameter and buffer of `base` with it, quantised ones too, and nothing else."""
+    shared = (*base.parameters(), *base.buffers(), *quantization_states(base))
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
 
 
 def adapted_twins(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -222,6 +238,13 @@ def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[floa
         module = getattr(pipeline, network)
         if not getattr(module, "peft_config", None):
             raise ValueError(f"it has no layer of a {type(module).__name__}")
+        weights = pipeline.lora_state_dict(str(file.parent), weight_name=file.name)
+        weights = weights[0] if isinstance(weights, tuple) else weights
+        ends = re.compile(rf"{network}\.(?P<layer>.*)\.(lora_A|lora\.down)\.weight")
+        layers = {match["layer"] for match in map(ends.fullmatch, weights) if match}
+        unknown = layers - {name for name, part in module.named_modules() if hasattr(part, "lora_A")}
+        if unknown:
+            logger.warning(f"{flag} {path}: {len(unknown)} of its {len(layers)} layers have no place there ({few(unknown)})")
         found = fingerprint(module)
         if scale is not None:
             pipeline.fuse_lora(lora_scale=scale)
@@ -229,8 +252,12 @@ def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[floa
     return found
 
 
-def fuse_teacher_lora(args, pipeline, network: str) -> Optional[str]:
-    """Makes the teacher of --teacher_lora, before it has twins; its fingerprint, None without the flag."""
+def make_base(args, pipeline, network: str, device) -> Optional[str]:
+    """Makes the teacher of --teacher_lora or --base_quantization, before it has twins; its fingerprint, None without these."""
+    if args.base_quantization != "none":
+        found = fingerprint(getattr(pipeline, network))
+        quantize(getattr(pipeline, network), args.base_quantization, device)
+        return f"{found} in {args.base_quantization}"
     if not args.teacher_lora:
         return None
     found = fuse_lora(pipeline, network, "--teacher_lora", args.teacher_lora, args.teacher_lora_scale)

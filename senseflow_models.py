@@ -30,6 +30,7 @@ import senseflow_hub as hub_tools
 from senseflow_args import UserError, require_package
 from senseflow_lora import ADAPTER, FILE, fuse_lora, stored_name
 from senseflow_pipeline import absolute_if_local
+from senseflow_quantization import BACKENDS, quantize
 from senseflow_utils import SAMPLERS
 from senseflow_vae import latent_shape_of, vae_scale_of
 
@@ -150,6 +151,8 @@ def find_model(name: str, revision: Optional[str] = None, variant: Optional[str]
 def take_adapter(model: Model) -> None:
     """Finds the adapter of `model.name`, a training run's output or a checkpoint. UserError (2) where there is none."""
     require_package("peft", f"--model {model.name}")
+    if model.distilled.get("base_quantization") in BACKENDS:
+        require_package("bitsandbytes", f"--model {model.name}")
     model.replaced.pop(model.network, None)  # a folder of a checkpoint, with the adapter alone
     for place in (FILE, f"{model.network}/{FILE}"):
         if hub_tools.holds(model.name, place):
@@ -391,9 +394,13 @@ def make_teacher(model: Model, pipeline: DiffusionPipeline) -> str:
     return f"{found} at {scale:g}"
 
 
-def load_adapter(model: Model, pipeline: DiffusionPipeline) -> None:
+def load_adapter(model: Model, pipeline: DiffusionPipeline, device: torch.device) -> None:
     """Adds the model's adapter to the network that it was trained for. UserError (1) where it is not that one, or is damaged."""
-    if make_teacher(model, pipeline) != model.distilled.get("teacher_fingerprint"):
+    found, quantization = make_teacher(model, pipeline), model.distilled.get("base_quantization")
+    if quantization in BACKENDS:
+        found += f" in {quantization}"
+        quantize(getattr(pipeline, model.network), quantization, device)
+    if found != model.distilled.get("teacher_fingerprint"):
         given = f"{model.base}{f' at {model.revision}' if model.revision else ''}"
         given += f" with {model.distilled['teacher_lora']}" if model.distilled.get("teacher_lora") else ""
         raise UserError(f"--model {model.name}: its adapter was trained over other weights than those of {given}; restore these")
@@ -419,7 +426,7 @@ def load_pipeline(model: Model, sampler: Optional[str], device: torch.device, dt
     where = ("--model" if model.base == model.name else f"--model {model.name}: its teacher", model.base)
     pipeline = hub_tools.load_pipeline(model.pipeline_class, *where, model.revision, model.variant, dtype=dtype, **parts)
     if model.adapter is not None:
-        load_adapter(model, pipeline)
+        load_adapter(model, pipeline, device)
     try:
         pipeline.to(device)
     except torch.OutOfMemoryError as error:

@@ -23,6 +23,7 @@ from senseflow_args import DTYPES, UserError
 from senseflow_checkpoints import INCOMPLETE, publish_folder, writing
 from senseflow_hub import UNREADABLE, file_of, left_out, load_pipeline, read_json
 from senseflow_lora import FILE, find_lora, metadata_of
+from senseflow_quantization import quantization_config
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
 from senseflow_utils import Schedule
@@ -140,6 +141,8 @@ def usage_record(args, schedule: Schedule, call: dict, iteration: int, prints: d
     }
     if args.rank:
         record |= {"rank": args.rank, "lora_alpha": args.lora_alpha, "teacher_fingerprint": prints["teacher"]}
+    if args.base_quantization != "none":
+        record |= {"base_quantization": args.base_quantization}
     if args.rank and args.teacher_lora:
         record |= {"teacher_lora": absolute_if_local(args.teacher_lora), "teacher_lora_scale": args.teacher_lora_scale}
     return record | {name: call[name] for name in ("guidance_scale",) if name in call}
@@ -194,7 +197,9 @@ def export_adapter(runtime: Runtime, args, pipeline_class, student: Role, compon
             layers, metadata = f"{student.subfolder}_lora_layers", f"{student.subfolder}_lora_adapter_metadata"
             pipeline_class.save_lora_weights(aside, **{layers: weights, metadata: metadata_of(student.module)})
             write_usage(aside, record, components)
-            write_model_card(aside, lines_with_adapter(pipeline_class, components, record, args), record, args, adapter=True)
+            write_model_card(
+                aside, lines_with_adapter(pipeline_class, student.subfolder, components, record, args), record, args, adapter=True
+            )
             publish_folder(aside, Path(args.output_dir), last=FILE)
         logger.info(f"the adapter is in {args.output_dir}")
     runtime.accelerator.wait_for_everyone()
@@ -215,17 +220,22 @@ def keywords(arguments: dict) -> str:
     return "".join(f", {name}={value!r}" for name, value in arguments.items())
 
 
-def lines_with_adapter(pipeline_class, components: dict, record: dict, args) -> str:
-    """The code that makes `pipeline` of the teacher's, what of it is not the teacher's, and the adapter."""
+def lines_with_adapter(pipeline_class, network: str, components: dict, record: dict, args) -> str:
+    """The code that makes `pipeline` of the teacher's, with its `network` as it was trained over, what of it is not the
+    teacher's, and the adapter."""
     flag, path, dtype = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, DTYPES[args.export_dtype]
     classes = sorted({pipeline_class.__name__, *(type(component).__name__ for component in components.values())})
     source = {name: record[f"teacher_{name}"] for name in ("revision", "variant") if record[f"teacher_{name}"]}
     absent = left_out(pipeline_class, read_json(flag, path, "model_index.json", args.revision))
-    lines = [
-        f"from diffusers import {', '.join(classes)}",
-        f'folder = "{PLACE}"',
-        f'pipeline = {pipeline_class.__name__}.from_pretrained("{record["teacher"]}", dtype={dtype}{keywords(source | absent)})',
-    ]
+    lines, base = [f"from diffusers import {', '.join(classes)}", f'folder = "{PLACE}"'], ""
+    if args.base_quantization != "none":
+        lines += [
+            "from diffusers.quantizers import PipelineQuantizationConfig",
+            f"base = {quantization_config(args.base_quantization, network, dtype)}",
+        ]
+        base = ", quantization_config=base"
+    source = f'"{record["teacher"]}", dtype={dtype}{base}{keywords(source | absent)}'
+    lines.append(f"pipeline = {pipeline_class.__name__}.from_pretrained({source})")
     for name, component in components.items():
         how = f", dtype={dtype}" if isinstance(component, torch.nn.Module) else ""
         lines.append(f'pipeline.{name} = {type(component).__name__}.from_pretrained(folder, subfolder="{name}"{how})')
@@ -255,6 +265,7 @@ def write_model_card(folder: Path, lines: str, record: dict, args, adapter: bool
     if adapter:
         front |= {"base_model_relation": "adapter", "tags": ["lora"]}
         made += f"; an adapter (LoRA) of rank {args.rank}, alpha {args.lora_alpha:g}, for the teacher's own weights"
+        made += f" in {args.base_quantization}" * (args.base_quantization != "none")
     call = keywords(record["pipeline_call"])
     arguments = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
     levels = ", ".join(f"{t:g} (sigma {sigma:.4f})" for t, sigma in zip(record["timesteps"], record["sigmas"]))

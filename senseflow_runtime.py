@@ -58,6 +58,9 @@ class Runtime:
         if args.rank and self.launch.mode.startswith("zero"):
             fix = "take single.yaml, ddp.yaml or fsdp2.yaml, or drop it"
             raise UserError(f"--rank {args.rank}: adapters share weights, of which DeepSpeed makes copies: {fix}", exit_code=2)
+        if args.base_quantization != "none" and self.launch.mode != "replicated":
+            fix = "take single.yaml or ddp.yaml, or drop it"
+            raise UserError(f"--base_quantization {args.base_quantization}: FSDP2 cannot shard such a base: {fix}", exit_code=2)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
         if not torch.cuda.is_available() and self.launch.world_size > 1:
             # A multi-GPU configuration launched on a machine without a GPU runs on its CPU, over gloo.

@@ -491,7 +491,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "bf16", **where)
     pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
-    teacher_print = lora_tools.fuse_teacher_lora(args, pipeline, "transformer")
+    teacher_print = lora_tools.make_base(args, pipeline, "transformer", device)
     prompt_tools.place_text_encoders(args, pipeline, device)
 
     @torch.no_grad()

@@ -591,7 +591,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
     vae_flag, vae_path, where = vae_source(args)
     vae = vae_tools.load_vae(VAE, vae_flag, vae_path, args, device, encodes, decodes, "fp32", **where)
     pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
-    teacher_print = lora_tools.fuse_teacher_lora(args, pipeline, "unet")
+    teacher_print = lora_tools.make_base(args, pipeline, "unet", device)
     prompt_tools.place_text_encoders(args, pipeline, device)
     size = (args.resolution, args.resolution)
     time_ids = torch.tensor([[*size, 0, 0, *size]], device=device, dtype=runtime.weight_dtype)  # whole pictures, as a stock call

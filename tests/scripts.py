@@ -1,5 +1,6 @@
 """What the tests of the three scripts have in common: launching one, reading its checkpoints, drawing with its pipeline."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -133,6 +134,12 @@ def refused(script, arguments, code: int, needle: str, capsys) -> None:
         senseflow_args.run_script(lambda: script.main(arguments))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == code and len(lines) == 1 and needle in lines[0], lines
+
+
+def missing(monkeypatch, *packages: str) -> None:
+    """These packages are not installed, as far as checks of arguments can see."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(senseflow_args.importlib.util, "find_spec", lambda name: None if name in packages else find(name))
 
 
 def without(flags: list[str], *names: str) -> list[str]:

@@ -21,6 +21,7 @@ from scripts import (
     assert_same,
     built,
     launch,
+    missing,
     picture_of,
     refused,
     resume_is_the_same_run,
@@ -30,6 +31,8 @@ from scripts import (
 )
 from senseflow_args import UserError
 from senseflow_lora import FILE
+from senseflow_models import find_model, load_pipeline
+from senseflow_quantization import quantization_states
 from senseflow_roles import Launch, Role
 from senseflow_utils import Guidance
 from tiny_pipelines import cache_repository, write_sd3, write_sdxl
@@ -37,6 +40,7 @@ from tiny_pipelines import cache_repository, write_sd3, write_sdxl
 
 SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
 NETWORK = {"flux": "transformer", "sd3": "transformer", "sdxl": "unet"}
+QUANTIZED = ["flux 4bit", "sd3 8bit", "sdxl 4bit", "sdxl 8bit"]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +55,14 @@ def teachers(teacher, tmp_path_factory):
 
 @pytest.fixture
 def flags(teachers, data, vision, tmp_path):
-    """flags(name, *more) -> arguments of a script with adapters; without `gan=True` the discriminator is off."""
+    """flags(name, *more) -> arguments of a script with adapters; without `gan=True` the discriminator is off.
+
+    A name may be followed by what the base is quantised to: "flux 4bit".
+    """
 
     def make(name, *more, gan=False):
+        name, _, quantization = name.partition(" ")
+        more += ("--base_quantization", quantization) if quantization else ()
         seen = ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
         return [
             *("--pretrained_model_name_or_path", str(teachers[name]), "--dataset_json", str(data), "--resolution", "64"),
@@ -87,16 +96,20 @@ def outputs(run) -> list[torch.Tensor]:
     return [teacher, *(parts.predict(role, x_t, t, condition).output for role in (parts.student, parts.fake_score))]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, *QUANTIZED])
 def test_three_roles_are_one_base_and_two_adapters(name, flags):
-    run = built(SCRIPTS[name], flags(name, gan=True))
+    run = built(SCRIPTS[name.split()[0]], flags(name, gan=True))
     parts, base = run.parts, own_of(run.parts.teacher.module)
+    quantized = [key for key, tensor in base.items() if tensor.dtype in (torch.uint8, torch.int8)]
+    assert len(quantized) == (sum(isinstance(m, torch.nn.Linear) for m in parts.teacher.module.modules()) if " " in name else 0)
     start = {key: tensor.clone() for key, tensor in base.items()}
 
     def assert_one_base():
         for role in (parts.student, parts.fake_score):
             own = own_of(role.module)
             assert own.keys() == base.keys() and all(own[key] is base[key] for key in base)
+            states = zip(quantization_states(role.module), quantization_states(parts.teacher.module), strict=True)
+            assert all(state is other for state, other in states)
 
     assert_one_base()
     students, fakes = parts.student.parameters, parts.fake_score.parameters
@@ -108,13 +121,14 @@ def test_three_roles_are_one_base_and_two_adapters(name, flags):
     for iteration in range(2):
         run.step(iteration)
     assert_one_base()
+    assert (len(quantization_states(parts.teacher.module)) > 10) == (" " in name)
     assert all(torch.equal(base[key], start[key]) for key in base)
     again, student, fake = outputs(run)
     assert torch.equal(again, teacher)
     assert len({tensor.sum().item() for tensor in (teacher, student, fake)}) == 3
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "flux 4bit", "sdxl 8bit"])
 def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_not_change_it(name, flags, monkeypatch):
     backward, touched, gradients = Role.backward, [], []
 
@@ -143,7 +157,7 @@ def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_n
     for more in ((), ("--gradient_checkpointing",)):
         held = []
         gradients.append({})
-        run = built(SCRIPTS[name], flags(name, "--isg_weight", "1", *more, gan=True))
+        run = built(SCRIPTS[name.split()[0]], flags(name, "--isg_weight", "1", *more, gan=True))
         for role in (run.parts.student, run.parts.fake_score):  # the gradient of A is zero as long as B is
             for key, parameter in role.parameters.items():
                 parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key)))
@@ -205,9 +219,10 @@ def test_accumulation_trains_the_same_global_batch_alike(name, flags):
         torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-6)
 
 
-def test_dmd2_in_two_processes_trains_as_in_one_and_goes_on_where_it_was(flags, tmp_path):
+@pytest.mark.parametrize("name", ["sdxl", "sdxl 4bit"])
+def test_dmd2_in_two_processes_trains_as_in_one_and_goes_on_where_it_was(name, flags, tmp_path):
     """The classifier lies over the fake score's adapter: one network runs three times before its backward."""
-    common = without(flags("sdxl"), "--gan_weight", "--ida_decay", "--train_batch_size", "--output_dir", "--learning_rate")
+    common = without(flags(name), "--gan_weight", "--ida_decay", "--train_batch_size", "--output_dir", "--learning_rate")
     common += ["--method", "dmd2", "--classifier_weight", "1", "--learning_rate", "1e-2"]
     common += ["--adam_epsilon", "1e-3", "--max_train_steps", "3", "--checkpointing_steps", "1"]
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
@@ -390,6 +405,20 @@ def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_
     )
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_layers_of_a_teachers_lora_that_have_no_place_are_said(name, flags, teachers, tmp_path, caplog):
+    lora = tmp_path / "mine.safetensors"
+    write_lora(name, teachers, lora)
+    built(SCRIPTS[name], [*flags(name), "--teacher_lora", str(lora)])
+    assert "no place" not in caplog.text
+    weights = load_file(lora)
+    layer = sorted(weights)[0].partition(".lora_")[0]
+    save_file({key.replace(f"{layer}.", f"{layer}_of_another."): tensor for key, tensor in weights.items()}, lora)
+    built(SCRIPTS[name], [*flags(name), "--teacher_lora", str(lora)])
+    whose = f"--teacher_lora {lora}: 1 of its {len(weights) // 2} layers have no place there ({layer.partition('.')[2]}_of_another)"
+    assert whose in caplog.text
+
+
 def test_adapters_come_from_the_hub(exported, flags, teachers, tmp_path, monkeypatch):
     """Switched off: the cache has it all."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -449,6 +478,12 @@ def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, c
             "--student_model_name_or_path tests: holds 0 .safetensors files; give a",
         ),
         ("flux", ("--student_guidance_scale", "0"), "--student_guidance_scale 0: with --rank"),
+        (
+            "flux",
+            ("--rank", "0", "--base_quantization", "4bit"),
+            "--base_quantization 4bit: a run without --rank has no use for it",
+        ),
+        ("sd3", ("--base_quantization", "4bit", "--teacher_lora", "x"), "--teacher_lora x: stock pipelines fuse none into"),
     ],
 )
 def test_bad_input_is_refused_before_anything_loads(name, more, needle, flags, capsys):
@@ -465,3 +500,57 @@ def test_deepspeed_is_refused(flags, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("senseflow_runtime.launched", Launch)
     refused(SCRIPTS["sd3"], flags("sd3"), 2, "--rank 4: adapters share weights, of which DeepSpeed makes copies", capsys)
+
+
+def test_a_quantised_base_is_refused_where_it_cannot_be(flags, capsys, monkeypatch):
+    arguments = flags("flux 4bit")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr("senseflow_runtime.launched", Launch)
+    refused(SCRIPTS["flux"], arguments, 2, "--base_quantization 4bit: FSDP2 cannot shard such a base", capsys)
+    missing(monkeypatch, "bitsandbytes")
+    refused(SCRIPTS["flux"], arguments, 2, "--base_quantization 4bit needs bitsandbytes, which is not installed", capsys)
+
+
+@pytest.mark.parametrize("name", ["flux 4bit", "sdxl 8bit"])
+def test_a_run_over_a_quantised_base_goes_on_where_it_was_and_draws_as_it_was_trained(name, flags, tmp_path, capsys):
+    kind, quantization = name.split()
+    script, network = SCRIPTS[kind], NETWORK[kind]
+    common = without(flags(name, gan=True), "--output_dir", "--ttur_ratio", "--learning_rate")
+    common += ["--ttur_ratio", "2", "--learning_rate", "3e-2", "--learning_rate_disc", "1e-3"]
+    common += ["--max_train_steps", "4", "--checkpointing_steps", "2"]
+    whole = resume_is_the_same_run(script, common, tmp_path)
+
+    record, card = json.loads((whole / "senseflow.json").read_text()), (whole / "README.md").read_text()
+    assert record["base_quantization"] == quantization and f"own weights in {quantization}" in card
+    code = card.split("```python\n")[1].split("pipeline =")[0].replace("path/of/this/folder", str(whole))
+    names: dict = {}
+    exec(code, names)
+    assert names["base"].components_to_quantize == [network] and f"load_in_{quantization}" in names["base"].quant_kwargs
+    assert "quantization_config=base" in card
+
+    # infer.py's network, over the same base, is the trained student; over the plain one it would not be.
+    run = built(script, [*common, "--output_dir", str(tmp_path / "out")])
+    run.parts.student.load(whole / "checkpoint-4")
+    model = find_model(str(whole))
+    drawn = getattr(load_pipeline(model, "euler", torch.device("cpu"), torch.float32), network)
+    student = run.parts.student.module
+    taken = {key: tensor for key, tensor in drawn.named_parameters()}
+    for key, tensor in student.named_parameters():
+        assert torch.equal(tensor, taken[key]), key
+    predict, x_t = run.parts.predict, torch.randn(2, *run.parts.latent_shape)
+    condition = run.parts.encode_prompts(("a red square", "blue"))
+    wanted = predict(run.parts.student, x_t, torch.tensor([900.0, 500.0]), condition).output
+    run.parts.student.module = drawn
+    assert torch.equal(predict(run.parts.student, x_t, torch.tensor([900.0, 500.0]), condition).output, wanted)
+    assert picture_of(whole / "checkpoint-4", tmp_path / "pictures").std() > 0
+
+    capsys.readouterr()
+    other = [
+        *without(common, "--base_quantization"),
+        "--output_dir",
+        str(tmp_path / "halves"),
+        "--resume_from_checkpoint",
+        "latest",
+    ]
+    refused(script, other, 1, f"--base_quantization none: {tmp_path}", capsys)

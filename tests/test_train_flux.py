@@ -22,6 +22,7 @@ from scripts import (
     built,
     launch,
     logged,
+    missing,
     picture_of,
     refused,
     resume_is_the_same_run,
@@ -260,6 +261,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, flags, tmp_path, monkeypatch, capsys):
     drop, add, needle = BAD[case]
+    missing(monkeypatch, "bitsandbytes", "xformers")
     monkeypatch.setattr(
         script.FluxTransformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded before the check")
     )

@@ -15,6 +15,7 @@ from scripts import (
     built,
     launch,
     logged,
+    missing,
     picture_of,
     refused,
     resume_is_the_same_run,
@@ -159,6 +160,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, flags, teacher, tmp_path, monkeypatch, capsys):
     add, needle = BAD[case]
+    missing(monkeypatch, "bitsandbytes", "xformers")
     monkeypatch.setattr(SD3Transformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check"))
     add = [part.format(flux=teacher) for part in add]
     refused(script, [*flags, "--output_dir", str(tmp_path / "out"), *add], 2, needle, capsys)

@@ -17,6 +17,7 @@ from scripts import (
     built,
     launch,
     logged,
+    missing,
     picture_of,
     refused,
     resume_is_the_same_run,
@@ -260,6 +261,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, flags, sdxl, teacher, lmdb_of_latents, tmp_path, monkeypatch, capsys):
     add, needle = BAD[case]
+    missing(monkeypatch, "bitsandbytes", "xformers")
     changes = {
         "v prediction": {"prediction_type": "v_prediction"},
         "zero snr": {"rescale_betas_zero_snr": True},
