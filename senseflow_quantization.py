@@ -53,7 +53,7 @@ def quantization_states(network: torch.nn.Module) -> list[Any]:
     """What belongs to quantised weights and is neither parameter nor buffer: scales and tables, which twins share, too."""
     states = []
     for module in network.modules():
-        states.append(getattr(getattr(module, "weight", None), "quant_state", None))
+        states += [getattr(own, "quant_state", None) for own in (getattr(module, "weight", None), module)]
         states += [getattr(getattr(module, "state", None), name, None) for name in ("CB", "SCB")]
     return list({id(state): state for state in states if state is not None}.values())
 

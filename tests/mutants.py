@@ -70,6 +70,7 @@ ENDS = f"{ROLE_TESTS}::test_what_ends_a_run_saves_and_the_run_goes_on_as_if_noth
 DISCRIMINATOR = "senseflow_discriminator.py"
 VISION = "tests/test_discriminator.py::test_under_bf16_weights_and_residual_stream_stay_float32"
 LORA, ONE_BASE = "senseflow_lora.py", "tests/test_lora.py::test_three_roles_are_one_base_and_two_adapters"
+QUANTIZED = "tests/test_lora.py::test_a_run_over_a_quantised_base_goes_on_where_it_was_and_draws_as_it_was_trained[flux 4bit]"
 ADAPTER_CARD = "tests/test_lora.py::test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_picture"
 OVER_ITS_OWN = "tests/test_lora.py::test_an_adapter_is_drawn_with_over_its_own_base_and_whole"
 START = "tests/test_lora.py::test_student_and_fake_score_start_as_an_adapter"
@@ -596,9 +597,9 @@ MUTANTS = [
            "small.init_8bit_state()", "pass"),
     Mutant("quantised base: packed anew by the first pass", "senseflow_quantization.py", f"{ONE_BASE}[flux 4bit]",
            "= True, False", "= True, True"),
-    Mutant("quantised base: drawn over a plain one", MODELS, "tests/test_lora.py",
+    Mutant("quantised base: drawn over a plain one", MODELS, QUANTIZED,
            "        quantize(getattr(pipeline, model.network), quantization, device)\n", ""),
-    Mutant("quantised base: resumed over another", "senseflow_checkpoints.py", "tests/test_lora.py",
+    Mutant("quantised base: resumed over another", "senseflow_checkpoints.py", QUANTIZED,
            "    if given != stored:\n        fix", "    if False:\n        fix"),
     Mutant("adapters: the LoRA of the teacher is left out", MODELS, OF_A_LORA,
         "scale if exact is network else None)",
