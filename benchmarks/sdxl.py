@@ -110,6 +110,9 @@ VARIANTS = {
     "4-step-isg-0": {"isg_weight": 0.0},
     "4-step-guidance-1.5": {"dmd_guidance_scale": 1.5},
     "2-step": {"anchors": [999, 499]},
+    "4-step-rank-32-5e-4-1e-3": {"rank": 32, "learning_rate": 5e-4, "learning_rate_fake": 1e-3},
+    "4-step-rank-32-1e-3-1e-3": {"rank": 32, "learning_rate": 1e-3, "learning_rate_fake": 1e-3},
+    "4-step-rank-32-2e-3-1e-3": {"rank": 32, "learning_rate": 2e-3, "learning_rate_fake": 1e-3},
 }
 
 
@@ -302,7 +305,7 @@ def make_student(variant, seed):
     prompts.write_text("\n".join(all_captions()) + "\n")
     prompts_to_draw.write_text("\n".join(captions) + "\n")
     student, pictures = OUT / name, OUT / f"{name}-pictures"
-    if not (student / "model_index.json").exists():
+    if not (student / "senseflow.json").exists():
         start = time.monotonic()
         command = [sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", ROOT / "accelerate_configs" / "single.yaml", ROOT / "train_senseflow_sdxl.py"]

@@ -189,6 +189,7 @@ def make_args(**changes) -> SimpleNamespace:
         "max_grad_norm": 1.0,
         "use_8bit_adam": False,
         "rank": 0,
+        "base_quantization": "none",
         "mixed_precision": "no",
         "allow_tf32": False,
         "report_to": "none",

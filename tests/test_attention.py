@@ -52,6 +52,9 @@ def attend(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     monkeypatch.setattr(diffusers.models.attention_dispatch, "_CAN_USE_XFORMERS_ATTN", True)
     monkeypatch.setattr(diffusers.models.attention_dispatch, "xops", ops)
+    # Whoever sets a network's backend sets it for the networks of later tests, too.
+    backends = diffusers.models.attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(backends, "_active_backend", backends._active_backend)
     monkeypatch.setattr(diffusers.models.attention_processor, "is_xformers_available", lambda: True)
     monkeypatch.setattr(diffusers.models.attention_processor, "xformers", package, raising=False)
     for module in (senseflow_args, diffusers.models.attention_processor):  # both try xformers on a GPU first
