@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import torch
+
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which diffusers imports, and which has a note to print on some CPUs
+
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from PIL import Image, ImageDraw
 from tqdm import tqdm

@@ -4,7 +4,6 @@
 import argparse
 import importlib.util
 import json
-import logging
 import math
 import os
 import pickle
@@ -28,7 +27,6 @@ from torch import distributed
 from torch.distributed import DistError
 
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and on some CPUs it has a note to print
 # Exit codes: 128 + SIGINT, 128 + SIGTERM.
 INTERRUPTED, TERMINATED = 130, 143
 LAUNCHER_LOOKS = 3  # seconds; torchrun looks at its processes ten times a second

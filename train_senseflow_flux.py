@@ -24,6 +24,7 @@ from accelerate.logging import get_logger
 
 
 transformers.utils.logging.set_verbosity_error()  # importing a pipeline would print notes about packages that are not needed
+transformers.utils.logging.get_logger("bitsandbytes").setLevel("ERROR")
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps

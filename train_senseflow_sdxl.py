@@ -26,6 +26,7 @@ from accelerate.logging import get_logger
 
 
 transformers.utils.logging.set_verbosity_error()  # importing a pipeline would print notes about packages that are not needed
+transformers.utils.logging.get_logger("bitsandbytes").setLevel("ERROR")
 
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
