@@ -185,6 +185,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)", exit_code=2)
 
 
+def fill_in(args, values: dict):
+    """Gives the flags that were not given (None) the values by their names; returns `args`."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
 # Of student, fake score and discriminator with --rank, in units of the rate of full fine-tuning; benchmarks/RESULTS.md.
 LORA_RATES = (10, 5, 1)
 
@@ -261,6 +269,8 @@ def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
             raise UserError(f"--anchors {shown}: timesteps must lie in (0, 1000]", exit_code=2)
         if any(a <= b for a, b in zip(args.anchors, args.anchors[1:])):
             raise UserError(f"--anchors {shown}: must decrease; sort them, largest first", exit_code=2)
+    if args.dry_run is not None and args.resume_from_checkpoint:
+        raise UserError(f"--dry_run: looks at no checkpoint; leave --resume_from_checkpoint {args.resume_from_checkpoint} out", 2)
     if args.mixed_precision not in ("no", "bf16"):  # the default comes from accelerate's configuration, unchecked by argparse
         refuse("mixed_precision", "give no or bf16")
     if args.use_8bit_adam:

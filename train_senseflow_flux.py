@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 import senseflow_args as args_tools
 import senseflow_checkpoints as checkpoint_tools
+import senseflow_dry_run as dry_run_tools
 import senseflow_hub as hub_tools
 import senseflow_lora as lora_tools
 import senseflow_pipeline as pipeline_tools
@@ -426,6 +427,8 @@ def parse_args(argv=None):
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (the release, FLUX, uses it; off here)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
+    add("--dry_run", type=float, nargs="?", const=0.0, metavar="GB",
+        help="train nothing: print what this command takes of a GPU, and for a card of GB what would make it fit (ours)")
 
     add = parser.add_argument_group("checkpointing").add_argument
     add("--output_dir", required=True, help="checkpoints, logs, and in the end the pipeline")
@@ -543,6 +546,8 @@ def teacher_call(args, transformer) -> dict:
 def main(argv=None):
     args = parse_args(argv)
     rows = check_args(args)
+    if args.dry_run is not None:
+        return dry_run_tools.report(args, make_schedule, load_parts, train_iteration)
     checkpoint = checkpoint_tools.find_checkpoint(args)
     state = checkpoint_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)

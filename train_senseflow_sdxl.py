@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 import senseflow_args as args_tools
 import senseflow_checkpoints as checkpoint_tools
+import senseflow_dry_run as dry_run_tools
 import senseflow_hub as hub_tools
 import senseflow_lora as lora_tools
 import senseflow_pipeline as pipeline_tools
@@ -407,8 +408,7 @@ def parse_args(argv=None):
     lora_tools.add_lora_arguments(parser, LORA_LAYERS)
 
     add = parser.add_argument_group("data: exactly one of the first five").add_argument
-    add("--dataset_json",
-        help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
+    add("--dataset_json", help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
     add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
     add("--train_data_dir", help="folder of pictures; captions in metadata.{jsonl,csv,parquet} or a .txt each, one a line")
     add("--prompts_file", help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
@@ -484,6 +484,8 @@ def parse_args(argv=None):
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes (off in the release, SDXL)")
     add("--allow_tf32", action="store_true", help="TF32 matmuls on Ampere and later")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="needs xformers")
+    add("--dry_run", type=float, nargs="?", const=0.0, metavar="GB",
+        help="train nothing: print what this command takes of a GPU, and for a card of GB what would make it fit (ours)")
 
     add = parser.add_argument_group("checkpointing").add_argument
     add("--output_dir", required=True, help="checkpoints, logs, and in the end the pipeline")
@@ -503,16 +505,9 @@ def parse_args(argv=None):
     add("--teacher_guidance_scale", type=float, default=5.0,
         help="of the teacher's validation pictures (StableDiffusionXLPipeline's default)")
     parser.set_defaults(sampler="stochastic")  # what LCMScheduler does
-    return args_tools.complete_args(apply_method(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    return args_tools.complete_args(args_tools.fill_in(args, PRESETS[args.method]))
 # fmt: on
-
-
-def apply_method(args):
-    """Fills every flag of PRESETS that was not given."""
-    for name, value in PRESETS[args.method].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
 
 
 def check_levels(flag: str, path: str, scheduler: dict) -> None:
@@ -651,6 +646,8 @@ def teacher_call(args, unet) -> dict:
 def main(argv=None):
     args = parse_args(argv)
     rows = check_args(args)
+    if args.dry_run is not None:
+        return dry_run_tools.report(args, make_schedule, load_parts, train_iteration)
     checkpoint = checkpoint_tools.find_checkpoint(args)
     state = checkpoint_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)

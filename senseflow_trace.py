@@ -1,0 +1,416 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""A training script's run on tensors without values, with its memory and FLOPs counted: what `--dry_run` is made of.
+
+The script's own `load_parts` and `train_iteration` run on fake tensors, which have shapes and no values: of the teacher its
+configurations are read and no weights. Every storage is counted where it is born and where it is freed, and every operation's
+FLOPs. A sharded run of many processes is one process here, with a process group that talks to nobody.
+"""
+
+import math
+import os
+import sys
+import weakref
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator, Optional
+from unittest import mock
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from senseflow_args import DTYPES
+from senseflow_prompts import text_encoders_of
+
+
+KINDS = WEIGHTS, GRADIENTS, STATES, REST = "weights", "gradients", "optimiser", "activations"
+HOST, FROZEN = "host", "other frozen"
+TABLES = (torch.ops.aten.arange, torch.ops.aten.linspace)  # made for their values
+BLOCK = 256  # of bitsandbytes' 8-bit Adam: one scale for as many numbers
+STAGES = {"networks": 20, "optimisers": 5, "other iteration": 25, "student's turn": 50}  # per cent of the time, about
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+# ---------------------------------------------------------------------------------------------------------------------
+class Counter(TorchDispatchMode):
+    """Counts the bytes of all live storages by label, the peak, and FLOPs, of fake tensors and of real ones alike.
+
+    Within a FakeTensorMode: tensors are fake where anything is large, and real where decisions depend on values: what is computed
+    of real tensors alone, and what is drawn with a generator, is real.
+
+    Attributes:
+        live, peak: bytes now, and at most since `reset`, without those of the owner HOST.
+        by_label, at_peak: {(owner, one of KINDS): bytes} now, and when the peak was reached.
+        phase, where: (who, what) goes on now, and did at the peak.
+        flops: {phase: FLOPs} since `reset`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.by_label, self.phase = 0, defaultdict(int), ("loading", "")
+        self._held: dict[int, tuple[int, tuple]] = {}
+        self.reset()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and a wrapper around every operation takes its time
+
+    def reset(self) -> None:
+        self.peak, self.at_peak, self.where, self.flops = self.live, dict(self.by_label), self.phase, defaultdict(int)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # what it does with its shards comes here by itself
+        kwargs = kwargs or {}
+        tensors = list(tensors_in((*args, *kwargs.values())))
+        real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if real or isinstance(kwargs.get("generator"), torch.Generator) or function._overloadpacket in TABLES:
+            with unset_fake_temporarily():
+                out = function(*args, **kwargs)
+        else:
+            out = function(*args, **kwargs)
+        count = flop_registry.get(function._overloadpacket)
+        if count is not None:
+            self.flops[self.phase] += count(*args, **kwargs, out_val=out)
+        for tensor in tensors_in((out,)):
+            self.hold(tensor)
+        return out
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Counts the storage of a tensor, unless it is known, until nothing holds it any more."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._held:
+            return
+        label = (self.phase[0], REST)
+        self._held[key] = (storage.nbytes(), label)
+        weakref.finalize(storage, self._release, key).atexit = False
+        self._add(storage.nbytes(), label)
+
+    def resizing(self):
+        """Patches the one change of a storage that is no operation: how FSDP frees and fills gathered weights."""
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage, size):
+            result, key = resize(storage, size), storage._cdata
+            if key in self._held:
+                old, label = self._held[key]
+                self._held[key] = (size, (self.phase[0], label[1]) if label[1] == REST else label)
+                self._add(-old, label)
+                self._add(size, self._held[key][1])
+            return result
+
+        return mock.patch.object(torch.UntypedStorage, "resize_", resized)
+
+    def label(self, tensor: torch.Tensor, owner: str, kind: str) -> None:
+        """Says whose a tensor is; the first to say so is right (twins share what is the teacher's)."""
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        self.hold(tensor)
+        key = tensor.untyped_storage()._cdata
+        size, old = self._held[key]
+        if old[1] == REST:
+            self._held[key] = (size, (owner, kind))
+            self._add(-size, old)
+            self._add(size, (owner, kind))
+
+    def _add(self, size: int, label: tuple) -> None:
+        self.by_label[label] += size
+        self.live += size if label[0] != HOST else 0
+        if self.live > self.peak:
+            self.peak, self.at_peak, self.where = self.live, dict(self.by_label), self.phase
+
+    def _release(self, key: int) -> None:
+        size, label = self._held.pop(key)
+        self._add(-size, label)
+
+    @contextmanager
+    def during(self, owner: str, what: str):
+        before, self.phase = self.phase, (owner, what)
+        try:
+            yield
+        finally:
+            self.phase = before
+
+
+def tensors_in(values) -> Iterator[torch.Tensor]:
+    """The tensors of an operation's arguments or results."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands in for weights, optimisers that need a GPU, and other processes
+# ---------------------------------------------------------------------------------------------------------------------
+def of_diffusers(kind, path, subfolder=None, dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_):
+    config = kind.load_config(path, subfolder=subfolder, revision=revision)
+    network = kind.from_config(config).to(dtype or torch_dtype or torch.float32).eval()
+    return (network, {"missing_keys": [], "unexpected_keys": []}) if output_loading_info else network
+
+
+def of_transformers(kind, path, subfolder="", dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_):
+    config = kind.config_class.from_pretrained(path, subfolder=subfolder or "", revision=revision or "main")
+    network = kind(config).to(dtype or torch_dtype or torch.float32).eval()
+    return (network, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else network
+
+
+def _apply(module: torch.nn.Module, change: Callable, recurse: bool = True) -> torch.nn.Module:
+    """`torch.nn.Module._apply`, which swaps fake tensors and so fails where anything refers to them; a parameter stays the same."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for own in (module._parameters, module._buffers):
+        for name, tensor in own.items():
+            changed = tensor if tensor is None else change(tensor)
+            if changed is tensor:
+                continue
+            if own is module._parameters:
+                tensor.data = changed.detach()
+            else:
+                own[name] = changed
+    return module
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """The states of bitsandbytes' AdamW8bit, which itself needs a GPU: one byte a moment and number, and scales."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if not self.state[parameter]:
+                small = parameter.numel() < 4096
+                for name in ("state1", "state2"):
+                    self.state[parameter][name] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
+                    if not small:
+                        self.state[parameter][f"absmax_{name}"] = torch.zeros(math.ceil(parameter.numel() / BLOCK))
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """Networks without weights, fingerprints without values, 8-bit Adam without a GPU."""
+    import senseflow_checkpoints
+    import senseflow_discriminator
+    import senseflow_hub
+    import senseflow_lora
+    import senseflow_roles
+
+    eight_bit = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=AdamW8bit))
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)))
+        stack.enter_context(mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)))
+        stack.enter_context(mock.patch.object(PreTrainedModel, "init_weights", lambda network: None))
+        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
+        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
+        for module in (senseflow_checkpoints, senseflow_discriminator, senseflow_hub, senseflow_lora, senseflow_roles):
+            if hasattr(module, "fingerprint"):
+                stack.enter_context(mock.patch.object(module, "fingerprint", lambda network: ""))
+        stack.enter_context(mock.patch.object(senseflow_lora, "quantize", quantize))
+        stack.enter_context(mock.patch.dict(sys.modules, {"bitsandbytes": eight_bit}))
+        yield
+
+
+class SmallLinear(torch.nn.Module):
+    """The memory of one of bitsandbytes' linear layers: its numbers and scales, and the whole weight while it computes."""
+
+    def __init__(self, layer: torch.nn.Linear, bits: int):
+        super().__init__()
+        numbers, rows = layer.weight.numel(), layer.out_features
+        self.weight = torch.nn.Parameter(torch.empty(numbers * bits // 8, dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("scales", torch.empty(rows if bits == 8 else math.ceil(numbers / 64)), persistent=False)
+        self.bias, self.dtype, self.in_features, self.out_features = layer.bias, layer.weight.dtype, layer.in_features, rows
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
+        return torch.nn.functional.linear(states.to(self.dtype), weight, self.bias)
+
+
+def quantize(network: torch.nn.Module, base_quantization: str, device) -> None:
+    """See `senseflow_quantization.quantize`."""
+    for name, layer in list(network.named_modules()):
+        if type(layer) is torch.nn.Linear:
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, SmallLinear(layer, int(base_quantization[0])))
+
+
+def join_nobody() -> None:
+    """A process group of the launch's size that answers at once, with the first of its processes alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+def roles_of(parts) -> dict[str, Any]:
+    """The roles there are by name; the teacher first, whose tensors its twins share."""
+    found = {name: getattr(parts, name) for name in ("teacher", "student", "fake_score", "discriminator")}
+    return {name: role for name, role in found.items() if role is not None}
+
+
+def batch_of(args, parts, slots: list[int]) -> dict[str, Any]:
+    """A micro-batch as the loader makes them, of pictures or, from an LMDB, of latents."""
+    batch = {"slots": slots, "rows": slots, "prompts": ("a prompt",) * len(slots)}
+    shape, name = (3, args.resolution, args.resolution), "pixel_values"
+    if args.dataset_lmdb:
+        shape, name = parts.latent_shape, "latents"
+    return batch | {name: torch.zeros(len(slots), *shape)}
+
+
+def watch(counter: Counter, owner, name: str, who: Callable[[Any], str], what: str, step: Callable[[], None]):
+    """Patches a method so that what it does is counted as (`who` of its first argument, `what`)."""
+    function = getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        with counter.during(who(args[0]), what):
+            result = function(*args, **kwargs)
+        step()
+        return result
+
+    return mock.patch.object(owner, name, counted)
+
+
+def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, bar: tqdm) -> dict[str, Any]:
+    """Runs `load_parts`, a step of every optimiser, an iteration without the student's turn and one with it, under `counter`.
+
+    Returns:
+        peak (bytes), at_peak {(owner, one of KINDS): bytes}, where (phase), host (bytes of text encoders that stay there), flops
+        {iteration: {phase: FLOPs}}, checkpoint and export (bytes), numbers and states {role: parameters, bytes of its optimiser}.
+    """
+    from senseflow_discriminator import VisionFeatures
+    from senseflow_roles import Role
+    from senseflow_runtime import Runtime
+
+    found: dict[str, Any] = {"flops": {}}
+
+    def enter(stage: str) -> None:
+        before = sum(list(STAGES.values())[: list(STAGES).index(stage)])
+        bar.update(before - bar.n)
+        bar.set_description(stage)
+        bar.stop = before + STAGES[stage]
+
+    def step() -> None:
+        bar.update(min(1, max(0, bar.stop - bar.n - 1)))
+
+    with ExitStack() as stack:
+        stack.enter_context(counter.resizing())
+        for owner in (Role, *subclasses_of(Role)):
+            for name, what in (("__call__", "forward"), ("backward", "backward"), ("step", "step"), ("align_with", "IDA")):
+                if name in vars(owner):
+                    stack.enter_context(watch(counter, owner, name, lambda role: role.name, what, step))
+        stack.enter_context(watch(counter, VisionFeatures, "forward", lambda _: "DINOv2", "forward", step))
+        # Without DDP, whose gradients are what `kept` stands for.
+        prepare = partial(Accelerator.prepare_model, evaluation_mode=True)
+        stack.enter_context(mock.patch.object(Accelerator, "prepare", lambda own, module: prepare(own, module)))
+        stack.enter_context(mock.patch.object(Accelerator, "no_sync", lambda *_: nullcontext()))
+        enter("networks")
+        with unset_fake_temporarily():
+            runtime = Runtime(args)
+            runtime.device = runtime.accelerator.state.device = torch.device("cpu")  # not cpu:0, which is another to fake tensors
+            schedule = make_schedule(args, runtime.device)[0]
+        parts, pipeline = load_parts(args, runtime, schedule)
+        roles = roles_of(parts)
+        label_networks(counter, parts, pipeline, args)
+        found["host"] = counter.by_label[HOST, WEIGHTS]
+        for name in ("encode", "decode"):
+            stack.enter_context(watch(counter, type(pipeline.vae), name, lambda _: "VAE", name, step))
+        encoder = HOST if args.offload_text_encoders else "text encoders"
+        stack.enter_context(watch(counter, parts, "encode_prompts", lambda _: encoder, "forward", step))
+        # DDP keeps the gradients of all networks, in its buckets.
+        kept = {} if runtime.launch.mode == "replicated" and runtime.launch.world_size > 1 else None
+        enter("optimisers")
+        for role in roles.values():
+            for parameter in role.parameters.values():
+                stack.callback(label_gradients_of(counter, parameter, role.name, kept))
+                parameter.grad = torch.zeros_like(parameter)
+            if role.optimizer is not None:
+                role.step()
+                for state in role.optimizer.state.values():
+                    for tensor in tensors_in(state.values()):
+                        counter.label(tensor, role.name, STATES)
+        found["states"] = {name: counter.by_label[name, STATES] for name in roles}
+        counter.reset()
+        micro_batches = min(2, args.gradient_accumulation_steps)  # the second meets the gradients of the first
+        slots = list(range(args.train_batch_size * micro_batches))
+        turn = args.ttur_ratio - 1
+        for stage, iteration in (("other iteration", turn + 1), ("student's turn", turn)):
+            if stage == "other iteration" and args.ttur_ratio == 1:
+                continue
+            enter(stage)
+            counter.flops.clear()
+            with counter.during("loop", ""):
+                batches = [batch_of(args, parts, slots[i::micro_batches]) for i in range(micro_batches)]
+                train_iteration(iteration, batches, parts, schedule, args, runtime.device)
+            scale = args.gradient_accumulation_steps / micro_batches
+            found["flops"][stage] = {phase: count * scale for phase, count in counter.flops.items()}
+        found |= {"peak": counter.peak, "at_peak": counter.at_peak, "where": counter.where} | sizes_on_disk(args, parts, pipeline)
+        found["numbers"] = {name: sum(p.numel() for p in role.module.parameters()) for name, role in roles.items()}
+    bar.update(bar.total - bar.n)
+    return found
+
+
+def subclasses_of(kind: type) -> list[type]:
+    return [each for child in kind.__subclasses__() for each in (child, *subclasses_of(child))]
+
+
+def label_gradients_of(counter: Counter, parameter: torch.nn.Parameter, owner: str, kept: Optional[dict]) -> Callable[[], None]:
+    """Has the gradients of a parameter counted as such, and kept from one step to the next in `kept`; returns what ends that."""
+
+    def label(parameter):
+        if kept is not None:
+            parameter.grad = kept.setdefault(parameter, parameter.grad)
+        counter.label(parameter.grad, owner, GRADIENTS)
+
+    learns = parameter.requires_grad
+    parameter.requires_grad_(True)  # as a hook wants it; outside its turn a role takes no gradient
+    hook = parameter.register_post_accumulate_grad_hook(label)
+    parameter.requires_grad_(learns)
+    return hook.remove
+
+
+def tensors_of(pipeline) -> Iterator[torch.Tensor]:
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            yield from (*part.parameters(), *part.buffers())
+
+
+def label_networks(counter: Counter, parts, pipeline, args) -> None:
+    """Weights and buffers of the roles, then of what else there is."""
+    for name, role in roles_of(parts).items():
+        for tensor in (*role.module.parameters(), *role.module.buffers()):
+            counter.label(tensor, name, WEIGHTS)
+    for encoder in text_encoders_of(pipeline).values() if args.offload_text_encoders else ():
+        for tensor in (*encoder.parameters(), *encoder.buffers()):
+            counter.label(tensor, HOST, WEIGHTS)
+    frozen = list(tensors_of(pipeline))
+    for features in (parts.vision_features, parts.text_features) if parts.discriminator is not None else ():
+        frozen += [*getattr(features, "parameters", list)(), *getattr(features, "buffers", list)()]
+    for tensor in frozen:
+        counter.label(tensor, FROZEN, WEIGHTS)
+
+
+def sizes_on_disk(args, parts, pipeline) -> dict[str, int]:
+    """Bytes of a checkpoint and of the export."""
+    trained = [role for role in roles_of(parts).values() if role.optimizer is not None]
+    moments, size = 2 if args.use_8bit_adam else 8, DTYPES[args.export_dtype].itemsize
+    export = parts.student.trained_numbers if args.rank else parts.student.weight_bytes // 4
+    if not args.rank:
+        network = {id(t) for t in parts.teacher.module.parameters()}
+        export += sum(t.numel() for t in tensors_of(pipeline) if id(t) not in network)
+    return {"checkpoint": sum(role.weight_bytes + moments * role.trained_numbers for role in trained), "export": export * size}
