@@ -148,7 +148,7 @@ def report(args, make_schedule, load_parts, train_iteration) -> None:
         launch.mode = "replicated"
     join_nobody()
     counter, bar = Counter(), tqdm(total=100, desc="dry run")
-    with stand_ins(), FakeTensorMode(allow_non_fake_inputs=True), counter:
+    with stand_ins(args), FakeTensorMode(allow_non_fake_inputs=True), counter:
         found = trace(args, make_schedule, load_parts, train_iteration, counter, bar)
     bar.close()
     if mode.startswith("zero"):

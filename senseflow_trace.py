@@ -8,12 +8,11 @@ FLOPs. A sharded run of many processes is one process here, with a process group
 
 import math
 import os
-import sys
+import warnings
 import weakref
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Optional
 from unittest import mock
 
@@ -156,14 +155,23 @@ def tensors_in(values) -> Iterator[torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 def of_diffusers(kind, path, subfolder=None, dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_):
     config = kind.load_config(path, subfolder=subfolder, revision=revision)
-    network = kind.from_config(config).to(dtype or torch_dtype or torch.float32).eval()
+    network = without_values(kind.from_config(config)).to(dtype or torch_dtype or torch.float32).eval()
     return (network, {"missing_keys": [], "unexpected_keys": []}) if output_loading_info else network
 
 
 def of_transformers(kind, path, subfolder="", dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_):
     config = kind.config_class.from_pretrained(path, subfolder=subfolder or "", revision=revision or "main")
-    network = kind(config).to(dtype or torch_dtype or torch.float32).eval()
+    network = without_values(kind(config)).to(dtype or torch_dtype or torch.float32).eval()
     return (network, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else network
+
+
+def without_values(network: torch.nn.Module) -> torch.nn.Module:
+    """A network of which no buffer is real, as tables of positions are that were computed by numpy."""
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not isinstance(buffer, FakeTensor):
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return network
 
 
 def _apply(module: torch.nn.Module, change: Callable, recurse: bool = True) -> torch.nn.Module:
@@ -200,7 +208,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 @contextmanager
-def stand_ins() -> Iterator[None]:
+def stand_ins(args) -> Iterator[None]:
     """Networks without weights, fingerprints without values, 8-bit Adam without a GPU."""
     import senseflow_checkpoints
     import senseflow_discriminator
@@ -208,18 +216,19 @@ def stand_ins() -> Iterator[None]:
     import senseflow_lora
     import senseflow_roles
 
-    eight_bit = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=AdamW8bit))
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)))
         stack.enter_context(mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)))
-        stack.enter_context(mock.patch.object(PreTrainedModel, "init_weights", lambda network: None))
+        stack.enter_context(mock.patch.object(PreTrainedModel, "initialize_weights", lambda network: None))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
         for module in (senseflow_checkpoints, senseflow_discriminator, senseflow_hub, senseflow_lora, senseflow_roles):
             if hasattr(module, "fingerprint"):
                 stack.enter_context(mock.patch.object(module, "fingerprint", lambda network: ""))
         stack.enter_context(mock.patch.object(senseflow_lora, "quantize", quantize))
-        stack.enter_context(mock.patch.dict(sys.modules, {"bitsandbytes": eight_bit}))
+        if args.use_8bit_adam:
+            stack.enter_context(mock.patch("bitsandbytes.optim.AdamW8bit", AdamW8bit))
         yield
 
 

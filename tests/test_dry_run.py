@@ -1,0 +1,162 @@
+"""--dry_run: what it foretells is what a run takes, byte for byte; what it prints, and what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+import senseflow_dry_run
+import train_senseflow_flux
+import train_senseflow_sd3
+import train_senseflow_sdxl
+from scripts import ROOT, refused
+from senseflow_dry_run import GIB, candidates, under_zero, verdict, without
+from senseflow_trace import GRADIENTS, STATES, WEIGHTS, Counter, stand_ins, trace
+from tiny_pipelines import write_sd3, write_sdxl
+
+
+SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
+
+
+@pytest.fixture
+def flags(teacher, vision, data, tmp_path):
+    """flags(kind, *more): a script's, for two pictures of 64 px at a time."""
+
+    def make(kind, *more):
+        path = teacher
+        if kind != "flux":
+            path = tmp_path / kind
+            {"sd3": write_sd3, "sdxl": write_sdxl}[kind](path)
+        command = ["--pretrained_model_name_or_path", str(path), "--dataset_json", str(data), "--resolution", "64"]
+        command += ["--output_dir", str(tmp_path / "out"), "--train_batch_size", "2", "--report_to", "none", *more]
+        if "--gan_weight" not in more and "dmd2" not in more:
+            command += ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+        return command + (["--max_sequence_length", "16"] if kind != "sdxl" else [])
+
+    return make
+
+
+def traced(script, arguments, fake=True, around=()) -> dict:
+    """What a trace finds, of tensors without values or of real ones."""
+    args = script.parse_args(arguments)
+    script.check_args(args)
+    around = (stand_ins(args), FakeTensorMode(allow_non_fake_inputs=True)) if fake else around
+    counter = Counter()
+    with ExitStack() as stack:
+        for context in (*around, counter):
+            stack.enter_context(context)
+        return trace(args, script.make_schedule, script.load_parts, script.train_iteration, counter, tqdm(disable=True, total=100))
+
+
+def allocated(events) -> int:
+    """The most bytes that torch's own allocator had given out, by its profiler."""
+    live = peak = 0
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        ("flux", ["--gradient_checkpointing"]),
+        ("sd3", ["--rank", "8", "--gan_weight", "0", "--gradient_accumulation_steps", "3"]),
+        ("sdxl", ["--method", "dmd2", "--gan_weight", "0.005", "--ttur_ratio", "1"]),
+    ],
+)
+def test_what_is_foretold_is_what_a_run_takes(kind, more, flags):
+    script, arguments = SCRIPTS[kind], flags(kind, *more)
+    foretold = traced(script, arguments)
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    true = traced(script, arguments, fake=False, around=[profiler])
+    for key in {*foretold["at_peak"], *true["at_peak"]}:
+        assert foretold["at_peak"].get(key, 0) == true["at_peak"].get(key, 0), key
+    assert foretold["where"] == true["where"] and foretold["flops"] == true["flops"]
+    assert foretold["peak"] == pytest.approx(allocated(profiler.profiler.kineto_results.events()), rel=0.03)
+    own = 4 * foretold["numbers"]["student"]
+    if "--rank" not in more:
+        assert own <= foretold["at_peak"]["student", WEIGHTS] <= 1.01 * own
+        assert 2 * own <= foretold["states"]["student"] <= 2.01 * own
+
+
+def test_a_shard_of_everything_and_the_whole_of_nothing(flags):
+    """Under FSDP2 a process of eight holds an eighth of weights, gradients and optimiser; no process but the first is needed."""
+    environment = {**os.environ, "WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true"}
+    environment |= {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    code = "import train_senseflow_flux as s, senseflow_dry_run as d, sys, json\n"
+    code += "d.tell = lambda found, mode, n: print(json.dumps([mode, n, found['states'], found['numbers'], found['peak']]))\n"
+    command = [sys.executable, "-c", code + "s.main(sys.argv[1:])", *flags("flux", "--gan_weight", "0", "--dry_run")]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    mode, processes, states, numbers, peak = json.loads(result.stdout.splitlines()[0])
+    assert (mode, processes) == ("fsdp2", 8)
+    for name in ("student", "fake_score"):
+        assert 8 * numbers[name] / 8 <= states[name] <= 1.1 * 8 * numbers[name] / 8
+    assert subprocess.run(command, env={**environment, "RANK": "3"}, cwd=ROOT, capture_output=True).stdout == b""
+
+
+def test_configurations_are_enough_and_what_is_printed_says_whether_it_fits(flags, teacher, tmp_path, capsys, monkeypatch):
+    bare = tmp_path / "bare"
+    shutil.copytree(teacher, bare)
+    for file in bare.rglob("*.safetensors"):
+        file.unlink()
+    arguments = flags("flux", "--gan_weight", "0", "--ida_decay", "0.9", "--dry_run", "--pretrained_model_name_or_path", str(bare))
+    train_senseflow_flux.main(arguments)
+    said = capsys.readouterr().out
+    peak = float(re.search(r"^peak ([\d.]+) GiB, in: ", said, re.MULTILINE)[1])
+    assert peak < 0.1 and said.strip().splitlines()[-1].startswith("fits in 24, 40, 48, 80, 141 GB")
+    assert re.search(r"^student +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", said, re.MULTILINE)
+    assert "student's turn: " in said and "on disk: a checkpoint " in said
+    assert not (tmp_path / "out").exists()
+    (bare / "transformer" / "config.json").unlink()
+    refused(train_senseflow_flux, arguments, 2, f"--pretrained_model_name_or_path {bare}: ", capsys)
+    needle = "--dry_run: looks at no checkpoint; leave --resume_from_checkpoint latest out"
+    refused(train_senseflow_flux, [*flags("flux", "--dry_run"), "--resume_from_checkpoint", "latest"], 2, needle, capsys)
+
+
+def test_what_does_not_fit_is_tried_with_more_until_it_does(flags, capsys, monkeypatch):
+    peaks = {"--gradient_checkpointing": 60, "--offload_text_encoders": 60, "--use_8bit_adam": 30, "--rank": 20}
+    tried = []
+
+    def traced_with(command, processes):
+        tried.append(command)
+        return min([90, *(peak for flag, peak in peaks.items() if flag in command)]) * GIB
+
+    monkeypatch.setattr(senseflow_dry_run, "traced_with", traced_with)
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags("flux", "--dry_run", "40")])
+    args = train_senseflow_flux.parse_args(sys.argv[1:])
+    command = without(sys.argv[1:], ["dry_run"])
+    senseflow_dry_run.suggest(args, command, "single", 1, 90 * GIB, 40)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "with --gradient_checkpointing: 60.00 GiB",
+        "with --gradient_checkpointing --offload_text_encoders: 60.00 GiB; no help, left out",
+        "with --gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 2: 60.00 GiB; no help, left out",
+        "with --gradient_checkpointing --use_8bit_adam: 30.00 GiB",
+    ]
+    assert last == "fits in 40 GB with --gradient_checkpointing --use_8bit_adam"
+    assert tried[0] == [*command, "--gradient_checkpointing"] and not any("--dry_run" in command for command in tried)
+    assert verdict(30 * GIB).startswith("fits in 40, 48, 80, 141 GB; does not fit in 24 by 7.7 GiB")
+    # Flags of what is left out are left out, too; what a mode cannot do is not offered.
+    (flags_of_last, useless) = candidates(args, "fsdp2")[-1]
+    assert flags_of_last == ["--gan_weight", "0"] and "--discriminator_backbone" not in without(command, useless)
+    offered = {flags[0] for flags, _ in candidates(args, "zero3")}
+    assert "--rank" not in offered and senseflow_dry_run.MORE in offered and "--use_8bit_adam" in offered
+
+
+def test_under_zero_by_arithmetic():
+    held = {("student", WEIGHTS): 400, ("student", GRADIENTS): 400, ("student", STATES): 800, ("teacher", WEIGHTS): 200}
+    found = {"at_peak": held, "numbers": {"student": 100, "teacher": 100}, "states": {"student": 800}}
+    two, three = (under_zero(found, mode, 4, half=True)["at_peak"] for mode in ("zero2", "zero3"))
+    # bf16 weights whole or a quarter, a quarter of bf16 gradients, of fp32 masters and moments.
+    assert [two["student", kind] for kind in (WEIGHTS, GRADIENTS, STATES)] == [200, 50, 300] and two["teacher", WEIGHTS] == 200
+    assert [three["student", kind] for kind in (WEIGHTS, GRADIENTS, STATES)] == [50, 50, 300] and three["teacher", WEIGHTS] == 50
+    assert under_zero(found, "zero2", 4, half=True)["peak"] == 750
