@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""What `--dry_run` says of all teachers at full size: the README's table of memory, from configurations alone.
+
+    python benchmarks/memory_table.py                             # all; about a minute a row and core
+    python benchmarks/memory_table.py --teachers sdxl --rows full
+
+1024 px, a picture per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, everything else as the
+scripts have it. What has been traced is kept in benchmarks/out/memory.json; delete there what should be traced again.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+import full_size
+from gpu import launched_under, write_data
+
+from senseflow_dry_run import CARDS, USABLE
+
+
+OUT = ROOT / "benchmarks" / "out" / "memory.json"
+NAMES = {"sdxl": "SDXL", "sd35-medium": "SD 3.5 Medium", "sd35-large": "SD 3.5 Large", "flux": "FLUX.1-dev"}
+# {row: (configuration of accelerate_configs/, processes, flags)}
+ROWS = {
+    "full": ("single", 1, []),
+    "8-bit": ("single", 1, ["--use_8bit_adam"]),
+    "rank": ("single", 1, ["--rank", "64"]),
+    "rank, 8-bit": ("single", 1, ["--rank", "64", "--use_8bit_adam"]),
+    "rank, 4bit base": ("single", 1, ["--rank", "64", "--use_8bit_adam", "--base_quantization", "4bit"]),
+    "ddp on 8": ("ddp", 8, []),
+    "fsdp2 on 8": ("fsdp2", 8, []),
+    "rank, fsdp2 on 8": ("fsdp2", 8, ["--rank", "64"]),
+}
+COMMON = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--offload_text_encoders", "--resolution", "1024"]
+
+
+def trace(teacher: str, row: str, folder: Path) -> str:
+    """What the script prints with --dry_run."""
+    configuration, processes, more = ROWS[row]
+    full_size.write(teacher, folder / teacher)
+    full_size.write("discriminator", folder / "discriminator")
+    script = ROOT / f"train_senseflow_{full_size.TEACHERS[teacher][2]}.py"
+    command = [sys.executable, script, "--pretrained_model_name_or_path", folder / teacher, "--output_dir", folder / "out"]
+    command += ["--dataset_json", write_data(folder / "data", 64), "--report_to", "none", "--dry_run", *COMMON, *more]
+    command += ["--discriminator_backbone", folder / "discriminator" / "dinov2"]
+    command += ["--discriminator_text_encoder", folder / "discriminator" / "clip"]
+    with launched_under(configuration):
+        environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
+    result = subprocess.run([str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        sys.exit(f"{teacher}, {row}: ended with {result.returncode}")
+    return result.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teachers", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    args = parser.parse_args()
+    OUT.parent.mkdir(exist_ok=True)
+    said = json.loads(OUT.read_text()) if OUT.exists() else {}
+    for teacher in args.teachers:
+        for row in args.rows:
+            if f"{teacher}, {row}" not in said:
+                with tempfile.TemporaryDirectory() as folder:
+                    said[f"{teacher}, {row}"] = trace(teacher, row, Path(folder))
+                OUT.write_text(json.dumps(said, indent=1))
+    print("| teacher | | GiB per GPU | at | cards of | TFLOP an iteration, with the student's turn |\n" + "|---" * 6 + "|")
+    for teacher in args.teachers:
+        for row in args.rows:
+            found = said[f"{teacher}, {row}"]
+            peak, where = re.search(r"^peak ([\d.]+) GiB, in: (.*)$", found, re.MULTILINE).groups()
+            flops = ", ".join(re.findall(r"^[a-z' ]+: ([\d.]+) TFLOP", found, re.MULTILINE))
+            cards = ", ".join(str(card) for card in CARDS if float(peak) <= USABLE * card) or "none"
+            print(f"| {NAMES[teacher]} | {row} | {float(peak):.1f} | {where} | {cards} | {flops} |")
+
+
+if __name__ == "__main__":
+    main()
