@@ -40,19 +40,19 @@ def under_zero(found: dict[str, Any], mode: str, processes: int, half: bool) -> 
     return found | {"at_peak": at_peak, "peak": sum(size for (owner, _), size in at_peak.items() if owner != HOST)}
 
 
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size >= 0.1 * GIB else f"{size / GIB:.5f}"
+
+
 def tell(found: dict[str, Any], mode: str, processes: int) -> None:
     """Prints the tables."""
-
-    def gib(size: float) -> str:
-        return f"{size / GIB:.2f}"
-
     arithmetic = "; weights, gradients and optimiser by arithmetic" if mode.startswith("zero") else ""
     print(f"{mode}, {processes} process{'es' if processes > 1 else ''}: GiB per process at the peak{arithmetic}")
     print(f"{'':15}" + "".join(f"{kind:>13}" for kind in KINDS))
     for owner in dict.fromkeys(owner for owner, _ in found["at_peak"] if owner != HOST):
         row = [found["at_peak"].get((owner, kind), 0) for kind in KINDS]
-        if sum(row) >= 0.005 * GIB:
-            print(f"{owner:15}" + "".join(f"{gib(size):>13}" for size in row))
+        if sum(row) >= 0.0005 * found["peak"]:
+            print(f"{owner:15}" + "".join(f"{gib(size) if size else '':>13}" for size in row))
     print(f"peak {gib(found['peak'])} GiB, in: {', '.join(filter(None, found['where']))}")
     if found["host"]:
         print(f"text encoders in the host's memory: {gib(found['host'])} GiB")

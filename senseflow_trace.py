@@ -261,6 +261,8 @@ def join_nobody() -> None:
     if world_size > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+            os.environ.setdefault(name, str(value))  # as a launcher does; nobody listens
         distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
 
 

@@ -90,8 +90,8 @@ def test_what_is_foretold_is_what_a_run_takes(kind, more, flags):
 
 def test_a_shard_of_everything_and_the_whole_of_nothing(flags):
     """Under FSDP2 a process of eight holds an eighth of weights, gradients and optimiser; no process but the first is needed."""
-    environment = {**os.environ, "WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true"}
-    environment |= {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    environment = {**os.environ, "WORLD_SIZE": "8", "ACCELERATE_USE_FSDP": "true"}
+    environment |= {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
     code = "import train_senseflow_flux as s, senseflow_dry_run as d, sys, json\n"
     code += "d.tell = lambda found, mode, n: print(json.dumps([mode, n, found['states'], found['numbers'], found['peak']]))\n"
     command = [sys.executable, "-c", code + "s.main(sys.argv[1:])", *flags("flux", "--gan_weight", "0", "--dry_run")]
@@ -112,8 +112,8 @@ def test_configurations_are_enough_and_what_is_printed_says_whether_it_fits(flag
     train_senseflow_flux.main(arguments)
     said = capsys.readouterr().out
     peak = float(re.search(r"^peak ([\d.]+) GiB, in: ", said, re.MULTILINE)[1])
-    assert peak < 0.1 and said.strip().splitlines()[-1].startswith("fits in 24, 40, 48, 80, 141 GB")
-    assert re.search(r"^student +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", said, re.MULTILINE)
+    assert 0 < peak < 0.1 and said.strip().splitlines()[-1].startswith("fits in 24, 40, 48, 80, 141 GB")
+    assert re.search(r"^student +[\d.]+ +[\d.]+ +[\d.]+", said, re.MULTILINE)
     assert "student's turn: " in said and "on disk: a checkpoint " in said
     assert not (tmp_path / "out").exists()
     (bare / "transformer" / "config.json").unlink()
