@@ -117,7 +117,7 @@ def test_configurations_are_enough_and_what_is_printed_says_whether_it_fits(flag
     assert "student's turn: " in said and "on disk: a checkpoint " in said
     assert not (tmp_path / "out").exists()
     (bare / "transformer" / "config.json").unlink()
-    refused(train_senseflow_flux, arguments, 2, f"--pretrained_model_name_or_path {bare}: ", capsys)
+    refused(train_senseflow_flux, arguments, 2, f"{bare} (transformer): no readable FluxTransformer2DModel", capsys)
     needle = "--dry_run: looks at no checkpoint; leave --resume_from_checkpoint latest out"
     refused(train_senseflow_flux, [*flags("flux", "--dry_run"), "--resume_from_checkpoint", "latest"], 2, needle, capsys)
 
