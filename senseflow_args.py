@@ -193,8 +193,8 @@ def fill_in(args, values: dict):
     return args
 
 
-# Of student, fake score and discriminator with --rank, in units of the rate of full fine-tuning; benchmarks/RESULTS.md.
-LORA_RATES = (10, 5, 1)
+# Of student, fake score and discriminator with --rank, in units of the rate of full fine-tuning; demo/README.md.
+LORA_RATES = (7, 5, 1)
 
 
 def complete_args(args):

@@ -348,8 +348,8 @@ def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, ba
         enter("optimisers")
         for role in roles.values():
             for parameter in role.parameters.values():
-                stack.callback(label_gradients_of(counter, parameter, role.name, kept))
                 parameter.grad = torch.zeros_like(parameter)
+                stack.callback(label_gradients_of(counter, parameter, role.name, kept))
             if role.optimizer is not None:
                 role.step()
                 for state in role.optimizer.state.values():
@@ -381,13 +381,14 @@ def subclasses_of(kind: type) -> list[type]:
 
 
 def label_gradients_of(counter: Counter, parameter: torch.nn.Parameter, owner: str, kept: Optional[dict]) -> Callable[[], None]:
-    """Has the gradients of a parameter counted as such, and kept from one step to the next in `kept`; returns what ends that."""
+    """Has the gradient of a parameter, and those to come, counted as such, and kept in `kept` for good; returns what ends that."""
 
     def label(parameter):
         if kept is not None:
             parameter.grad = kept.setdefault(parameter, parameter.grad)
         counter.label(parameter.grad, owner, GRADIENTS)
 
+    label(parameter)
     learns = parameter.requires_grad
     parameter.requires_grad_(True)  # as a hook wants it; outside its turn a role takes no gradient
     hook = parameter.register_post_accumulate_grad_hook(label)

@@ -387,9 +387,9 @@ def parse_args(argv=None):
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release, SD 3.5)")
     add("--max_train_steps", type=int, default=27000,
         help="iterations = fake-score updates, of 8 pictures in the paper (paper, SD 3.5 Large; ours for Medium)")
-    add("--learning_rate", type=float, default=1e-6, help="of the student (release, SD 3.5; ten times that with --rank)")
-    add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate, half of it with --rank)")
-    add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate, a tenth of it with --rank)")
+    add("--learning_rate", type=float, default=1e-6, help="of the student (release, SD 3.5; seven times that with --rank)")
+    add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate; with --rank five sevenths of it)")
+    add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate; with --rank a seventh of it)")
     add("--lr_scheduler", default="constant", choices=args_tools.LR_SCHEDULERS,
         help="as in diffusers (release, SD 3.5)")
     add("--lr_warmup_steps", type=int, default=0, help="in iterations (release, SD 3.5)")

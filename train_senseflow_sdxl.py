@@ -461,9 +461,9 @@ def parse_args(argv=None):
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release, SDXL)")
     add("--max_train_steps", type=int, default=18000,
         help="iterations = fake-score updates, of 8 pictures in the paper (paper, SDXL)")
-    add("--learning_rate", type=float, default=1e-6, help="of the student (release, SDXL; ten times that with --rank)")
-    add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate, half of it with --rank)")
-    add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate, a tenth of it with --rank)")
+    add("--learning_rate", type=float, default=1e-6, help="of the student (release, SDXL; seven times that with --rank)")
+    add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate; with --rank five sevenths of it)")
+    add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate; with --rank a seventh of it)")
     add("--lr_scheduler", default="constant", choices=args_tools.LR_SCHEDULERS, help="as in diffusers (release, SDXL)")
     add("--lr_warmup_steps", type=int, default=0, help="in iterations (release, SDXL)")
     add("--lr_warmup_start", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")

@@ -77,6 +77,8 @@ START = "tests/test_lora.py::test_student_and_fake_score_start_as_an_adapter"
 IN_BFLOAT16 = "tests/test_lora.py::test_in_bfloat16_adapters_are_float32_and_the_teacher_computes_as_its_twins"
 ONE_PART = "tests/test_modes.py::test_under_fsdp2_a_process_holds_its_part_of_one_base"
 OF_A_LORA = "tests/test_lora.py::test_a_teacher_with_a_lora_is_distilled_and_drawn_with"
+TRACE, FORETOLD = "senseflow_trace.py", "tests/test_dry_run.py::test_what_is_foretold_is_what_a_run_takes"
+OF_MANY = "tests/test_dry_run.py::test_a_process_of_many_without_the_others"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
 
@@ -607,6 +609,22 @@ MUTANTS = [
     Mutant("adapters: the scale of the teacher's LoRA is left out", LORA, OF_A_LORA,
         "pipeline.fuse_lora(lora_scale=scale)",
         "pipeline.fuse_lora()"),
+    Mutant("dry run: what is free is counted", TRACE, f"{FORETOLD}[sdxl-more2]",
+        "self._held.pop(key)\n        self._add(-size, label)",
+        "self._held.pop(key)"),
+    Mutant("dry run: gathered weights are counted when they are free", TRACE, f"{OF_MANY}[fsdp2-environment0-8]",
+        "self._add(-old, label)\n",
+        "self._add(-min(old, size), label)\n"),
+    Mutant("dry run: DDP keeps no gradients", TRACE, f"{OF_MANY}[ddp-environment1-2]",
+        "parameter.grad = kept.setdefault(parameter, parameter.grad)",
+        "pass"),
+    Mutant("dry run: the first step of the optimisers is the last", TRACE, f"{FORETOLD}[sdxl-more2]",
+        "for tensor in tensors_in(state.values()):",
+        "for tensor in ():"),
+    Mutant("dry run: flags without use stay", "senseflow_dry_run.py",
+        "tests/test_dry_run.py::test_what_does_not_fit_is_tried_with_more_until_it_does",
+        "if not skips:",
+        "if True:"),
     Mutant("adapters: float16 is another base", MODELS, OVER_ITS_OWN,
         "if network.dtype == torch.float16:",
         "if False:"),

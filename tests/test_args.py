@@ -91,6 +91,7 @@ def test_rates_that_nobody_gave_follow_the_students_and_are_higher_for_adapters(
         return pytest.approx((args.learning_rate, args.learning_rate_fake, args.learning_rate_disc), rel=1e-12)
 
     assert rates() == (1e-5, 1e-5, 1e-5) and rates("--learning_rate", "2e-5") == (2e-5, 2e-5, 2e-5)
-    assert rates("--rank", "4") == (1e-4, 5e-5, 1e-5) and rates("--rank", "4", "--learning_rate", "2e-4") == (2e-4, 1e-4, 2e-5)
+    assert rates("--rank", "4") == (7e-5, 5e-5, 1e-5)
+    assert rates("--rank", "4", "--learning_rate", "1.4e-4") == (1.4e-4, 1e-4, 2e-5)
     given = ("--learning_rate", "1", "--learning_rate_fake", "2", "--learning_rate_disc", "3")
     assert rates(*given) == (1, 2, 3) and rates("--rank", "4", *given) == (1, 2, 3)

@@ -88,19 +88,39 @@ def test_what_is_foretold_is_what_a_run_takes(kind, more, flags):
         assert 2 * own <= foretold["states"]["student"] <= 2.01 * own
 
 
-def test_a_shard_of_everything_and_the_whole_of_nothing(flags):
-    """Under FSDP2 a process of eight holds an eighth of weights, gradients and optimiser; no process but the first is needed."""
-    environment = {**os.environ, "WORLD_SIZE": "8", "ACCELERATE_USE_FSDP": "true"}
-    environment |= {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-    code = "import train_senseflow_flux as s, senseflow_dry_run as d, sys, json\n"
-    code += "d.tell = lambda found, mode, n: print(json.dumps([mode, n, found['states'], found['numbers'], found['peak']]))\n"
-    command = [sys.executable, "-c", code + "s.main(sys.argv[1:])", *flags("flux", "--gan_weight", "0", "--dry_run")]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    mode, processes, states, numbers, peak = json.loads(result.stdout.splitlines()[0])
-    assert (mode, processes) == ("fsdp2", 8)
-    for name in ("student", "fake_score"):
-        assert 8 * numbers[name] / 8 <= states[name] <= 1.1 * 8 * numbers[name] / 8
-    assert subprocess.run(command, env={**environment, "RANK": "3"}, cwd=ROOT, capture_output=True).stdout == b""
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+
+
+def foretold_in(environment: dict, arguments: list[str]) -> list[str]:
+    """What a process of many prints: mode, number of processes, numbers and at_peak in place of the tables."""
+    code = "import train_senseflow_flux as script, senseflow_dry_run as dry_run, sys, json\n"
+    code += "def tell(found, mode, processes):\n"
+    code += "    held = [[*key, size] for key, size in found['at_peak'].items()]\n"
+    code += "    print(json.dumps([mode, processes, found['numbers'], held]))\n"
+    command = [sys.executable, "-c", code + "dry_run.tell = tell\nscript.main(sys.argv[1:])", *arguments]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize("mode, environment, processes", [("fsdp2", FSDP2, 8), ("ddp", {}, 2)])
+def test_a_process_of_many_without_the_others(mode, environment, processes, flags):
+    """Under FSDP2 it holds its part of weights, gradients and optimiser; under DDP the gradients of all networks, always."""
+    arguments = flags("flux", "--gan_weight", "0", "--dry_run")
+    found = foretold_in({**environment, "WORLD_SIZE": str(processes)}, arguments)
+    name, count, numbers, held = json.loads(found[0])
+    held = {(owner, kind): size for owner, kind, size in held}
+    assert (name, count) == (mode, processes)
+    parts = processes if mode == "fsdp2" else 1
+    for role in ("student", "fake_score"):
+        whole = 4 * numbers[role]
+        assert whole / parts <= held[role, WEIGHTS] <= 1.1 * whole / parts
+        assert 2 * whole / parts <= held[role, STATES] <= 2.2 * whole / parts
+        if mode == "ddp":
+            assert held[role, GRADIENTS] == whole
+        else:  # what was gathered before is free
+            assert held.get((role, "activations"), 0) < whole
+    assert foretold_in({**environment, "WORLD_SIZE": str(processes), "RANK": "1"}, arguments) == []
 
 
 def test_configurations_are_enough_and_what_is_printed_says_whether_it_fits(flags, teacher, tmp_path, capsys, monkeypatch):
