@@ -109,6 +109,7 @@ def fingerprints_of(parts) -> dict[str, Any]:
     prints |= adapter_of(parts.student.module)
     if parts.discriminator is not None:
         prints["discriminator_backbone"] = f"{fingerprint(parts.vision_features)} {parts.vision_features.layers}"
+        prints["discriminator_resolution"] = parts.vision_features.resolution
         prints["discriminator_text_encoder"] = fingerprint(parts.text_features)
     return prints
 

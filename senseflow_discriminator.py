@@ -49,8 +49,12 @@ def check_discriminator_args(args) -> None:
     _config("--discriminator_text_encoder", args.discriminator_text_encoder, "CLIP", ("clip", "clip_text_model"))
     path, layers = args.discriminator_backbone, args.discriminator_layers
     config = _config("--discriminator_backbone", path, "DINOv2", ("dinov2",))
-    if args.resolution < config.patch_size:
-        raise UserError(f"--resolution {args.resolution}: below the patch size {config.patch_size} of {path}", exit_code=2)
+    name = "resolution" if args.discriminator_resolution is None else "discriminator_resolution"
+    if getattr(args, name) < config.patch_size:
+        raise UserError(f"--{name} {getattr(args, name)}: below the patch size {config.patch_size} of {path}", exit_code=2)
+    if getattr(args, name) > args.resolution:
+        fix = "lower it, or drop it to look at pictures as they are"
+        raise UserError(f"--{name} {getattr(args, name)}: above --resolution {args.resolution}: {fix}", exit_code=2)
     if layers is not None and (layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers):
         shown = " ".join(map(str, layers))
         last = config.num_hidden_layers - 1
@@ -96,6 +100,7 @@ class VisionFeatures(_Frozen):
         layers: increasing block numbers; None for `default_layers`. Blocks above the last are dropped.
         dtype: of the autocast that it runs under; none for float32.
         gradient_checkpointing: recompute the blocks in the backward.
+        resolution: the side, in pixels, to which pictures are scaled; None: they are looked at as they are.
     """
 
     def __init__(
@@ -104,9 +109,10 @@ class VisionFeatures(_Frozen):
         layers: Optional[Sequence[int]] = None,
         dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        resolution: Optional[int] = None,
     ):
         super().__init__()
-        self.dtype, self.gradient_checkpointing = dtype, gradient_checkpointing
+        self.dtype, self.gradient_checkpointing, self.resolution = dtype, gradient_checkpointing, resolution
         model, info = from_hub(Dinov2Model.from_pretrained, path, dtype=torch.float32, output_loading_info=True)
         _refuse_missing(info)
         self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
@@ -126,7 +132,10 @@ class VisionFeatures(_Frozen):
             pictures: (B, 3, H, W) in [-1, 1], at least a patch high and wide; gradient flows back to them.
         """
         with torch.autocast(pictures.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            pictures = ((pictures.float() + 1) / 2 - self.mean) / self.std
+            pictures = pictures.float()
+            if self.resolution not in (None, pictures.shape[-1]):
+                pictures = F.interpolate(pictures, size=(self.resolution,) * 2, mode="bilinear", antialias=True)
+            pictures = ((pictures + 1) / 2 - self.mean) / self.std
             patches = self.embeddings.patch_embeddings.projection(pictures)
             batch, channels, height, width = patches.shape
             tokens = patches.flatten(2).transpose(1, 2) + self._positions(height, width)
@@ -219,7 +228,7 @@ class Residual(Block):
 
 
 class Tower(nn.Sequential):
-    """A map (B, C, h, w) to 64 channels at an eighth of its sides, rounded up."""
+    """Maps (B, C, h, w) to 64 channels at an eighth of their sides, rounded up."""
 
     def __init__(self, channels: int, virtual_batch: int):
         layers = [Block(channels, 1, virtual_batch)]
@@ -228,6 +237,23 @@ class Tower(nn.Sequential):
             if stage < 2:
                 layers.append(Residual(channels, 3, virtual_batch))
         super().__init__(*layers, _conv(channels, CONDITION_CHANNELS, 1))
+
+    def forward(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
+        """Each of the maps, normalised by itself; weights are normalised once, when the tower runs.
+
+        Args:
+            one: 1, with gradient where the tower learns: FSDP2 frees a tower behind its backward only if an input takes gradient.
+        """
+        with parametrize.cached():
+            self._normalise_weights(one.device.type)
+            return [nn.Sequential.forward(self, features.float()) * one for features in maps]
+
+    def _normalise_weights(self, device_type: str) -> None:
+        """Power iteration and division of every convolution, in float32 under autocast too; kept by `parametrize.cached`."""
+        with torch.autocast(device_type, enabled=False):
+            for module in self.modules():
+                if parametrize.is_parametrized(module):
+                    _ = module.weight
 
 
 class TextMap(nn.Module):
@@ -252,6 +278,8 @@ class Discriminator(nn.Module):
         virtual_batch: of the local batch norm.
     """
 
+    _no_split_modules = ("Tower",)  # what is sharded, and gathered, one by one
+
     def __init__(self, channels: int, num_maps: int, text_channels: int, virtual_batch: int = 8):
         super().__init__()
         self.cls = nn.ModuleList(Tower(channels, virtual_batch) for _ in range(num_maps))
@@ -269,21 +297,13 @@ class Discriminator(nn.Module):
             text: (B, T) of `TextFeatures`.
         """
         logits = [[] for _ in pictures]
-        with parametrize.cached():
-            self._normalise_weights(reference[0].device.type)
-            for head, (cls, refmap, cmap) in enumerate(zip(self.cls, self.refmap, self.cmap)):
-                condition = cmap(text)[:, :, None, None] + refmap(reference[head].float())
-                for own, features in zip(logits, pictures):
-                    scores = (cls(features[head].float()) * condition).float().sum(1) / CONDITION_CHANNELS**0.5
-                    own.append(scores.flatten(1))
+        one = torch.ones((), device=text.device, requires_grad=self.training and torch.is_grad_enabled())
+        for head, (cls, refmap, cmap) in enumerate(zip(self.cls, self.refmap, self.cmap)):
+            condition = cmap(text)[:, :, None, None] + refmap(reference[head : head + 1], one)[0]
+            for own, features in zip(logits, cls([features[head] for features in pictures], one)):
+                scores = (features * condition).float().sum(1) / CONDITION_CHANNELS**0.5
+                own.append(scores.flatten(1))
         return tuple(torch.cat(own, 1) for own in logits)
-
-    def _normalise_weights(self, device_type: str) -> None:
-        """Power iteration and division of every convolution, in float32 under autocast too; kept by `parametrize.cached`."""
-        with torch.autocast(device_type, enabled=False):
-            for module in self.modules():
-                if parametrize.is_parametrized(module):
-                    _ = module.weight
 
 
 class LatentClassifier(nn.Sequential):
@@ -309,6 +329,7 @@ def load_discriminator(args, runtime) -> tuple:
     """The VFM discriminator and what it looks and reads through; only its heads learn."""
     with loading_model("--discriminator_backbone", args.discriminator_backbone):
         how = {"dtype": runtime.weight_dtype, "gradient_checkpointing": args.gradient_checkpointing}
+        how["resolution"] = args.discriminator_resolution
         vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, **how).to(runtime.device)
     with loading_model("--discriminator_text_encoder", args.discriminator_text_encoder):
         text = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)

@@ -291,12 +291,16 @@ def load_network(
         place = subfolder_of(path, subfolder, revision)
         options |= {"subfolder": place, "variant": choose_variant(flag, path, place, variant, revision)}
         network, info = from_hub(kind.from_pretrained, path, revision, output_loading_info=True, **options)
-    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    check_complete(flag, path, info["missing_keys"], info["unexpected_keys"])
+    return network
+
+
+def check_complete(flag: str, path: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """UserError (exit code 1) where weights are missing; a warning where some have no place."""
     if missing:
         raise UserError(f"{flag} {path}: {len(missing)} weights are missing ({few(missing)}); download or copy them again")
     if unexpected:
         logger.warning("%s %s: %d weights have no place in its config.json (%s)", flag, path, len(unexpected), few(unexpected))
-    return network
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -304,19 +308,12 @@ def fingerprint(module: torch.nn.Module) -> str:
 
     Values are rounded to bfloat16, so that it is the same in whatever precision the network was loaded.
     """
-    digest = hashlib.sha256()
+    digest, unread = hashlib.sha256(), vars(module).get("weights")  # of senseflow_weights: the network is empty yet
     for name, parameter in module.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
+        first = parameter.detach().flatten()[:8] if unread is None else unread.first(name, 8)
+        digest.update(first.bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def load_start(kind, args, subfolder: str) -> torch.nn.Module:
-    """What student and fake score start as, in float32: --student_model_name_or_path, else the teacher's own network."""
-    flag, path, revision = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision
-    if args.student_model_name_or_path:
-        flag, path, revision = "--student_model_name_or_path", args.student_model_name_or_path, None
-    return load_network(kind, flag, path, subfolder, revision, args.variant, dtype=torch.float32)
 
 
 def load_pipeline(kind, flag: str, path: str, revision: Optional[str] = None, variant: Optional[str] = None, **components):

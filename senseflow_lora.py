@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from senseflow_args import UserError, loading, require_package
 from senseflow_hub import UNREADABLE, few, file_of, files_of, fingerprint, hub_reason, loading_model
 from senseflow_quantization import BACKENDS, quantization_states, quantize
+from senseflow_weights import fill
 
 
 logger = logging.getLogger(__name__)
@@ -254,6 +255,8 @@ def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[floa
 
 def make_base(args, pipeline, network: str, device) -> Optional[str]:
     """Makes the teacher of --teacher_lora or --base_quantization, before it has twins; its fingerprint, None without these."""
+    if args.base_quantization != "none" or args.teacher_lora:
+        fill(getattr(pipeline, network), "cpu")
     if args.base_quantization != "none":
         found = fingerprint(getattr(pipeline, network))
         quantize(getattr(pipeline, network), args.base_quantization, device)

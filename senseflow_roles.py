@@ -9,6 +9,7 @@ A loop speaks to a role and never to what is behind it. That a role trains a par
 which other roles share (senseflow_lora), is decided here, too.
 """
 
+import copy
 import functools
 import logging
 import os
@@ -20,15 +21,18 @@ from typing import Any, Callable, ContextManager, Optional, Sequence
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from safetensors.torch import load_file, save_file
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from senseflow_args import UserError, loading, require_package
-from senseflow_hub import fingerprint
 from senseflow_lora import save_adapter, share_base, stored_name
 from senseflow_utils import ida_update
+from senseflow_weights import Weights, empty_network, fill, is_empty, read_into, rows_of, save_tensors
+
+
+DIFFUSERS_FILE = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ class Role:
 
     Args:
         name: "student", "teacher", "fake_score", "discriminator".
-        module: the network, on the CPU or on its device.
+        module: the network, on the CPU or on its device, or empty (senseflow_weights), to be filled where it learns.
         dtype: what floating-point inputs are cast to.
         accelerator: of the run.
         parameters: what it trains, by name in the module; none for the teacher.
@@ -121,7 +125,7 @@ class Role:
     Attributes:
         module: the bare network, for a pipeline or a config; never call it in a loop.
         parameters: what the optimiser owns, by name; shards where the network is sharded.
-        fingerprint: see `fingerprint`.
+        fingerprint: of a frozen network, see `senseflow_hub.fingerprint`.
         weight_bytes, trained_numbers: size of what a checkpoint stores of the network, and how many numbers it trains.
     """
 
@@ -143,21 +147,29 @@ class Role:
         self.subfolder = subfolder or name
         self.optimizer = self.lr_scheduler = None
         self._wrapped, self._learning, self._turns = module, False, 0
+        self._class = type(module)  # before a wrapper gives it another
         state = module.state_dict()  # before anything shards it
         self._adapted = hasattr(module, "peft_config")
         if self._adapted or not hasattr(module, "save_pretrained"):
             kept = {*self.parameters, *(() if self._adapted else dict(module.named_buffers()))}
             state = {name: tensor for name, tensor in state.items() if name in kept}
         self._stored = {stored_name(name): name for name in state}  # {name in a checkpoint: name in the module}
-        self.fingerprint = fingerprint(module)
+        self._like = {stored_name(name): torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+        self.fingerprint = ""
         self.weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         self.trained_numbers = sum(parameter.numel() for parameter in self.parameters.values())
 
     def prepare(self, make_optimizer: Callable[[list[torch.nn.Parameter]], tuple]) -> None:
         """Puts the network where it learns; `make_optimizer(parameters) -> (optimizer, lr_scheduler)`."""
-        self.module.to(self.accelerator.device)
+        fill(self.module, self.accelerator.device)
+        self._look_up_parameters()
         self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
         self._wrapped = self.accelerator.prepare(self.module)
+
+    def _look_up_parameters(self) -> None:
+        """After what has put others into their place."""
+        own = dict(self.module.named_parameters())
+        self.parameters = {name: own[name] for name in self.parameters}
 
     def __call__(self, *args, **kwargs):
         network = self._wrapped if self._learning and torch.is_grad_enabled() else self.module
@@ -239,10 +251,13 @@ class Role:
         """A parameter or buffer as it is without sharding; all processes call it."""
         return tensor
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by their names in the module."""
+        return {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
+
     def weights(self) -> dict[str, torch.Tensor]:
         """What a checkpoint stores of the network, on the CPU of the main process; empty in the others. All call it."""
-        tensors = {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
-        weights = {}
+        tensors, weights = self._tensors(), {}
         for stored, name in self._stored.items():
             whole = self._whole(tensors[name]).detach()
             if self.accelerator.is_main_process:
@@ -251,20 +266,21 @@ class Role:
 
     def save(self, folder: Path) -> None:
         """Writes weights (safetensors; as diffusers does where the network is a diffusers model, or one with an adapter) and
-        optimiser state."""
-        path, main = folder / self.subfolder, self.accelerator.is_main_process
-        if hasattr(self.module, "save_pretrained") and not self._adapted:
-            network = self.network()
-            if main:
-                network.save_pretrained(path)
-        else:
+        optimiser state. No process holds more of the network than it does anyway, and one tensor."""
+        path, main, names = folder / self.subfolder, self.accelerator.is_main_process, {}
+        if main:
+            path.mkdir(parents=True, exist_ok=True)
+        if self._adapted:
             weights = self.weights()
             if main:
-                path.mkdir(parents=True)
-                if self._adapted:
-                    save_adapter(path, self.module, weights)
-                else:
-                    save_file(weights, path / "model.safetensors")
+                save_adapter(path, self.module, weights)
+        else:
+            if hasattr(self.module, "save_pretrained"):
+                names = {"pattern": DIFFUSERS_FILE, "index": SAFE_WEIGHTS_INDEX_NAME}
+                if main:
+                    empty_network(self._class, self.module.config, Weights()).save_config(path)
+            tensors = self._tensors()
+            save_tensors(path, self._like, lambda name: self._whole(tensors[self._stored[name]]), main, **names)
         part, parts = self._part()
         if part is not None:
             state = {"state": self._optimizer_state(), "steps": self.lr_scheduler.last_epoch}
@@ -286,8 +302,8 @@ class Role:
             UserError: files missing, cut, or of another network.
         """
         with loading("--resume_from_checkpoint", folder / self.subfolder):
-            weights = read_safetensors(folder / self.subfolder)
-            missing, unexpected = set(self._stored) - set(weights), set(weights) - set(self._stored)
+            weights = stored_weights(folder / self.subfolder)
+            missing, unexpected = set(self._stored) - weights.names(), weights.names() - set(self._stored)
             missing = {name for name in missing if self._stored[name] in self.parameters}
             if missing or unexpected:
                 raise UserError(
@@ -298,15 +314,19 @@ class Role:
             if not files:
                 raise OSError(f"no optimiser state of the {self.name}")
             # Of many parts, each process wants some rows of every tensor.
-            parts = [torch.load(file, map_location="cpu", weights_only=True, mmap=len(files) > 1) for file in files]
-            self._load_weights({self._stored[name]: tensor for name, tensor in weights.items()})
+            parts = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
+            self._load_weights(weights)
             self._load_optimizer_state([part["state"] for part in parts])
         steps = self.lr_scheduler.last_epoch = parts[0]["steps"]
         for group, base, factor in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas):
             group["lr"] = base * factor(steps)
 
-    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        self.module.load_state_dict(weights, strict=False)
+    @torch.no_grad()
+    def _load_weights(self, weights: Weights) -> None:
+        """Takes what is stored, one tensor after the other."""
+        tensors = self._tensors()
+        for stored in weights.names():
+            read_into(tensors[self._stored[stored]], weights, stored)
 
     def _load_optimizer_state(self, parts: Sequence[dict]) -> None:
         """Takes the state of all parts; of a sharded run, too."""
@@ -314,20 +334,30 @@ class Role:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def _joined(parts: Sequence[dict], name: str) -> dict[str, Any]:
-    """A parameter's optimiser state from that of its shards, which are cut along their first dimension."""
-    first = parts[0][name]
-    if len(parts) == 1:
-        return first
-    return {k: torch.cat([part[name][k] for part in parts]) if torch.is_tensor(v) and v.dim() else v for k, v in first.items()}
+def _joined(parts: Sequence[dict], name: str, rows: slice = slice(None)) -> dict[str, Any]:
+    """A copy of a parameter's optimiser state, or of some rows of it, from that of its shards, which are cut along their first
+    dimension; of other rows nothing is read."""
+    first, joined = parts[0][name], {}
+    for key, value in first.items():
+        if not torch.is_tensor(value) or not value.dim():
+            joined[key] = copy.deepcopy(value)
+            continue
+        shards = [part[name][key] for part in parts]
+        start, stop, _ = rows.indices(sum(len(shard) for shard in shards))
+        kept, begin = [], 0
+        for shard in shards:
+            kept.append(shard[max(start - begin, 0) : max(stop - begin, 0)])
+            begin += len(shard)
+        joined[key] = torch.cat(kept)
+    return joined
 
 
-def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files (one, or the shards of a large model), on the CPU."""
+def stored_weights(folder: Path) -> Weights:
+    """All tensors of a folder's safetensors files (one, or the shards of a large model)."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise OSError(f"no safetensors file in {folder}")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return Weights(files, flag="--resume_from_checkpoint", path=folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,10 +366,6 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
 class PartedRole(Role):
     """A role of which no process holds everything."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._class = type(self.module)  # before a wrapper gives it another
-
     def _gradients_stay_here(self, yes):
         return nullcontext()  # kept whole until the last micro-batch, they would fill the memory that sharding saves
 
@@ -347,8 +373,8 @@ class PartedRole(Role):
         weights = self.weights()
         if not self.accelerator.is_main_process:
             return None
-        with torch.device("meta"):
-            network = self._class.from_config(self.module.config)
+        network = empty_network(self._class, self.module.config, Weights(tensors=weights))
+        del network.weights
         network.load_state_dict(weights, assign=True)
         return network
 
@@ -393,12 +419,13 @@ class ShardedRole(PartedRole):
             # Inputs are cast by the caller: a timestep of 759 would be 760 in bfloat16.
             policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         shard(self.module, self._mesh, self._reshard, policy)
+        if is_empty(self.module):
+            fill(self.module, self.accelerator.device)
         if self._base is not None:
             share_base(self.module, self._base)
         # Now, as long as the parameters take gradient: FSDP looks at them once to learn the gradients' precision.
         self.module._get_fsdp_state()._lazy_init()
-        shards = dict(self.module.named_parameters())
-        self.parameters = {name: shards[name] for name in self.parameters}
+        self._look_up_parameters()
         self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
 
     def __call__(self, *args, **kwargs):
@@ -419,6 +446,10 @@ class ShardedRole(PartedRole):
         self._free_gathered()
         super().align_with(other, decay)
 
+    def _tensors(self):
+        self._free_gathered()  # not those: what numpy has looked at, as files are written, cannot be freed by FSDP2
+        return super()._tensors()
+
     def _masters(self):
         return [parameter.detach().to_local() for parameter in self.parameters.values()]
 
@@ -431,26 +462,19 @@ class ShardedRole(PartedRole):
 
         return {name: {k: local(v) for k, v in state.items()} for name, state in super()._optimizer_state().items()}
 
-    @torch.no_grad()
-    def _load_weights(self, weights):
-        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        for name, whole in weights.items():
-            tensors[name].copy_(self._like(tensors[name], whole))
-
     def _load_optimizer_state(self, parts):
         for name, parameter in self.parameters.items():
             if name in parts[0]:
-                state = _joined(parts, name)
+                state = _joined(parts, name, rows_of(parameter))
                 # The number of steps goes to the device, too, where a fused optimiser wants it.
-                own = {k: self._like(parameter, v) if v.dim() else v.to(parameter.device) for k, v in state.items()}
+                own = {k: self._shard_like(parameter, v) if v.dim() else v.to(parameter.device) for k, v in state.items()}
                 self.optimizer.state[parameter] = own
 
     @staticmethod
-    def _like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """This process's shard of a whole tensor, without communication; a tensor that is not sharded comes back as it is."""
-        if not isinstance(tensor, DTensor):
-            return whole
-        return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    def _shard_like(parameter: DTensor, local: torch.Tensor) -> DTensor:
+        """This process's rows as a tensor that is sharded as the parameter is."""
+        how = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+        return DTensor.from_local(local.to(parameter.device), parameter.device_mesh, parameter.placements, **how)
 
 
 # DeepSpeed -----------------------------------------------------------------------------------------------------------
@@ -460,6 +484,22 @@ def engine_of(module: torch.nn.Module, config: dict, optimizer: Optional[torch.o
     import deepspeed
 
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def fill_for_engine(module: torch.nn.Module, config: dict, device: torch.device) -> None:
+    """Fills an empty network as DeepSpeed wants it: in its precision, with ZeRO-3 shared out part by part."""
+    if not is_empty(module):
+        return
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    def share_out(part: torch.nn.Module) -> None:
+        if any(True for _ in part.parameters(recurse=False)):
+            deepspeed.zero.Init(module=part, config_dict_or_path=config)
+
+    if config["bf16"]["enabled"]:
+        module.to(torch.bfloat16)
+    fill(module, device, share_out if config["zero_optimization"]["stage"] == 3 else None)
 
 
 class ZeroRole(PartedRole):
@@ -477,6 +517,8 @@ class ZeroRole(PartedRole):
         self._stage, self._config = config["zero_optimization"]["stage"], config
 
     def prepare(self, make_optimizer):
+        fill_for_engine(self.module, self._config, self.accelerator.device)
+        self._look_up_parameters()
         self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
         self._wrapped = engine_of(self.module, self._config, self.optimizer)
 
@@ -524,14 +566,14 @@ class ZeroRole(PartedRole):
     def _load_weights(self, weights):
         for name, buffer in self.module.named_buffers():
             if name in weights:
-                buffer.copy_(weights[name])
+                read_into(buffer, weights, name)
 
     @torch.no_grad()
     def _load_optimizer_state(self, parts):
         part = parts[self.accelerator.process_index]
         for index, master in enumerate(self._masters()):
-            state = {k: v.to(master.device, copy=True) for k, v in part[str(index)].items()}
-            master.copy_(state.pop("master"))
+            master.copy_(part[str(index)]["master"])
+            state = {k: v.to(master.device, copy=True) for k, v in part[str(index)].items() if k != "master"}
             if state:
                 self.optimizer.state[master] = state
         self._fill_network()

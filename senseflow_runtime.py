@@ -32,7 +32,9 @@ from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 
 from senseflow_args import INTERRUPTED, TERMINATED, UserError, end_at_once, say_at_once
-from senseflow_roles import Role, ShardedRole, ZeroRole, engine_of, launched, shard
+from senseflow_hub import fingerprint
+from senseflow_roles import Role, ShardedRole, ZeroRole, engine_of, fill_for_engine, launched, shard
+from senseflow_weights import fill, is_empty
 
 
 logger = get_logger(__name__)
@@ -111,23 +113,26 @@ class Runtime:
             say_at_once("Ctrl-C: a checkpoint is saved after this iteration or the next; a second Ctrl-C ends at once")
         self.endings.add(name)
 
-    def frozen_role(self, name: str, module: torch.nn.Module, fingerprint: Optional[str] = None) -> Role:
+    def frozen_role(self, name: str, module: torch.nn.Module, found: Optional[str] = None) -> Role:
         """A role that never learns (the teacher); its module is in the precision of the run's frozen networks already.
 
         Args:
-            fingerprint: of what the module was made of, where that depends on the precision.
+            found: the fingerprint of what the module was made of, where that depends on the precision.
         """
         module.requires_grad_(False).eval()
         # Its twins compute under autocast, which has some layers in float32 that are not by themselves: it does as they do.
         role = Role(name, module, self.weight_dtype, self.accelerator, autocast=self.args.rank > 0)
-        role.fingerprint = fingerprint or role.fingerprint
+        role.fingerprint = found or fingerprint(module)
+        if self.launch.mode == "zero3":
+            config = self._deepspeed_config(half=True)
+            fill_for_engine(module, config, self.device)
+            role._wrapped = engine_of(module, config)
+            return role
         if self.launch.mode == "fsdp2":
             shard(module, self.mesh, self.launch.plugin.reshard_after_forward)
             self.base = module
-        elif self.launch.mode == "zero3":
-            role._wrapped = engine_of(module, self._deepspeed_config(half=True))
-        else:
-            module.to(self.device)
+        if self.launch.mode != "fsdp2" or is_empty(module):
+            fill(module, self.device)
         return role
 
     def trained_role(

@@ -38,6 +38,7 @@ import senseflow_lora as lora_tools
 import senseflow_pipeline as pipeline_tools
 import senseflow_prompts as prompt_tools
 import senseflow_vae as vae_tools
+import senseflow_weights as weight_tools
 from senseflow_args import Parser, UserError
 from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
 from senseflow_discriminator import check_discriminator_args, diff_augment, load_discriminator
@@ -282,24 +283,20 @@ def flux_predict(
 
 
 def without_guidance_embedder(transformer: TRANSFORMER, scale: float) -> TRANSFORMER:
-    """A copy, in float32, that needs no guidance: the embedder's output at `scale` is folded into the timestep embedder's bias.
+    """One, in float32, that needs no guidance: the embedder's output at `scale` is folded into the timestep embedder's bias.
 
-    The copy then equals the original at that guidance. `scale` 0 drops the embedder and nothing makes up for it, as the original
-    release does. A transformer without the embedder is copied as it is.
+    It then equals the original at that guidance. `scale` 0 drops the embedder and nothing makes up for it, as the original
+    release does. Of a transformer without the embedder it is a copy. It is empty (senseflow_weights) until a role is made of it.
     """
-    # Copies, also where the dtype is float32 already: the teacher's own tensors must not be trained.
-    state = {name: tensor.to(torch.float32, copy=True) for name, tensor in transformer.state_dict().items()}
+    weights, changed = weight_tools.weights_of(transformer), {}
     if transformer.config.guidance_embeds and scale > 0:
-        embed = transformer.time_text_embed
-        embedder = copy.deepcopy(embed.guidance_embedder).float()
+        bias = "time_text_embed.timestep_embedder.linear_2.bias"
+        embedder = weight_tools.part_of(transformer, "time_text_embed.guidance_embedder")
         with torch.no_grad():
-            projected = embed.time_proj(torch.tensor([1000.0 * scale], device=transformer.device)).float()
-            state["time_text_embed.timestep_embedder.linear_2.bias"] += embedder(projected)[0]
-    state = {name: tensor for name, tensor in state.items() if ".guidance_embedder." not in name}
-    with torch.device("meta"):  # no time for random weights that are replaced at once
-        student = TRANSFORMER.from_config({**transformer.config, "guidance_embeds": False})
-    student.load_state_dict(state, assign=True)
-    return student
+            projected = transformer.time_text_embed.time_proj(torch.tensor([1000.0 * scale])).float()
+            changed[bias] = weights.read(bias).float().cpu() + embedder(projected)[0]
+    config = {**transformer.config, "guidance_embeds": False}
+    return weight_tools.empty_network(TRANSFORMER, config, weights.with_tensors(changed))
 
 
 def stock_sigmas(scheduler, steps: int, tokens: int) -> list[float]:
@@ -394,8 +391,8 @@ def parse_args(argv=None):
         help="the teacher's in L_ISG: a value or MIN MAX (release, FLUX)")
     add("--discriminator_backbone", default="facebook/dinov2-large", help="a DINOv2, Hub id or folder (release, FLUX)")
     add("--discriminator_layers", type=int, nargs="+",
-        help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
-        "the same depths of any other; release, FLUX)")
+        help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, the same depths of any other; release, FLUX)")
+    add("--discriminator_resolution", type=int, help="px, to which pictures are scaled for it (default: none; release, FLUX)")
     add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14", help="a CLIP with projection (release, FLUX)")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -487,10 +484,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     where = {"revision": args.revision, "variant": args.variant}
     source = {**where, "dtype": runtime.weight_dtype}
-    transformer = start = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
-    if args.student_model_name_or_path and not args.rank:
-        start_flag, start_path = "--student_model_name_or_path", args.student_model_name_or_path
-        start = hub_tools.load_network(TRANSFORMER, start_flag, start_path, "transformer", variant=args.variant)
+    transformer = weight_tools.open_network(TRANSFORMER, flag, path, "transformer", **source)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "bf16", **where)
@@ -505,8 +499,9 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Parts, P
     scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
     guided = max(scales) > 1 and not transformer.config.guidance_embeds
     if args.rank:
-        student, fake_score = lora_tools.adapted_twins(transformer.to(device), args)
+        student, fake_score = lora_tools.adapted_twins(weight_tools.fill(transformer, device), args)
     else:
+        start = weight_tools.open_start(TRANSFORMER, args, "transformer")
         student = without_guidance_embedder(start, args.student_guidance_scale)
         fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):

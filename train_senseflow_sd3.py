@@ -37,6 +37,7 @@ import senseflow_lora as lora_tools
 import senseflow_pipeline as pipeline_tools
 import senseflow_prompts as prompt_tools
 import senseflow_vae as vae_tools
+import senseflow_weights as weight_tools
 from senseflow_args import Parser, UserError
 from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
 from senseflow_discriminator import check_discriminator_args, diff_augment, load_discriminator
@@ -380,6 +381,7 @@ def parse_args(argv=None):
     add("--discriminator_layers", type=int, nargs="+",
         help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
         "the same depths of any other; release, SD 3.5)")
+    add("--discriminator_resolution", type=int, help="px, to which pictures are scaled for it (default: none; release, SD 3.5)")
     add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14", help="a CLIP with projection (release, SD 3.5)")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -480,7 +482,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     where = {"revision": args.revision, "variant": args.variant}
     source = {**where, "dtype": runtime.weight_dtype}
-    transformer = hub_tools.load_network(TRANSFORMER, flag, path, "transformer", **source)
+    transformer = weight_tools.open_network(TRANSFORMER, flag, path, "transformer", **source)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "fp32", **where)
@@ -497,9 +499,9 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
     guided = max(scales) > 1
     if args.rank:
-        student, fake_score = lora_tools.adapted_twins(transformer.to(device), args)
+        student, fake_score = lora_tools.adapted_twins(weight_tools.fill(transformer, device), args)
     else:
-        student = hub_tools.load_start(TRANSFORMER, args, "transformer")
+        student = weight_tools.open_start(TRANSFORMER, args, "transformer")
         fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:

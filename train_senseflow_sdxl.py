@@ -39,6 +39,7 @@ import senseflow_lora as lora_tools
 import senseflow_pipeline as pipeline_tools
 import senseflow_prompts as prompt_tools
 import senseflow_vae as vae_tools
+import senseflow_weights as weight_tools
 from senseflow_args import Parser, UserError
 from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
 from senseflow_discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
@@ -98,8 +99,8 @@ PRESETS = {
 UNUSED = (
     (lambda args: args.method == "senseflow", "--method senseflow", ("classifier_weight",)),
     (lambda args: args.method == "dmd2", "--method dmd2",
-     ("ida_decay", "isg_weight", "isg_margin", "isg_guidance_scale",
-      "learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder")),
+     ("ida_decay", "isg_weight", "isg_margin", "isg_guidance_scale", "learning_rate_disc",
+      "discriminator_backbone", "discriminator_layers", "discriminator_resolution", "discriminator_text_encoder")),
     (lambda args: args.method == "dmd2" and args.dataset_lmdb and not args.validation_prompts, "--method dmd2 on latents",
      ("vae_dtype",)),
 )  # fmt: skip
@@ -452,8 +453,8 @@ def parse_args(argv=None):
         help="the teacher's in L_ISG: a value or MIN MAX (method: 3 15 / none; release, SDXL)")
     add("--discriminator_backbone", help="a DINOv2, Hub id or folder (method: facebook/dinov2-large / none; release, SDXL)")
     add("--discriminator_layers", type=int, nargs="+",
-        help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
-        "the same depths of any other; release, SDXL)")
+        help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, the same depths of any other; release, SDXL)")
+    add("--discriminator_resolution", type=int, help="px, to which pictures are scaled for it (default: none; release, SDXL)")
     add("--discriminator_text_encoder", help="a CLIP with projection (method: openai/clip-vit-large-patch14 / none; release, SDXL)")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -580,7 +581,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
-    unet = hub_tools.load_network(UNET, flag, path, "unet", **source)
+    unet = weight_tools.open_network(UNET, flag, path, "unet", **source)
     dmd2 = args.method == "dmd2" and args.gan_weight > 0
     encodes = (args.backward_simulation_prob < 1 or dmd2) and not args.dataset_lmdb
     decodes = (args.gan_weight > 0 and not dmd2) or bool(args.validation_prompts)
@@ -598,9 +599,9 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
         return embeds, pooled, time_ids.expand(len(prompts), -1)
 
     if args.rank:
-        student, fake_score = lora_tools.adapted_twins(unet.to(device), args)
+        student, fake_score = lora_tools.adapted_twins(weight_tools.fill(unet, device), args)
     else:
-        student = hub_tools.load_start(UNET, args, "unet")
+        student = weight_tools.open_start(UNET, args, "unet")
         fake_score = copy.deepcopy(student)
     for network in (unet, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
@@ -611,9 +612,8 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
     config = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
     latent_shape = vae_tools.latent_shape_of(config, args.resolution)
     if dmd2:
-        fake_score = Score(
-            fake_score, LatentClassifier(student.config.block_out_channels[-1], middle_size(student, latent_shape[-1]))
-        )
+        classifier = LatentClassifier(student.config.block_out_channels[-1], middle_size(student, latent_shape[-1]))
+        fake_score = Score(fake_score, classifier)
     parts = Parts(
         teacher=runtime.frozen_role("teacher", unet, teacher_print),  # first: its twins take its shards
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="unet"),

@@ -76,6 +76,8 @@ OVER_ITS_OWN = "tests/test_lora.py::test_an_adapter_is_drawn_with_over_its_own_b
 START = "tests/test_lora.py::test_student_and_fake_score_start_as_an_adapter"
 IN_BFLOAT16 = "tests/test_lora.py::test_in_bfloat16_adapters_are_float32_and_the_teacher_computes_as_its_twins"
 ONE_PART = "tests/test_modes.py::test_under_fsdp2_a_process_holds_its_part_of_one_base"
+ITS_PART = "tests/test_modes.py::test_a_process_holds_its_part_of_a_network_and_one_tensor"
+ONE_TOWER = "tests/test_modes.py::test_under_fsdp2_a_process_gathers_one_tower_of_the_discriminator"
 OF_A_LORA = "tests/test_lora.py::test_a_teacher_with_a_lora_is_distilled_and_drawn_with"
 TRACE, FORETOLD = "senseflow_trace.py", "tests/test_dry_run.py::test_what_is_foretold_is_what_a_run_takes"
 OF_MANY = "tests/test_dry_run.py::test_a_process_of_many_without_the_others"
@@ -335,6 +337,32 @@ MUTANTS = [
         "tests/test_discriminator.py::test_the_backbone_follows_the_runs_precision_and_memory",
         '{"dtype": runtime.weight_dtype, "grad',
         '{"grad'),
+    Mutant("DINOv2 looks at pictures as they are", DISCRIMINATOR,
+        "tests/test_discriminator.py::test_pictures_are_scaled_to_a_resolution_of_the_discriminators_own",
+        "if self.resolution not in (None, pictures.shape[-1]):",
+        "if False:"),
+    Mutant("resumed with another look of the discriminator", "senseflow_checkpoints.py",
+        f"{ROLE_TESTS}::test_a_checkpoint_is_refused_to_another_look_of_the_discriminator",
+        'prints["discriminator_resolution"] = parts.vision_features.resolution',
+        "pass"),
+    Mutant("FSDP2: a tower stays gathered behind its backward", DISCRIMINATOR, ONE_TOWER,
+        "requires_grad=self.training and torch.is_grad_enabled())",
+        "requires_grad=False)"),
+    Mutant("FSDP2: each process reads a whole network, then shards it", ROLES, f"{ITS_PART}[fsdp2]",
+        "        shard(self.module, self._mesh, self._reshard, policy)\n",
+        "        fill(self.module, 'cpu')\n        shard(self.module, self._mesh, self._reshard, policy)\n"),
+    Mutant("ZeRO-3: each process reads a whole network, then shares it out", ROLES, f"{ITS_PART}[zero3]",
+        'share_out if config["zero_optimization"]["stage"] == 3 else None',
+        "None"),
+    Mutant("a checkpoint is written of whole networks", "senseflow_weights.py", f"{ITS_PART}[fsdp2]",
+        "                del tensor\n",
+        "                vars(save_tensors).setdefault('kept', []).append(tensor)\n"),
+    Mutant("a process reads the rows of another", "senseflow_weights.py", f"{MODES}[flux-fsdp2]",
+        "slice(offset[0], offset[0] + shape[0]) if shape",
+        "slice(0, shape[0]) if shape"),
+    Mutant("FSDP2: the discriminator is gathered whole", DISCRIMINATOR, ONE_TOWER,
+        '_no_split_modules = ("Tower",)',
+        "_no_split_modules = ()"),
     # SD 3.5
     Mutant("SD 3.5: omega from the ascending table", UTILS, SD3_LEVELS,
         "self.table.flip(0)[self.index_of(t)]",

@@ -43,6 +43,8 @@ UNUSED = {
     "a discriminator's rate": ("flux", GAN_OFF, ["--learning_rate_disc", "1e-4"], "--learning_rate_disc 0.0001: --gan_weight 0"),
     "a discriminator's network": ("sd3", GAN_OFF, ["--discriminator_backbone", "d"], "--discriminator_backbone d: --gan_weight 0"),
     "its layers": ("flux", GAN_OFF, ["--discriminator_layers", "1", "2"], "--discriminator_layers 1 2: --gan_weight 0"),
+    "its eyes": ("sd3", GAN_OFF, ["--discriminator_resolution", "518"], "--discriminator_resolution 518: --gan_weight 0"),
+    "its eyes, of DMD2": ("sdxl", ["--method", "dmd2"], ["--discriminator_resolution", "518"], "518: --method dmd2"),
     "its reader": ("flux", GAN_OFF, ["--discriminator_text_encoder", "c"], "--discriminator_text_encoder c: --gan_weight 0"),
     "a classifier": (
         "sdxl", ["--method", "dmd2", *GAN_OFF], ["--classifier_weight", "0.1"], "--classifier_weight 0.1: --gan_weight 0"

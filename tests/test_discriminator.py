@@ -23,7 +23,7 @@ from senseflow_discriminator import (
     diff_augment,
     load_discriminator,
 )
-from senseflow_roles import fingerprint
+from senseflow_hub import fingerprint
 from senseflow_utils import Draws
 
 
@@ -66,7 +66,8 @@ def test_logits_are_the_products_of_the_towers():
     expected = []
     for k in range(2):
         condition = F.linear(text, heads.cmap[k].weight) / 6**0.5 + heads.cmap[k].bias
-        maps = heads.cls[k](picture[k]) * (condition[:, :, None, None] + heads.refmap[k](reference[k]))
+        (own,), (other,) = heads.cls[k]([picture[k]], torch.ones(())), heads.refmap[k]([reference[k]], torch.ones(()))
+        maps = own * (condition[:, :, None, None] + other)
         expected.append(maps.sum(1).flatten(1) / 8)
     torch.testing.assert_close(logits, torch.cat(expected, 1))
     # Text and reference matter, and the picture's neighbours in the tuple do not.
@@ -86,7 +87,7 @@ def test_weights_are_spectrally_normalised_once_per_call_and_the_reference_is_re
     heads.cls[0].register_forward_hook(lambda *_: runs.__setitem__("cls", runs["cls"] + 1))
     for _ in range(20):
         heads((features(2), features(2, seed=1)), features(2, seed=2), torch.randn(2, 6))
-    assert runs == {"norm": 20, "reference": 20, "cls": 40}
+    assert runs == {"norm": 20, "reference": 20, "cls": 20}
     heads.eval()
     for conv in convolutions:
         assert torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
@@ -175,9 +176,10 @@ def test_under_bf16_weights_and_residual_stream_stay_float32(deep):
 def test_the_backbone_follows_the_runs_precision_and_memory(vision):
     paths = {"discriminator_backbone": vision / "dinov2", "discriminator_text_encoder": vision / "clip"}
     args = SimpleNamespace(**paths, discriminator_layers=None, learning_rate_disc=0.1, gradient_checkpointing=True)
+    args.discriminator_resolution = 24
     runtime = SimpleNamespace(weight_dtype=torch.bfloat16, device="cpu", trained_role=lambda *_, **how: how)
     _, network, _ = load_discriminator(args, runtime)
-    assert network.dtype == torch.bfloat16 and network.gradient_checkpointing
+    assert network.dtype == torch.bfloat16 and network.gradient_checkpointing and network.resolution == 24
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,18 +206,42 @@ def test_layers_scale_with_the_depth():
     assert default_layers(4) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("layers", [[0, 9], [-1, 2], [2, 1], [1, 1]])
-def test_bad_layers(vision, layers):
+def test_pictures_are_scaled_to_a_resolution_of_the_discriminators_own(vision):
+    whole, scaled = VisionFeatures(vision / "dinov2"), VisionFeatures(vision / "dinov2", resolution=24)
+    # Of a picture that is a slope, scaling keeps the middle exactly: bilinear, and each pixel the mean of those it covers.
+    slope = torch.linspace(-1, 1, 48).expand(1, 3, 48, 48).clone().requires_grad_()
+    small = slope.detach().unflatten(3, (24, 2)).mean(4)[:, :, ::2]
+    seen_of = []
+    scaled.embeddings.patch_embeddings.projection.register_forward_pre_hook(lambda _, inputs: seen_of.append(inputs[0]))
+    maps = scaled(slope)
+    assert seen_of[0].shape == (1, 3, 24, 24)
+    torch.testing.assert_close((seen_of[0] * scaled.std + scaled.mean)[..., 2:-2] * 2 - 1, small[..., 2:-2], atol=1e-5, rtol=0)
+    assert {tuple(m.shape[2:]) for m in maps} == {(3, 3)}
+    maps[-1].sum().backward()
+    assert (slope.grad != 0).all()
+    pictures = torch.rand(2, 3, 24, 24) * 2 - 1  # as large as that: as they are
+    assert all(torch.equal(a, b) for a, b in zip(whole(pictures), scaled(pictures), strict=True))
+
+
+@pytest.mark.parametrize(
+    "flag, values",
+    [("layers", ([0, 9], [-1, 2], [2, 1], [1, 1], [0, 3])), ("resolution", (0, 7, 65, 24)), ("resolution", (-8, 64))],
+)
+def test_what_the_discriminator_cannot_look_at(vision, flag, values):
+    """Of the values, the last is right."""
     args = SimpleNamespace(
         discriminator_backbone=str(vision / "dinov2"),
         discriminator_text_encoder=str(vision / "clip"),
-        discriminator_layers=layers,
+        discriminator_layers=None,
+        discriminator_resolution=None,
         resolution=64,
     )
-    with pytest.raises(UserError, match="--discriminator_layers") as error:
-        check_discriminator_args(args)
-    assert error.value.exit_code == 2
-    args.discriminator_layers = [0, 3]
+    for value in values[:-1]:
+        setattr(args, f"discriminator_{flag}", value)
+        with pytest.raises(UserError, match=f"--discriminator_{flag} ") as error:
+            check_discriminator_args(args)
+        assert error.value.exit_code == 2
+    setattr(args, f"discriminator_{flag}", values[-1])
     check_discriminator_args(args)
 
 

@@ -153,7 +153,7 @@ def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, vision, hu
     for name in ("dinov2", "clip"):
         cache_repository(hub, f"some/{name}", vision / name, FIRST)
     args = {"discriminator_backbone": "some/dinov2", "discriminator_text_encoder": "some/clip", "discriminator_layers": [0]}
-    senseflow_discriminator.check_discriminator_args(SimpleNamespace(**args, resolution=64))
+    senseflow_discriminator.check_discriminator_args(SimpleNamespace(**args, discriminator_resolution=None, resolution=64))
     senseflow_discriminator.VisionFeatures("some/dinov2")
     assert senseflow_discriminator.TextFeatures("some/clip")(["a cat"]).isfinite().all()
     # A part that was never downloaded is the cache's fault.

@@ -138,6 +138,11 @@ def whole(teacher, vision, data, tmp_path_factory):
     return folder / "checkpoint-4"
 
 
+def test_a_checkpoint_is_refused_to_another_look_of_the_discriminator(whole, flags, tmp_path, capsys):
+    arguments = [*flags, "--output_dir", str(tmp_path), "--resume_from_checkpoint", str(whole), "--discriminator_resolution", "32"]
+    refused(script, arguments, 1, "made with another discriminator_resolution; give the discriminator_resolution it", capsys)
+
+
 def lost(loader, batches: int, raises: bool):
     """A loader that finds after so many micro-batches that data must be mended: it says so and goes on, or cannot go on."""
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 import senseflow_checkpoints
-import senseflow_roles
+import senseflow_hub
 import train_senseflow_flux as script
 from scripts import (
     ROOT,
@@ -324,9 +324,9 @@ def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
 
 def test_a_fingerprint_is_the_networks_and_not_its_precisions():
     network = torch.nn.Linear(4, 4)
-    print_ = senseflow_roles.fingerprint(network)
-    assert senseflow_roles.fingerprint(copy.deepcopy(network).bfloat16()) == print_
-    assert senseflow_roles.fingerprint(torch.nn.Linear(4, 4)) != print_
+    print_ = senseflow_hub.fingerprint(network)
+    assert senseflow_hub.fingerprint(copy.deepcopy(network).bfloat16()) == print_
+    assert senseflow_hub.fingerprint(torch.nn.Linear(4, 4)) != print_
 
 
 def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch):
