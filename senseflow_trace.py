@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from senseflow_args import DTYPES
+from senseflow_hub import subfolder_of
 from senseflow_prompts import text_encoders_of
 
 
@@ -165,6 +166,10 @@ def of_transformers(kind, path, subfolder="", dtype=None, torch_dtype=None, outp
     return (network, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else network
 
 
+def opened(kind, flag, path, subfolder, revision=None, variant=None, dtype=torch.float32):
+    return of_diffusers(kind, path, subfolder_of(path, subfolder, revision), dtype, revision=revision)
+
+
 def without_values(network: torch.nn.Module) -> torch.nn.Module:
     """A network of which no buffer is real, as tables of positions are that were computed by numpy."""
     for module in network.modules():
@@ -215,6 +220,8 @@ def stand_ins(args) -> Iterator[None]:
     import senseflow_hub
     import senseflow_lora
     import senseflow_roles
+    import senseflow_runtime
+    import senseflow_weights
 
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     with ExitStack() as stack:
@@ -223,7 +230,9 @@ def stand_ins(args) -> Iterator[None]:
         stack.enter_context(mock.patch.object(PreTrainedModel, "initialize_weights", lambda network: None))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
-        for module in (senseflow_checkpoints, senseflow_discriminator, senseflow_hub, senseflow_lora, senseflow_roles):
+        stack.enter_context(mock.patch.object(senseflow_weights, "open_network", opened))
+        modules = (senseflow_checkpoints, senseflow_discriminator, senseflow_hub, senseflow_lora, senseflow_roles, senseflow_runtime)
+        for module in modules:
             if hasattr(module, "fingerprint"):
                 stack.enter_context(mock.patch.object(module, "fingerprint", lambda network: ""))
         stack.enter_context(mock.patch.object(senseflow_lora, "quantize", quantize))
