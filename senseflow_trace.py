@@ -231,7 +231,14 @@ def stand_ins(args) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
         stack.enter_context(mock.patch.object(senseflow_weights, "open_network", opened))
-        modules = (senseflow_checkpoints, senseflow_discriminator, senseflow_hub, senseflow_lora, senseflow_roles, senseflow_runtime)
+        modules = (
+            senseflow_checkpoints,
+            senseflow_discriminator,
+            senseflow_hub,
+            senseflow_lora,
+            senseflow_roles,
+            senseflow_runtime,
+        )
         for module in modules:
             if hasattr(module, "fingerprint"):
                 stack.enter_context(mock.patch.object(module, "fingerprint", lambda network: ""))
