@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -74,6 +75,7 @@ class Runtime:
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir)),
             kwargs_handlers=[
+                AutocastKwargs(cache_enabled=False),  # which keeps a bf16 copy of every weight until a forward ends
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
                 InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # the others wait while one writes a large network
             ],

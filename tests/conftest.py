@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from senseflow_hub import look_up  # noqa: E402
@@ -74,3 +75,11 @@ def lmdb_of_latents(tmp_path_factory):
             transaction.put(f"latents_{i}_data".encode(), rng.standard_normal((4, 8, 8)).astype(np.float16).tobytes())
             transaction.put(f"prompts_{i}_data".encode(), f"a red square number {i}".encode())
     return path
+
+
+@pytest.fixture
+def bfloat16():
+    """Runs of this test may be of another precision than those of this process before it, and after it."""
+    AcceleratorState._reset_state()
+    yield ["--mixed_precision", "bf16", "--gradient_checkpointing"]
+    AcceleratorState._reset_state()

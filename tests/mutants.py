@@ -508,6 +508,10 @@ MUTANTS = [
         f"{ROLE_TESTS}::test_deepspeeds_state_goes_on_as_it_was_launched",
         "    if made != now and any(",
         "    if False and any("),
+    Mutant("autocast keeps every weight's copy until the forward ends", RUNTIME,
+        f"{ROLE_TESTS}::test_with_gradient_checkpointing_a_layers_weights_are_in_bfloat16_when_it_runs_alone",
+        "AutocastKwargs(cache_enabled=False)",
+        "AutocastKwargs()"),
     # Several processes
     Mutant("DDP: gradients are never averaged", ROLES, f"{MODES}[flux-ddp]",
         "self._gradients_stay_here(self._turns % self.accumulation > 0)",

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -168,14 +167,6 @@ def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_n
     for key in plain:
         torch.testing.assert_close(plain[key], checkpointed[key], rtol=1e-5, atol=1e-7, msg=key)
     assert sum(gradient.abs().sum() > 0 for gradient in plain.values()) > 40
-
-
-@pytest.fixture
-def bfloat16():
-    """Runs of this test may be of another precision than those of this process before it, and after it."""
-    AcceleratorState._reset_state()
-    yield ["--mixed_precision", "bf16", "--gradient_checkpointing"]
-    AcceleratorState._reset_state()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

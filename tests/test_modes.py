@@ -280,7 +280,7 @@ def large(tmp_path_factory):
 @pytest.mark.parametrize("mode", ["fsdp2", "zero3"])
 def test_a_process_holds_its_part_of_a_network_and_one_tensor(mode, large, tmp_path):
     """While it loads, saves and resumes: far less than half of a network more. DeepSpeed leaves gaps between what it shares out,
-    trained part several times (weights, masters, gradients), and reads its masters from a file as large as they are."""
+    holds a trained part several times over (weights, masters, gradients), and reads its masters from a file as large."""
     folder, size, tensor = large
     launch("tests/one_load.py", [str(folder), str(tmp_path)], 2, "no", mode)
     part = size / 2

@@ -1,6 +1,7 @@
 """What can be said of launches, checkpoints and their ends without launching anything; the modes themselves: test_modes.py."""
 
 import ast
+import copy
 import json
 import os
 import re
@@ -8,12 +9,14 @@ import resource
 import signal
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 import senseflow_checkpoints
@@ -298,6 +301,50 @@ def test_a_step_is_clipped_and_taken_only_where_its_gradient_is_finite(fused, fl
         for group in (*adam.param_groups, *role.optimizer.param_groups):
             group["lr"] = 0.05
         torch.testing.assert_close(dict(role.parameters), copy)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies of weights in bfloat16 that live at once."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.copies, self.most = shape, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and function is torch.ops.aten._to_copy.default:
+            if out.dtype == torch.bfloat16 and out.shape == self.shape:
+                self.copies = [copy for copy in self.copies if copy() is not None] + [weakref.ref(out)]
+                self.most = max(self.most, len(self.copies))
+        return out
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(5, 5, bias=False) for _ in range(6))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sin()
+        return x.float()
+
+
+def test_with_gradient_checkpointing_a_layers_weights_are_in_bfloat16_when_it_runs_alone(flags, bfloat16, tmp_path):
+    """And gradients are those of torch's own autocast, which keeps all copies until the forward ends."""
+    runtime = senseflow_runtime.Runtime(script.parse_args([*flags, *bfloat16, "--output_dir", str(tmp_path)]))
+    torch.manual_seed(0)
+    module, x = Layers(), torch.randn(3, 5)
+    exact = copy.deepcopy(module)
+    role = runtime.trained_role("student", module, 0.1)
+    with Copies(torch.Size([5, 5])) as ours, role.turn():
+        role.backward(role(x).square().mean())
+    with Copies(torch.Size([5, 5])) as theirs, torch.autocast("cpu", torch.bfloat16):
+        loss = exact(x).square().mean()
+    loss.backward()
+    assert ours.most <= 2 and theirs.most == 6
+    for name, parameter in exact.named_parameters():
+        assert parameter.grad.abs().sum() > 0 and torch.equal(role.parameters[name].grad, parameter.grad), name
 
 
 def test_skipped_steps_are_counted_and_three_in_a_row_end_the_run(flags, tmp_path, monkeypatch):
