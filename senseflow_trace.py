@@ -87,7 +87,9 @@ class Counter(TorchDispatchMode):
         return out
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """Counts the storage of a tensor, unless it is known, until nothing holds it any more."""
+        """Counts the storage of a tensor, unless it is known or on the meta device, until nothing holds it any more."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._held:
@@ -248,19 +250,30 @@ def stand_ins(args) -> Iterator[None]:
         yield
 
 
-class SmallLinear(torch.nn.Module):
-    """The memory of one of bitsandbytes' linear layers: its numbers and scales, and the whole weight while it computes."""
+class SmallLinear(torch.nn.Linear):
+    """The memory of one of bitsandbytes' linear layers: its numbers and scales, and the whole weight while a pass computes with it."""
 
     def __init__(self, layer: torch.nn.Linear, bits: int):
-        super().__init__()
-        numbers, rows = layer.weight.numel(), layer.out_features
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        numbers, self.compute_dtype, self.bias = layer.weight.numel(), layer.weight.dtype, layer.bias
         self.weight = torch.nn.Parameter(torch.empty(numbers * bits // 8, dtype=torch.uint8), requires_grad=False)
-        self.register_buffer("scales", torch.empty(rows if bits == 8 else math.ceil(numbers / 64)), persistent=False)
-        self.bias, self.dtype, self.in_features, self.out_features = layer.bias, layer.weight.dtype, layer.in_features, rows
+        scales = torch.empty(layer.out_features if bits == 8 else math.ceil(numbers / 64))
+        self.register_buffer("scales", scales, persistent=False)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
-        return torch.nn.functional.linear(states.to(self.dtype), weight, self.bias)
+        out = _SmallProduct.apply(states.to(self.compute_dtype), self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+class _SmallProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(context, states, width):
+        context.width = states.shape[-1]
+        return states @ states.new_empty(states.shape[-1], width)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient @ gradient.new_empty(gradient.shape[-1], context.width), None
 
 
 def quantize(network: torch.nn.Module, base_quantization: str, device) -> None:

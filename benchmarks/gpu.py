@@ -7,7 +7,8 @@
 
 A case is a training command (bf16, gradient checkpointing, 1024 px, batch 1, accumulation 1, every term on) whose `main` runs as it
 stands; what it would write is left out. Iterations are timed by CUDA events, by role too; one of the student's turns and one other
-are counted in FLOPs. OUT/gpu.json and OUT/gpu.md hold what has run so far; cases that have not are "not measured".
+are counted in FLOPs; the same command with --dry_run is traced on the CPU beside it. OUT/gpu.json and OUT/gpu.md hold what has run so
+far; cases that have not are "not measured".
 """
 
 import argparse
@@ -15,6 +16,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,6 +41,7 @@ CASES = {
     "sd35-medium": ("sd35-medium", [], "single"),
     "sdxl-8bit": ("sdxl", EIGHT_BIT, "single"),
     "sd35-medium-8bit": ("sd35-medium", EIGHT_BIT, "single"),
+    "flux-rank-4bit": ("flux", ["--rank", "64", "--base_quantization", "4bit", *EIGHT_BIT], "single"),
     "sd35-medium-fsdp2": ("sd35-medium", [], "fsdp2"),
     "sd35-large-rank": ("sd35-large", ["--rank", "64"], "single"),
     "sdxl-rank": ("sdxl", ["--rank", "64"], "single"),
@@ -193,6 +196,16 @@ def run_case(case: str, folder: Path, tiny: bool, iterations: int) -> dict:
     return result
 
 
+def foretold(case: str, output: Path, tiny: bool) -> subprocess.Popen:
+    """Has the command of a case traced with --dry_run, beside the others; what it prints goes to OUT/cases/CASE.txt."""
+    (output / "cases").mkdir(parents=True, exist_ok=True)
+    script, command = command_of(case, output / "traced" / case, tiny, TTUR)
+    with launched_under(CASES[case][2]):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(output / "cases" / f"{case}.txt", "w") as said:
+        return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *command, "--dry_run"], env=environment, stdout=said)
+
+
 def peaks(gpu: bool) -> dict:
     """Peak GiB since the last call: allocated, reserved; of the host, since the start."""
     import resource
@@ -303,12 +316,13 @@ def report(output: Path) -> str:
     lines += [
         "| case | other iteration, s | student's turn, s | s / iteration at ttur 5 | TFLOP, other / student's | of the matmul rate "
     ]
-    lines[-1] += "| peak GiB | reserved | loading GiB | losses finite |"
-    lines += ["|---" * 10 + "|"]
+    lines[-1] += "| peak GiB | traced | reserved | loading GiB | losses finite |"
+    lines += ["|---" * 11 + "|"]
     for case in CASES:
-        result = found.get(case)
+        result, said = found.get(case), output / "cases" / f"{case}.txt"
+        traced = re.search(r"^peak ([\d.]+) GiB", said.read_text() if said.exists() else "", re.MULTILINE)
         if result is None or "failed" in result:
-            lines.append(f"| {case} | {'not measured' if result is None else result['failed']} |" + " |" * 8)
+            lines.append(f"| {case} | {'not measured' if result is None else result['failed']} |" + " |" * 9)
             continue
         timed = [row for row in result["iterations"] if row["timed"]]
         other, student = (mean([row["seconds"] for row in timed if row["student"] == turn]) for turn in (False, True))
@@ -323,7 +337,7 @@ def report(output: Path) -> str:
         lines.append(
             f"| {case} | {other:.2f} | {student:.2f} | {(4 * other + student) / 5:.2f} | "
             f"{tflop.get('other', 0):.0f} / {tflop.get(TURN, 0):.0f} | {share} | "
-            f"{peak.get('allocated', 0):.1f} | {peak.get('reserved', 0):.1f} | {loading.get('allocated', 0):.1f} | "
+            f"{peak.get('allocated', 0):.1f} | {traced[1] if traced else ''} | {peak.get('reserved', 0):.1f} | {loading.get('allocated', 0):.1f} | "
             f"{'yes' if finite else 'NO'} |"
         )
     lines += ["", "Seconds by role, mean of the timed iterations of each kind (other / student's turn):", ""]
@@ -367,12 +381,16 @@ def main(argv=None) -> None:
         if args.cases != [OPERATORS]:
             how = (run_case, args.cases[0], output / "folder", args.tiny, args.iterations)
         return keep(args.cases[0], output, *how)
+    traces = [foretold(case, output, args.tiny) for case in args.cases if case != OPERATORS]
     for case in args.cases:
         if time.monotonic() - start > 60 * args.minutes:
             break
         command = [sys.executable, __file__, "--here", "--cases", case, "--output_dir", output, "--iterations", args.iterations]
         subprocess.run([str(part) for part in command] + ["--tiny"] * args.tiny)
         print(report(output), flush=True)
+    for trace in traces:
+        trace.wait()
+    print(report(output), flush=True)
 
 
 if __name__ == "__main__":

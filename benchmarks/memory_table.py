@@ -35,9 +35,7 @@ ROWS = {
     "full": ("single", 1, []),
     "8-bit": ("single", 1, ["--use_8bit_adam"]),
     "rank": ("single", 1, ["--rank", "64"]),
-    "rank, 8-bit": ("single", 1, ["--rank", "64", "--use_8bit_adam"]),
-    "rank, 4bit base": ("single", 1, ["--rank", "64", "--use_8bit_adam", "--base_quantization", "4bit"]),
-    "ddp on 8": ("ddp", 8, []),
+    "rank, 8-bit, 4bit base": ("single", 1, ["--rank", "64", "--use_8bit_adam", "--base_quantization", "4bit"]),
     "fsdp2 on 8": ("fsdp2", 8, []),
     "rank, fsdp2 on 8": ("fsdp2", 8, ["--rank", "64"]),
 }
