@@ -6,13 +6,13 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
 
-from senseflow_args import UserError
-from senseflow_trace import GRADIENTS, HOST, KINDS, STATES, WEIGHTS, Counter, join_nobody, stand_ins, trace
+from senseflow_counter import GRADIENTS, HOST, KINDS, STATES, WEIGHTS, Counter
+from senseflow_trace import join_nobody, stand_ins, trace
 
 
 GIB = 2**30
@@ -54,8 +54,8 @@ def tell(found: dict[str, Any], mode: str, processes: int) -> None:
         if sum(row) >= 0.0005 * found["peak"]:
             print(f"{owner:15}" + "".join(f"{gib(size) if size else '':>13}" for size in row))
     print(f"peak {gib(found['peak'])} GiB, in: {', '.join(filter(None, found['where']))}")
-    if found["host"]:
-        print(f"text encoders in the host's memory: {gib(found['host'])} GiB")
+    for_good = "for good" if found["at_peak"].get((HOST, WEIGHTS)) else "while they are loaded"
+    print(f"in the host's memory: text encoders, {gib(found['encoders'])} GiB, {for_good}; of other networks a tensor at a time")
     print(f"on disk: a checkpoint {gib(found['checkpoint'])} GiB, the export {gib(found['export'])} GiB")
     for stage, flops in found["flops"].items():
         by_owner: dict[str, float] = defaultdict(float)
@@ -66,7 +66,7 @@ def tell(found: dict[str, Any], mode: str, processes: int) -> None:
 
 
 def verdict(peak: float) -> str:
-    """The last line: the cards that `peak` bytes fit, and by how much they do not fit the others."""
+    """The line of the cards that `peak` bytes fit, and by how much they do not fit the others."""
     over = {card: peak / GIB - USABLE * card for card in CARDS}
     fits = ", ".join(str(card) for card, more in over.items() if more <= 0)
     fails = ", ".join(f"{card} by {more:.1f}" for card, more in over.items() if more > 0)
@@ -75,8 +75,12 @@ def verdict(peak: float) -> str:
 
 
 def candidates(args, mode: str) -> list[tuple[list[str], Sequence[str]]]:
-    """What could be added to a command line that does not fit, the cheapest first: (flags, flags without use beside them)."""
+    """What could be added to a command line that does not fit, the cheapest first: (flags, flags without use beside them).
+
+    What is offered may be refused beside others; then it is passed over.
+    """
     batch, rounds = args.train_batch_size, args.gradient_accumulation_steps
+    adapters = not mode.startswith("zero") and not args.student_model_name_or_path
     of_gan = ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder")
     of_gan += ("discriminator_resolution", "classifier_weight")
     offered = [
@@ -85,21 +89,19 @@ def candidates(args, mode: str) -> list[tuple[list[str], Sequence[str]]]:
         (batch > 1, ["--train_batch_size", "1", "--gradient_accumulation_steps", str(batch * rounds)], ()),
         (not args.use_8bit_adam and mode != "fsdp2", ["--use_8bit_adam"], ()),
         (mode not in ("single", "ddp"), [MORE], ()),
-        (args.rank == 0 and not mode.startswith("zero"), ["--rank", "64"], ()),
-        (args.base_quantization == "none" and mode in ("single", "ddp"), ["--base_quantization", "4bit"], ()),
+        (args.rank == 0 and adapters, ["--rank", "64"], ()),
+        (args.base_quantization == "none" and adapters and mode != "fsdp2", ["--base_quantization", "4bit"], ()),
         (args.gan_weight > 0, ["--gan_weight", "0"], of_gan),
     ]
     return [(flags, useless) for there, flags, useless in offered if there]
 
 
-def traced_with(command: list[str], processes: int) -> float:
-    """The peak, in bytes, of a command line with `--dry_run`, traced in a process of its own; UserError if it fails there."""
+def traced_with(command: list[str], processes: int) -> Optional[float]:
+    """The peak, in bytes, of a command line with `--dry_run`, traced in a process of its own; None where it is refused there."""
     environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
     result = subprocess.run([sys.executable, *command, "--dry_run"], env=environment, stdout=subprocess.PIPE, text=True)
     found = re.search(r"^peak ([\d.]+) GiB", result.stdout, re.MULTILINE)
-    if result.returncode or not found:
-        raise UserError(f"--dry_run: {' '.join(command)} ended with {result.returncode}")
-    return float(found[1]) * GIB
+    return float(found[1]) * GIB if found and result.returncode == 0 else None
 
 
 def suggest(args, command: list[str], mode: str, processes: int, peak: float, card: float) -> None:
@@ -111,9 +113,10 @@ def suggest(args, command: list[str], mode: str, processes: int, peak: float, ca
         more = processes * 2 if flags == [MORE] else processes
         tried = without(command, useless) + ([] if flags == [MORE] else flags)
         found = traced_with(tried, more)
-        better = found < 0.99 * peak
         what = f"{more} processes" if flags == [MORE] else " ".join(flags)
-        print(f"with {' '.join([*added, what])}: {found / GIB:.2f} GiB" + ("" if better else "; no help, left out"), flush=True)
+        better = found is not None and found < 0.99 * peak
+        said = "refused, left out" if found is None else f"{found / GIB:.2f} GiB" + ("" if better else "; no help, left out")
+        print(f"with {' '.join([*added, what])}: {said}", flush=True)
         if better:
             command, processes, peak, added = tried, more, found, [*added, what]
     print(f"{'fits' if peak <= USABLE * card * GIB else 'does not fit'} in {card:g} GB with {' '.join(added) or 'what was tried'}")
@@ -154,8 +157,7 @@ def report(args, make_schedule, load_parts, train_iteration) -> None:
     if mode.startswith("zero"):
         found = under_zero(found, mode, processes, args.mixed_precision == "bf16")
     tell(found, mode, processes)
+    print(verdict(found["peak"]))
     if args.dry_run and found["peak"] > USABLE * args.dry_run * GIB:
         command = [load_parts.__code__.co_filename, *without(sys.argv[1:], ["dry_run"])]
         suggest(args, command, mode, processes, found["peak"], args.dry_run)
-    else:
-        print(verdict(found["peak"]))

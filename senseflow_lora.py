@@ -255,14 +255,13 @@ def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[floa
 
 def make_base(args, pipeline, network: str, device) -> Optional[str]:
     """Makes the teacher of --teacher_lora or --base_quantization, before it has twins; its fingerprint, None without these."""
-    if args.base_quantization != "none" or args.teacher_lora:
-        fill(getattr(pipeline, network), "cpu")
     if args.base_quantization != "none":
         found = fingerprint(getattr(pipeline, network))
         quantize(getattr(pipeline, network), args.base_quantization, device)
         return f"{found} in {args.base_quantization}"
     if not args.teacher_lora:
         return None
+    fill(getattr(pipeline, network), "cpu")
     found = fuse_lora(pipeline, network, "--teacher_lora", args.teacher_lora, args.teacher_lora_scale)
     return f"{found} at {args.teacher_lora_scale:g}"
 

@@ -2,12 +2,14 @@
 """A smaller base for adapters: the frozen network's linear layers in 8 or 4 bits (bitsandbytes).
 
 The layers, and what stands in them, are those of diffusers' own loader with the same configuration. That loader wants a GPU;
-here a network that is loaded already is quantised, on a CPU, too.
+here a network is quantised on a CPU, too.
 """
 
 from typing import Any
 
 import torch
+
+from senseflow_weights import fill
 
 
 # What stands for each in diffusers: (quant_backend, quant_kwargs) of a PipelineQuantizationConfig, without the precision.
@@ -22,31 +24,41 @@ def quantize(network: torch.nn.Module, base_quantization: str, device) -> None:
     """Puts quantised layers into the place of all linear layers, one by one; they compute in the network's dtype.
 
     Args:
+        network: in memory, or empty (senseflow_weights): then one layer at a time is read and quantised.
         base_quantization: "8bit" (LLM.int8) or "4bit" (nf4, blocks of 64).
         device: of the quantised layers, and where they are quantised.
     """
+    dtype = network.dtype
+    places = {part: (parent, name) for parent in network.modules() for name, part in parent.named_children()}
+
+    def replace(part: torch.nn.Module) -> None:
+        if type(part) is torch.nn.Linear:
+            parent, name = places[part]
+            setattr(parent, name, small_layer(part, base_quantization, dtype, device))
+            part.weight.data = part.weight.new_empty(0)
+
+    fill(network, "cpu", replace)
+
+
+def small_layer(layer: torch.nn.Linear, base_quantization: str, dtype: torch.dtype, device) -> torch.nn.Module:
+    """One linear layer, quantised on `device`, which computes in `dtype`."""
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    dtype = network.dtype
-    for name, layer in list(network.named_modules()):
-        if type(layer) is not torch.nn.Linear:
-            continue
-        shape, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
-        if base_quantization == "4bit":
-            how = {"quant_type": "nf4", "compress_statistics": False}
-            small = Linear4bit(*shape, compute_dtype=dtype, device="meta", **how)
-            small.weight = Params4bit(weight, requires_grad=False, module=small, **how)
-            # Else the first input decides, and on some CPUs the first pass packs the weights anew, which twins share.
-            small.compute_type_is_set, small.support_avx512bf16_for_cpu = True, False
-        else:
-            small = Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
-            small.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        small.bias = layer.bias
-        small.requires_grad_(False).to(device)
-        if base_quantization == "8bit":
-            small.init_8bit_state()  # by itself it does so when it first runs, and a twin would be left without
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, small.train(layer.training))
+    shape, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
+    if base_quantization == "4bit":
+        how = {"quant_type": "nf4", "compress_statistics": False}
+        small = Linear4bit(*shape, compute_dtype=dtype, device="meta", **how)
+        small.weight = Params4bit(weight, requires_grad=False, module=small, **how)
+        # Else the first input decides, and on some CPUs the first pass packs the weights anew, which twins share.
+        small.compute_type_is_set, small.support_avx512bf16_for_cpu = True, False
+    else:
+        small = Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
+        small.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    small.bias = layer.bias
+    small.requires_grad_(False).to(device)
+    if base_quantization == "8bit":
+        small.init_8bit_state()  # by itself it does so when it first runs, and a twin would be left without
+    return small.train(layer.training)
 
 
 def quantization_states(network: torch.nn.Module) -> list[Any]:

@@ -9,8 +9,6 @@ FLOPs. A sharded run of many processes is one process here, with a process group
 import math
 import os
 import warnings
-import weakref
-from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Callable, Iterator, Optional
@@ -21,136 +19,18 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from senseflow_args import DTYPES
+from senseflow_counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
 from senseflow_hub import subfolder_of
 from senseflow_prompts import text_encoders_of
 
 
-KINDS = WEIGHTS, GRADIENTS, STATES, REST = "weights", "gradients", "optimiser", "activations"
-HOST, FROZEN = "host", "other frozen"
-TABLES = (torch.ops.aten.arange, torch.ops.aten.linspace)  # made for their values
+ENCODERS, FROZEN = "text encoders", "other frozen"
 BLOCK = 256  # of bitsandbytes' 8-bit Adam: one scale for as many numbers
 STAGES = {"networks": 20, "optimisers": 5, "other iteration": 25, "student's turn": 50}  # per cent of the time, about
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting
-# ---------------------------------------------------------------------------------------------------------------------
-class Counter(TorchDispatchMode):
-    """Counts the bytes of all live storages by label, the peak, and FLOPs, of fake tensors and of real ones alike.
-
-    Within a FakeTensorMode: tensors are fake where anything is large, and real where decisions depend on values: what is computed
-    of real tensors alone, and what is drawn with a generator, is real.
-
-    Attributes:
-        live, peak: bytes now, and at most since `reset`, without those of the owner HOST.
-        by_label, at_peak: {(owner, one of KINDS): bytes} now, and when the peak was reached.
-        phase, where: (who, what) goes on now, and did at the peak.
-        flops: {phase: FLOPs} since `reset`.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.by_label, self.phase = 0, defaultdict(int), ("loading", "")
-        self._held: dict[int, tuple[int, tuple]] = {}
-        self.reset()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and a wrapper around every operation takes its time
-
-    def reset(self) -> None:
-        self.peak, self.at_peak, self.where, self.flops = self.live, dict(self.by_label), self.phase, defaultdict(int)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # what it does with its shards comes here by itself
-        kwargs = kwargs or {}
-        tensors = list(tensors_in((*args, *kwargs.values())))
-        real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        if real or isinstance(kwargs.get("generator"), torch.Generator) or function._overloadpacket in TABLES:
-            with unset_fake_temporarily():
-                out = function(*args, **kwargs)
-        else:
-            out = function(*args, **kwargs)
-        count = flop_registry.get(function._overloadpacket)
-        if count is not None:
-            self.flops[self.phase] += count(*args, **kwargs, out_val=out)
-        for tensor in tensors_in((out,)):
-            self.hold(tensor)
-        return out
-
-    def hold(self, tensor: torch.Tensor) -> None:
-        """Counts the storage of a tensor, unless it is known or on the meta device, until nothing holds it any more."""
-        if tensor.device.type == "meta":
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._held:
-            return
-        label = (self.phase[0], REST)
-        self._held[key] = (storage.nbytes(), label)
-        weakref.finalize(storage, self._release, key).atexit = False
-        self._add(storage.nbytes(), label)
-
-    def resizing(self):
-        """Patches the one change of a storage that is no operation: how FSDP frees and fills gathered weights."""
-        resize = torch.UntypedStorage.resize_
-
-        def resized(storage, size):
-            result, key = resize(storage, size), storage._cdata
-            if key in self._held:
-                old, label = self._held[key]
-                self._held[key] = (size, (self.phase[0], label[1]) if label[1] == REST else label)
-                self._add(-old, label)
-                self._add(size, self._held[key][1])
-            return result
-
-        return mock.patch.object(torch.UntypedStorage, "resize_", resized)
-
-    def label(self, tensor: torch.Tensor, owner: str, kind: str) -> None:
-        """Says whose a tensor is; the first to say so is right (twins share what is the teacher's)."""
-        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        self.hold(tensor)
-        key = tensor.untyped_storage()._cdata
-        size, old = self._held[key]
-        if old[1] == REST:
-            self._held[key] = (size, (owner, kind))
-            self._add(-size, old)
-            self._add(size, (owner, kind))
-
-    def _add(self, size: int, label: tuple) -> None:
-        self.by_label[label] += size
-        self.live += size if label[0] != HOST else 0
-        if self.live > self.peak:
-            self.peak, self.at_peak, self.where = self.live, dict(self.by_label), self.phase
-
-    def _release(self, key: int) -> None:
-        size, label = self._held.pop(key)
-        self._add(-size, label)
-
-    @contextmanager
-    def during(self, owner: str, what: str):
-        before, self.phase = self.phase, (owner, what)
-        try:
-            yield
-        finally:
-            self.phase = before
-
-
-def tensors_in(values) -> Iterator[torch.Tensor]:
-    """The tensors of an operation's arguments or results."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +131,7 @@ def stand_ins(args) -> Iterator[None]:
 
 
 class SmallLinear(torch.nn.Linear):
-    """The memory of one of bitsandbytes' linear layers: its numbers and scales, and the whole weight while a pass computes with it."""
+    """The memory of one of bitsandbytes' linear layers: its numbers and scales, and the whole weight while it computes."""
 
     def __init__(self, layer: torch.nn.Linear, bits: int):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -330,8 +210,9 @@ def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, ba
     """Runs `load_parts`, a step of every optimiser, an iteration without the student's turn and one with it, under `counter`.
 
     Returns:
-        peak (bytes), at_peak {(owner, one of KINDS): bytes}, where (phase), host (bytes of text encoders that stay there), flops
-        {iteration: {phase: FLOPs}}, checkpoint and export (bytes), numbers and states {role: parameters, bytes of its optimiser}.
+        peak (bytes), at_peak {(owner, kind): bytes}, where (phase), encoders (bytes of text encoders, which pass through the host's
+        memory), flops {iteration: {phase: FLOPs}}, checkpoint and export (bytes), numbers {role: parameters}, states {role: bytes of
+        its optimiser}.
     """
     from senseflow_discriminator import VisionFeatures
     from senseflow_roles import Role
@@ -367,10 +248,10 @@ def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, ba
         parts, pipeline = load_parts(args, runtime, schedule)
         roles = roles_of(parts)
         label_networks(counter, parts, pipeline, args)
-        found["host"] = counter.by_label[HOST, WEIGHTS]
+        encoder = HOST if args.offload_text_encoders else ENCODERS
+        found["encoders"] = counter.by_label[encoder, WEIGHTS]
         for name in ("encode", "decode"):
             stack.enter_context(watch(counter, type(pipeline.vae), name, lambda _: "VAE", name, step))
-        encoder = HOST if args.offload_text_encoders else "text encoders"
         stack.enter_context(watch(counter, parts, "encode_prompts", lambda _: encoder, "forward", step))
         # DDP keeps the gradients of all networks, in its buckets.
         kept = {} if runtime.launch.mode == "replicated" and runtime.launch.world_size > 1 else None
@@ -436,9 +317,9 @@ def label_networks(counter: Counter, parts, pipeline, args) -> None:
     for name, role in roles_of(parts).items():
         for tensor in (*role.module.parameters(), *role.module.buffers()):
             counter.label(tensor, name, WEIGHTS)
-    for encoder in text_encoders_of(pipeline).values() if args.offload_text_encoders else ():
+    for encoder in text_encoders_of(pipeline).values():
         for tensor in (*encoder.parameters(), *encoder.buffers()):
-            counter.label(tensor, HOST, WEIGHTS)
+            counter.label(tensor, HOST if args.offload_text_encoders else ENCODERS, WEIGHTS)
     frozen = list(tensors_of(pipeline))
     for features in (parts.vision_features, parts.text_features) if parts.discriminator is not None else ():
         frozen += [*getattr(features, "parameters", list)(), *getattr(features, "buffers", list)()]

@@ -7,8 +7,8 @@
 
 A case is a training command (bf16, gradient checkpointing, 1024 px, batch 1, accumulation 1, every term on) whose `main` runs as it
 stands; what it would write is left out. Iterations are timed by CUDA events, by role too; one of the student's turns and one other
-are counted in FLOPs; the same command with --dry_run is traced on the CPU beside it. OUT/gpu.json and OUT/gpu.md hold what has run so
-far; cases that have not are "not measured".
+are counted in FLOPs; the same command with --dry_run is traced on the CPU beside it. OUT/gpu.json and OUT/gpu.md hold what has run;
+cases that have not are "not measured".
 """
 
 import argparse
@@ -24,6 +24,7 @@ import traceback
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Optional
 
 import full_size
 import torch
@@ -143,14 +144,16 @@ def launched_under(configuration: str):
         os.environ.update(before)
 
 
-def run_case(case: str, folder: Path, tiny: bool, iterations: int) -> dict:
-    """One case from its arguments to its last iteration."""
+def run_case(case: str, folder: Path, tiny: bool, iterations: int, gib: Optional[float] = None) -> dict:
+    """One case from its arguments to its last iteration, with `gib` GiB of the GPU's memory or all of it."""
     name, command = command_of(case, folder, tiny, iterations)
     script = importlib.import_module(name)
     from senseflow_discriminator import VisionFeatures
     from senseflow_roles import Role
 
     watch, gpu = Watch(), torch.cuda.is_available()
+    if gpu and gib:
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     result = {"case": case, "device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
     rows, flops = [], {}
     watched(Role, "__call__", watch, lambda role: f"{role.name} forward")
@@ -337,7 +340,8 @@ def report(output: Path) -> str:
         lines.append(
             f"| {case} | {other:.2f} | {student:.2f} | {(4 * other + student) / 5:.2f} | "
             f"{tflop.get('other', 0):.0f} / {tflop.get(TURN, 0):.0f} | {share} | "
-            f"{peak.get('allocated', 0):.1f} | {traced[1] if traced else ''} | {peak.get('reserved', 0):.1f} | {loading.get('allocated', 0):.1f} | "
+            f"{peak.get('allocated', 0):.1f} | {traced[1] if traced else ''} | "
+            f"{peak.get('reserved', 0):.1f} | {loading.get('allocated', 0):.1f} | "
             f"{'yes' if finite else 'NO'} |"
         )
     lines += ["", "Seconds by role, mean of the timed iterations of each kind (other / student's turn):", ""]
@@ -372,6 +376,7 @@ def main(argv=None) -> None:
         "--iterations", type=int, default=8, help=f"of a case, of which the first {WARM_UP} and last {TTUR} are not timed"
     )
     parser.add_argument("--minutes", type=float, default=9, help="no case is begun after this time")
+    parser.add_argument("--gib", type=float, help="of the GPU's memory, as if the card had no more; default: all")
     parser.add_argument("--here", action="store_true", help="the first case, in this process, and no tables")
     parser.add_argument("--tiny", action="store_true", help="tiny networks at 64 px: whether this runs, not what it costs")
     args = parser.parse_args(argv)
@@ -379,13 +384,14 @@ def main(argv=None) -> None:
     if args.here:
         how = (run_operators, args.tiny)
         if args.cases != [OPERATORS]:
-            how = (run_case, args.cases[0], output / "folder", args.tiny, args.iterations)
+            how = (run_case, args.cases[0], output / "folder", args.tiny, args.iterations, args.gib)
         return keep(args.cases[0], output, *how)
     traces = [foretold(case, output, args.tiny) for case in args.cases if case != OPERATORS]
     for case in args.cases:
         if time.monotonic() - start > 60 * args.minutes:
             break
         command = [sys.executable, __file__, "--here", "--cases", case, "--output_dir", output, "--iterations", args.iterations]
+        command += ["--gib", args.gib] if args.gib else []
         subprocess.run([str(part) for part in command] + ["--tiny"] * args.tiny)
         print(report(output), flush=True)
     for trace in traces:

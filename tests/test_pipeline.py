@@ -32,7 +32,9 @@ def test_the_prompt_goes_by_its_name(tmp_path):
     assert pipeline.prompts == ["a cat", "a dog"]
 
     # The record is that of a call without guidance_scale, and the card's call is the record's.
-    args = SimpleNamespace(resolution=64, sampler="euler", revision=None, variant="fp16", export_dtype="fp32", rank=0, base_quantization="none")
+    args = SimpleNamespace(
+        resolution=64, sampler="euler", revision=None, variant="fp16", export_dtype="fp32", rank=0, base_quantization="none"
+    )
     args.pretrained_model_name_or_path = str(tmp_path)
     senseflow_pipeline.check_resolution(args, 32)
     schedule = FlowSchedule(torch.arange(1000.0, 0, -1), [1000.0, 500.0])

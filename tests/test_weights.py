@@ -10,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from senseflow_args import UserError
+from senseflow_counter import Counter
 from senseflow_hub import fingerprint, load_network
+from senseflow_quantization import quantize
 from senseflow_weights import Weights, fill, is_empty, open_network, part_of, save_tensors, weights_of
 from tiny_pipelines import write_sd3, write_sdxl
 
@@ -125,6 +127,22 @@ def test_some_of_the_weights(networks):
         weights.read("proj_out.bias"), torch.ones(16)
     )
     assert weights_of(whole).names() == weights.names() == set(own)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_layer_at_a_time_is_read_and_quantised(bits, networks):
+    """In the end as a whole network, quantised; on the way never half as large."""
+    path, name = networks[FluxTransformer2DModel]
+    whole = FluxTransformer2DModel.from_pretrained(path, subfolder=name)
+    held = sum(4 * parameter.numel() for parameter in whole.parameters())
+    quantize(whole, bits, "cpu")
+    empty = open_network(FluxTransformer2DModel, FLAG, str(path), name)
+    with Counter() as counter:
+        quantize(empty, bits, "cpu")
+    assert_alike(empty, whole)
+    assert counter.peak < 0.6 * held
+    states = torch.randn(2, 16)
+    assert torch.equal(empty.x_embedder(states), whole.x_embedder(states))
 
 
 @pytest.mark.parametrize("size", ["10GB", "1KB"])
