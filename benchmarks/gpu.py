@@ -169,7 +169,7 @@ def run_case(case: str, folder: Path, tiny: bool, iterations: int, gib: Optional
     def timed_iteration(iteration, *args):
         if iteration == 0:
             result["loading"] = peaks(gpu)
-        counted = iteration >= iterations - TTUR
+        counted = gib is None and iteration >= iterations - TTUR  # counting takes memory by itself
         if iteration == iterations - TTUR:
             result["peak"] = peaks(gpu)  # before FLOPs are counted, for which tensors are kept that are freed otherwise
         counter = FlopCounterMode(display=False) if counted else nullcontext()

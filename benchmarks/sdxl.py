@@ -110,9 +110,7 @@ VARIANTS = {
     "4-step-isg-0": {"isg_weight": 0.0},
     "4-step-guidance-1.5": {"dmd_guidance_scale": 1.5},
     "2-step": {"anchors": [999, 499]},
-    "4-step-rank-32-5e-4-1e-3": {"rank": 32, "learning_rate": 5e-4, "learning_rate_fake": 1e-3},
-    "4-step-rank-32-1e-3-1e-3": {"rank": 32, "learning_rate": 1e-3, "learning_rate_fake": 1e-3},
-    "4-step-rank-32-2e-3-1e-3": {"rank": 32, "learning_rate": 2e-3, "learning_rate_fake": 1e-3},
+    "4-step-rank-32": {"rank": 32, "learning_rate": 1.4e-3, "learning_rate_fake": 2.5e-3, "max_train_steps": 450},
 }
 
 

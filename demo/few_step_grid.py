@@ -1,20 +1,26 @@
 """The teacher at few steps, over guidance and schedule shift: how good is the baseline the student is compared with?
 
     python demo/few_step_grid.py --steps 2 3 4 --guidance 1 1.5 2 3 --shift 1 2 3
+    python demo/few_step_grid.py --steps --base_quantization 8bit 4bit    # at 28 steps, what quantisation does to it
 
 Prints one line a setting: Frechet distance to the teacher at 28 steps, captions right, diversity.
 """
 
 import argparse
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from components import MAX_SEQUENCE_LENGTH
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from measure import OUT, load_judge, measure
 from scenes import RESOLUTION, all_captions
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from senseflow_quantization import BACKENDS, quantize
 
 
 @torch.no_grad()
@@ -40,10 +46,11 @@ def sample(pipeline, captions, steps, guidance, shift, seed, batch_size=120):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parent / "teacher")
-    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--steps", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--shift", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--reference_guidance", type=float, default=2.0, help="of the teacher at 28 steps")
+    parser.add_argument("--base_quantization", choices=BACKENDS, nargs="*", default=[], help="also the teacher so, at 28 steps")
     parser.add_argument("--pictures_per_caption", type=int, default=4, help="at least 2, for the diversity")
     args = parser.parse_args()
 
@@ -63,6 +70,13 @@ def main():
 
     print("floor: the teacher at 28 steps, other seeds")
     report(28, args.reference_guidance, 1.0, seed=2)
+    whole = pipeline.transformer
+    for bits in args.base_quantization:
+        print(f"the teacher at 28 steps, the same seeds, in {bits}")
+        pipeline.transformer = FluxTransformer2DModel.from_pretrained(args.model, subfolder="transformer")
+        quantize(pipeline.transformer, bits, "cpu")
+        report(28, args.reference_guidance, 1.0, seed=1)
+    pipeline.transformer = whole
     for steps, guidance, shift in itertools.product(args.steps, args.guidance, args.shift):
         report(steps, guidance, shift, seed=1)
 
