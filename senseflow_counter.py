@@ -51,7 +51,8 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = list(tensors_in((*args, *kwargs.values())))
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        if real or isinstance(kwargs.get("generator"), torch.Generator) or function._overloadpacket in TABLES:
+        real = real or isinstance(kwargs.get("generator"), torch.Generator) or function._overloadpacket in TABLES
+        if real and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             with unset_fake_temporarily():
                 out = function(*args, **kwargs)
         else:

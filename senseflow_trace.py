@@ -72,6 +72,7 @@ def _apply(module: torch.nn.Module, change: Callable, recurse: bool = True) -> t
                 continue
             if own is module._parameters:
                 tensor.data = changed.detach()
+                tensor.fake_device = changed.device
             else:
                 own[name] = changed
     return module
@@ -184,13 +185,13 @@ def roles_of(parts) -> dict[str, Any]:
     return {name: role for name, role in found.items() if role is not None}
 
 
-def batch_of(args, parts, slots: list[int]) -> dict[str, Any]:
+def batch_of(args, parts, slots: list[int], device) -> dict[str, Any]:
     """A micro-batch as the loader makes them, of pictures or, from an LMDB, of latents."""
     batch = {"slots": slots, "rows": slots, "prompts": ("a prompt",) * len(slots)}
     shape, name = (3, args.resolution, args.resolution), "pixel_values"
     if args.dataset_lmdb:
         shape, name = parts.latent_shape, "latents"
-    return batch | {name: torch.zeros(len(slots), *shape)}
+    return batch | {name: torch.zeros(len(slots), *shape, device=device)}
 
 
 def watch(counter: Counter, owner, name: str, who: Callable[[Any], str], what: str, step: Callable[[], None]):
@@ -206,13 +207,15 @@ def watch(counter: Counter, owner, name: str, who: Callable[[Any], str], what: s
     return mock.patch.object(owner, name, counted)
 
 
-def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, bar: tqdm) -> dict[str, Any]:
+def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, bar: tqdm, device="cpu") -> dict[str, Any]:
     """Runs `load_parts`, a step of every optimiser, an iteration without the student's turn and one with it, under `counter`.
 
+    Args:
+        device: of the tensors; those on "cuda" may be fake on a machine without a GPU, where torch's build is one for GPUs.
     Returns:
-        peak (bytes), at_peak {(owner, kind): bytes}, where (phase), encoders (bytes of text encoders, which pass through the host's
-        memory), flops {iteration: {phase: FLOPs}}, checkpoint and export (bytes), numbers {role: parameters}, states {role: bytes of
-        its optimiser}.
+        peak (bytes), at_peak {(owner, kind): bytes} and where (phase); encoders: bytes of text encoders, which pass through the
+        host's memory; flops {iteration: {phase: FLOPs}}; checkpoint and export (bytes); numbers {role: parameters}; states {role:
+        bytes of the optimiser's}.
     """
     from senseflow_discriminator import VisionFeatures
     from senseflow_roles import Role
@@ -243,8 +246,12 @@ def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, ba
         enter("networks")
         with unset_fake_temporarily():
             runtime = Runtime(args)
-            runtime.device = runtime.accelerator.state.device = torch.device("cpu")  # not cpu:0, which is another to fake tensors
-            schedule = make_schedule(args, runtime.device)[0]
+            runtime.device = torch.device(device)  # not cpu:0, which is another to fake tensors
+            schedule = make_schedule(args, "cpu")[0]
+        for name, value in vars(schedule).items():
+            if isinstance(value, torch.Tensor):
+                setattr(schedule, name, value.to(runtime.device))
+        stack.enter_context(mock.patch.object(Accelerator, "device", runtime.device))
         parts, pipeline = load_parts(args, runtime, schedule)
         roles = roles_of(parts)
         label_networks(counter, parts, pipeline, args)
@@ -276,7 +283,7 @@ def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, ba
             enter(stage)
             counter.flops.clear()
             with counter.during("loop", ""):
-                batches = [batch_of(args, parts, slots[i::micro_batches]) for i in range(micro_batches)]
+                batches = [batch_of(args, parts, slots[i::micro_batches], runtime.device) for i in range(micro_batches)]
                 train_iteration(iteration, batches, parts, schedule, args, runtime.device)
             scale = args.gradient_accumulation_steps / micro_batches
             found["flops"][stage] = {phase: count * scale for phase, count in counter.flops.items()}

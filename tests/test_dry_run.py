@@ -46,7 +46,7 @@ def flags(teacher, vision, data, tmp_path):
     return make
 
 
-def traced(script, arguments, fake=True) -> dict:
+def traced(script, arguments, fake=True, device="cpu") -> dict:
     """What a trace finds, of tensors without values or of real ones."""
     args = script.parse_args(arguments)
     script.check_args(args)
@@ -55,7 +55,8 @@ def traced(script, arguments, fake=True) -> dict:
     with ExitStack() as stack:
         for context in (*around, counter):
             stack.enter_context(context)
-        return trace(args, script.make_schedule, script.load_parts, script.train_iteration, counter, tqdm(disable=True, total=100))
+        own = (script.make_schedule, script.load_parts, script.train_iteration)
+        return trace(args, *own, counter, tqdm(disable=True, total=100), device)
 
 
 def allocated(events) -> int:
@@ -104,6 +105,22 @@ def test_what_is_foretold_is_what_a_run_takes(kind, more, flags):
     if "--rank" not in more:
         assert own <= foretold["at_peak"]["student", WEIGHTS] <= 1.01 * own
         assert 2 * own <= foretold["states"]["student"] <= 2.01 * own
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="wants torch's build for GPUs; a GPU it does not want")
+@pytest.mark.parametrize("kind, precision", [("flux", "no"), ("flux", "bf16"), ("sd3", "no"), ("sdxl", "no")])
+def test_no_devices_are_mixed(kind, precision, flags, bfloat16, monkeypatch):
+    """On fake CUDA tensors; no backward, for which torch wants a GPU, and no bf16 where autocast passes fake convolutions by."""
+
+    def backward(loss):
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    found = traced(SCRIPTS[kind], flags(kind, "--mixed_precision", precision, "--gradient_checkpointing"), device="cuda")
+    assert found["peak"] > 4 * found["numbers"]["student"]
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
