@@ -33,8 +33,8 @@ from tqdm import tqdm
 import senseflow_models as model_tools
 from senseflow_args import DTYPES, Parser, UserError, run_script
 from senseflow_models import NETWORKS, RELEASED, Model, pixel_multiple
-from senseflow_pipeline import bind_generator
 from senseflow_utils import SAMPLERS
+from senseflow_validation import bind_generator
 
 
 logger = logging.getLogger("infer")

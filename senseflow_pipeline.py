@@ -1,23 +1,15 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""The teacher's pipeline around the student: validation pictures, and the student saved as a pipeline or an adapter. No family of
-pipelines is named here.
-"""
+"""The student saved as a pipeline around the teacher's other parts, or as an adapter. No family of pipelines is named here."""
 
-import inspect
 import json
-import math
 import os
-from functools import partial
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Optional
 
 import torch
 import yaml
 from accelerate.logging import get_logger
-from diffusers import ModelMixin
-from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import ModelCard
-from PIL import Image
 
 from senseflow_args import DTYPES, UserError
 from senseflow_checkpoints import INCOMPLETE, publish_folder, writing
@@ -27,7 +19,6 @@ from senseflow_quantization import quantization_config
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
 from senseflow_utils import Schedule
-from senseflow_vae import decode
 
 
 logger = get_logger(__name__)
@@ -61,55 +52,6 @@ def check_anchors(args, schedule: Schedule) -> None:
     if problem:
         origin = f"--anchors {' '.join(shown)}{' (found for this teacher)' if default else ''}"
         raise UserError(f"{origin}: {problem}; {fix}", exit_code=2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-def bind_generator(scheduler, generator) -> None:
-    """Makes a scheduler's `step` draw from `generator` (one, or a list of one per sample): not every pipeline hands it on."""
-    step = type(scheduler).step
-    if "generator" in inspect.signature(step).parameters:
-        scheduler.step = partial(step, scheduler, generator=generator)
-
-
-def draw_grid(runtime: Runtime, pipeline, args, call: dict) -> Image.Image:
-    """Validation pictures with a stock pipeline call, one row per prompt; each rank draws its own, the main one gets the grid."""
-    jobs = [(i, prompt) for prompt in args.validation_prompts for i in range(args.num_validation_images)]
-    rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
-    pictures = []
-    for number in range(rank, math.ceil(len(jobs) / world_size) * world_size, world_size):
-        # Past the last, once more: a sharded network runs in all ranks at once, or in none.
-        i, prompt = jobs[min(number, len(jobs) - 1)]
-        generator = torch.Generator().manual_seed(args.seed + i)
-        bind_generator(pipeline.scheduler, generator)
-        with torch.no_grad(), runtime.accelerator.autocast():  # the student is in fp32, VAE and text encoders may not be
-            picture = pipeline(prompt=prompt, generator=generator, **call).images[0]
-        if number < len(jobs):
-            pictures.append((number, picture))
-    pictures = [picture for _, picture in sorted(runtime.gather_objects(pictures), key=lambda pair: pair[0])]
-    per_row = args.num_validation_images
-    return picture_grid([pictures[i : i + per_row] for i in range(0, len(pictures), per_row)])
-
-
-def draw_panel(vae: ModelMixin, panel: dict[str, torch.Tensor], pictures: int = 4) -> Image.Image:
-    """What the last student's turn looked at, decoded: a row for each of student, teacher and fake x0, ISG direct and target."""
-    rows = []
-    for latents in panel.values():
-        with torch.no_grad():
-            decoded = decode(vae, latents[:pictures])
-        rows.append(VaeImageProcessor().postprocess(decoded.cpu(), output_type="pil"))
-    return picture_grid(rows)
-
-
-def picture_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of equally sized pictures as one picture."""
-    width, height = rows[0][0].size
-    grid = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            grid.paste(picture, (x * width, y * height))
-    return grid
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,11 +90,15 @@ def usage_record(args, schedule: Schedule, call: dict, iteration: int, prints: d
     return record | {name: call[name] for name in ("guidance_scale",) if name in call}
 
 
-def write_usage(folder: Path, record: dict, components: dict) -> None:
-    """senseflow.json, and the `components` that are not the teacher's (the scheduler): what infer.py needs beside the student."""
+def write_usage(folder: Path, record: dict, components: dict, signals: Optional[dict] = None) -> None:
+    """senseflow.json, and the `components` that are not the teacher's (the scheduler): what infer.py needs beside the student; and
+    validation.json of what was last seen in the validation pictures, if anything.
+    """
     for name, component in components.items():
         component.save_pretrained(folder / name)
     (folder / "senseflow.json").write_text(json.dumps(record, indent=1))
+    if signals:
+        (folder / "validation.json").write_text(json.dumps(signals, indent=1))
 
 
 def export(runtime: Runtime, args, pipeline_class, student: Role, components: dict, record: dict) -> None:

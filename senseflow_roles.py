@@ -32,6 +32,7 @@ from senseflow_utils import ida_update
 from senseflow_weights import Weights, empty_network, fill, is_empty, read_into, rows_of, save_tensors
 
 
+SAMPLE = 2**20  # values of a network, by which an update is measured
 DIFFUSERS_FILE = "diffusion_pytorch_model{suffix}.safetensors"
 
 
@@ -224,6 +225,19 @@ class Role:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def measured_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`step`, and the norm of its update over that of the weights, both of about SAMPLE of their values (no host sync)."""
+        before = self._some_values()
+        norm = self.step()
+        after = self._some_values()
+        update, weights = self._over_parts(torch.stack([(after - before).square().sum(), after.square().sum()])).sqrt()
+        return norm, update / weights
+
+    def _some_values(self) -> torch.Tensor:
+        """Every n-th value of the masters that this process holds, flat."""
+        stride = max(1, self.trained_numbers // SAMPLE)
+        return torch.cat([tensor.flatten()[::stride] for tensor in self._masters()])
+
     def align_with(self, other: "Role", decay: float) -> None:
         """IDA: moves every parameter of this role towards the other role's: own <- decay * own + (1 - decay) * other."""
         ida_update(list(self.parameters.values()), list(other.parameters.values()), decay)
@@ -246,6 +260,10 @@ class Role:
     def network(self) -> Optional[torch.nn.Module]:
         """The whole network, in the main process; None in the others. All call it; nobody trains it any further."""
         return self.module if self.accelerator.is_main_process else None
+
+    def _over_parts(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over this process's part of the weights, over all of them; all processes call it."""
+        return sums
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """A parameter or buffer as it is without sharding; all processes call it."""
@@ -365,6 +383,9 @@ def stored_weights(folder: Path) -> Weights:
 # ---------------------------------------------------------------------------------------------------------------------
 class PartedRole(Role):
     """A role of which no process holds everything."""
+
+    def _over_parts(self, sums):
+        return self.accelerator.reduce(sums, reduction="sum")
 
     def _gradients_stay_here(self, yes):
         return nullcontext()  # kept whole until the last micro-batch, they would fill the memory that sharding saves

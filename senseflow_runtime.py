@@ -41,6 +41,7 @@ from senseflow_weights import fill, is_empty
 logger = get_logger(__name__)
 
 # What ends a run early, first things first, and its exit code: data that must be mended, Ctrl-C, a cluster.
+LAG = 100  # iterations, over which the mean of the fake score's loss is taken
 ENDINGS = {"failure": 1, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
 SAME_CTRL_C = 0.5  # seconds in which one Ctrl-C may arrive twice: from the terminal or a cluster, and from the launcher
 TAKE_LISTS = ("wandb", "swanlab")  # of accelerate's trackers: pictures by the list
@@ -274,7 +275,8 @@ class Metrics:
 
     Stops the run (UserError) when values are not finite `patience` times in a row, with no sound student's turn between. Samples
     whose DMD gradient was not finite are counted as `dmd_non_finite`, the mean over micro-batches and processes; steps that a
-    network has not taken since this start as `{name}_skipped_steps`.
+    network has not taken since this start as `{name}_skipped_steps`; the fake score's loss over its mean of about the last LAG
+    iterations, since this start, as `signal/fake_lag`.
 
     Attributes:
         ended_by: of ENDINGS, what reached a process and ends the run before its last iteration, else None. Known in all processes
@@ -289,6 +291,7 @@ class Metrics:
         self.pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
         self.bad_in_a_row, self.since, self.postfix = 0, time.monotonic(), {}
         self.skipped: Counter[str] = Counter()
+        self.fake_loss = math.nan
         self.ended_by: Optional[str] = None
         self.failure: Optional[UserError] = None
 
@@ -342,6 +345,10 @@ class Metrics:
                 role = name.removesuffix("_grad_norm")
                 self.skipped[role] += not math.isfinite(numbers[name])
                 numbers[f"{role}_skipped_steps"] = self.skipped[role]
+        if math.isfinite(numbers.get("fake_loss", math.nan)):
+            self.fake_loss = self.fake_loss if self.fake_loss > 0 else numbers["fake_loss"]
+            numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss
+            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / LAG
         now = time.monotonic()
         numbers |= {"lr": rate, "samples_per_second": self.samples / max(now - self.since, 1e-9)}
         self.since = now

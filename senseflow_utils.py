@@ -287,7 +287,7 @@ def backward_simulation(predict, schedule: Schedule, sampler: str, draws: Draws,
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 # ---------------------------------------------------------------------------------------------------------------------
-def dmd_loss(student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def dmd_loss(student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Distribution matching loss (DMD2, eqs. 1-2; normalised as in DMD, eq. 8).
 
     Its gradient with respect to student_x0 is (fake_x0 - teacher_x0) / mean|student_x0 - teacher_x0| / numel.
@@ -296,7 +296,8 @@ def dmd_loss(student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.
         student_x0: (B, ...) with gradient.
         fake_x0, teacher_x0: (B, ...) the two scores' estimates of x0 from the same noised student_x0; no gradient flows into them.
     Returns:
-        (loss, non_finite): a float32 scalar, and the number of samples whose gradient was not finite and was zeroed there.
+        (loss, non_finite, ratio): a float32 scalar; the number of samples whose gradient was not finite and was zeroed there; and
+        mean|fake_x0 - teacher_x0| / mean|student_x0 - teacher_x0|: how far the scores are apart.
     """
     with torch.no_grad():
         x0, fake_x0, teacher_x0 = student_x0.float(), fake_x0.float(), teacher_x0.float()
@@ -306,7 +307,7 @@ def dmd_loss(student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.
         non_finite = (~finite.flatten(1).all(1)).sum()
         gradient = torch.where(finite, gradient, torch.zeros_like(gradient))
         target = x0 - gradient
-    return 0.5 * F.mse_loss(student_x0.float(), target), non_finite
+    return 0.5 * F.mse_loss(student_x0.float(), target), non_finite, gradient.abs().mean()
 
 
 def denoising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ import senseflow_lora as lora_tools
 import senseflow_pipeline as pipeline_tools
 import senseflow_prompts as prompt_tools
 import senseflow_vae as vae_tools
+import senseflow_validation as validation_tools
 import senseflow_weights as weight_tools
 from senseflow_args import Parser, UserError
 from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
@@ -181,7 +182,8 @@ def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t
         guidance = draw_guidance(draws, "dmd_guidance", slots, args.dmd_guidance_scale)
         panel["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
         panel["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
-    losses["dmd_loss"], losses["dmd_non_finite"] = dmd_loss(student_x0, panel["fake_x0"], panel["teacher_x0"])
+    found = dmd_loss(student_x0, panel["fake_x0"], panel["teacher_x0"])
+    losses["dmd_loss"], losses["dmd_non_finite"], losses["signal/dmd_ratio"] = found
 
     # L_ISG: the student's own step should end where teacher, then student arrive over an intermediate timestep.
     if args.isg_weight > 0:
@@ -269,7 +271,7 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
 
     # 5. The student's step, then implicit distribution alignment, before the fake score learns.
     if student_turn:
-        totals["student_grad_norm"] = student.step()
+        totals["student_grad_norm"], totals["signal/update_ratio"] = student.measured_step()
         if args.ida_decay < 1:
             fake_score.align_with(student, args.ida_decay)
 
@@ -675,19 +677,14 @@ def main(argv=None):
     per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
     logger.info(f"anchors {', '.join(f'{t:.1f}' for t in schedule.anchors)}; {per_iteration} samples per iteration")
 
-    def validate(role: Role, scheduler, name: str, call: dict) -> None:
-        scheduler = type(scheduler).from_config(scheduler.config)
-        pipeline.register_modules(scheduler=scheduler, **{parts.student.subfolder: role.module})
-        pipeline.set_progress_bar_config(disable=True)
-        runtime.log_picture(f"validation/{name}", pipeline_tools.draw_grid(runtime, pipeline, args, call), iteration)
-
     def save() -> None:
         record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
-        usage = partial(pipeline_tools.write_usage, record=record, components=components)
+        usage = partial(pipeline_tools.write_usage, record=record, components=components, signals=validation.signals)
         checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
 
+    validation = validation_tools.Validation(runtime, args, pipeline, parts.student.subfolder)
     if args.validation_prompts:
-        validate(parts.teacher, pipeline.scheduler, "teacher", call | teacher_call(args, parts.teacher.module))
+        validation.draw(parts.teacher, pipeline.scheduler, call | teacher_call(args, parts.teacher.module), iteration)
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
     metrics = Metrics(runtime, parts.student, per_iteration, progress)
     panel: dict[str, torch.Tensor] = {}
@@ -697,9 +694,9 @@ def main(argv=None):
         iteration, samples_seen = iteration + 1, samples_seen + per_iteration
         metrics.push(iteration, values)
         if args.validation_prompts and iteration % args.validation_steps == 0:
-            validate(parts.student, scheduler, "student", call)
+            validation.draw(parts.student, scheduler, call, iteration)
             if panel:
-                runtime.log_picture("panel/" + " ".join(panel), pipeline_tools.draw_panel(pipeline.vae, panel), iteration)
+                runtime.log_picture("panel/" + " ".join(panel), validation_tools.draw_panel(pipeline.vae, panel), iteration)
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
             save()

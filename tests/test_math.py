@@ -242,7 +242,7 @@ def test_the_dmd_gradient_of_gaussian_scores_is_the_closed_form(family):
     x_t = schedule.add_noise(student.detach(), randn(4, *SHAPE, seed=1), t).double()
     fake = gaussian_x0(x_t, alpha, sigma, mean_fake, spread)
     teacher = gaussian_x0(x_t, alpha, sigma, mean_teacher, spread)
-    loss, non_finite = dmd_loss(student, fake, teacher)
+    loss, non_finite, ratio = dmd_loss(student, fake, teacher)
     loss.backward()
 
     difference = (sigma**2 / (alpha**2 * spread**2 + sigma**2) * (mean_fake - mean_teacher)).expand_as(student)
@@ -251,6 +251,7 @@ def test_the_dmd_gradient_of_gaussian_scores_is_the_closed_form(family):
     torch.testing.assert_close(student.grad, gradient / student.numel(), rtol=1e-4, atol=1e-9)
     assert loss.dtype == torch.float32 and non_finite == 0
     torch.testing.assert_close(loss.double(), 0.5 * gradient.square().mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ratio.double(), gradient.abs().mean(), rtol=1e-4, atol=0)
     assert (student.grad > 0).all()  # descent moves the student from the fake's mean to the teacher's, which is lower
 
 
@@ -259,9 +260,9 @@ def test_no_gradient_enters_the_scores_and_their_equality_is_rest():
     dmd_loss(student, fake, teacher)[0].backward()
     assert fake.grad is None and teacher.grad is None and student.grad.abs().min() > 0
     student.grad = None
-    loss, _ = dmd_loss(student, fake, fake)
+    loss, _, ratio = dmd_loss(student, fake, fake)
     loss.backward()
-    assert loss == 0 and student.grad.abs().max() == 0
+    assert loss == ratio == 0 and student.grad.abs().max() == 0
 
 
 def test_non_finite_dmd_gradients_are_zeroed_where_they_are_and_counted_by_sample():
@@ -269,9 +270,9 @@ def test_non_finite_dmd_gradients_are_zeroed_where_they_are_and_counted_by_sampl
     student.requires_grad_()
     fake[1, 0, 0, :2] = math.nan
     fake[3, 0, 0, 0] = math.inf
-    loss, non_finite = dmd_loss(student, fake, teacher)
+    loss, non_finite, ratio = dmd_loss(student, fake, teacher)
     loss.backward()
-    assert non_finite == 2 and torch.isfinite(loss)
+    assert non_finite == 2 and torch.isfinite(loss) and torch.isfinite(ratio)
     assert torch.equal(student.grad == 0, ~torch.isfinite(fake))
     with torch.no_grad():
         same = student.clone()

@@ -8,6 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import senseflow_pipeline
+import senseflow_validation
 from senseflow_utils import FlowSchedule
 
 
@@ -28,7 +29,8 @@ def test_the_prompt_goes_by_its_name(tmp_path):
     runtime = SimpleNamespace(accelerator=accelerator, gather_objects=lambda objects: objects)
     args = SimpleNamespace(validation_prompts=["a cat", "a dog"], num_validation_images=1, seed=0)
     pipeline = EditsPictures()
-    assert senseflow_pipeline.draw_grid(runtime, pipeline, args, {"num_inference_steps": 4}).size == (8, 16)
+    rows = senseflow_validation.draw_pictures(runtime, pipeline, args, {"num_inference_steps": 4})
+    assert senseflow_validation.picture_grid(rows).size == (8, 16)
     assert pipeline.prompts == ["a cat", "a dog"]
 
     # The record is that of a call without guidance_scale, and the card's call is the record's.

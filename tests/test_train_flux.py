@@ -54,6 +54,7 @@ def flags(teacher, vision, data):
 
 def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypatch):
     validation = ["--validation_prompts", "a red square", "a blue square", "--validation_steps", "2"]
+    validation += ["--num_validation_images", "2"]
     whole = resume_is_the_same_run(script, flags, tmp_path, *validation)
     halves = tmp_path / "halves"
     assert sorted(p.name for p in halves.glob("checkpoint-*")) == ["checkpoint-4"] and len(list(whole.glob("checkpoint-*"))) == 2
@@ -64,6 +65,11 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     norms = {"student_grad_norm", "fake_score_grad_norm", "discriminator_grad_norm"}
     assert losses | norms | {"dmd_non_finite", "lr", "samples_per_second"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("fake_loss")] == [1, 2, 3, 4]
+    seen = {f"signal/{name}" for name in ("diversity", "saturation", "contrast", "sharpness")}
+    assert seen | {"signal/fake_lag", "signal/dmd_ratio", "signal/update_ratio"} <= set(events.Tags()["scalars"])
+    found = json.loads((whole / "checkpoint-4" / "validation.json").read_text())
+    assert found.pop("iteration") == 4
+    assert found == {name: pytest.approx(events.Scalars(name)[-1].value, rel=1e-6) for name in seen}
     images = events.Tags()["images"]
     assert {"validation/teacher", "validation/student"} <= set(images) and any(name.startswith("panel/") for name in images)
 
@@ -345,8 +351,8 @@ def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch)
 
 def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):
     def broken(student_x0, fake_x0, teacher_x0):
-        loss, _ = script_loss(student_x0, fake_x0, teacher_x0)
-        return loss, torch.tensor(1)
+        loss, _, ratio = script_loss(student_x0, fake_x0, teacher_x0)
+        return loss, torch.tensor(1), ratio
 
     script_loss = script.dmd_loss
     monkeypatch.setattr(script, "dmd_loss", broken)

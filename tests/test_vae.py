@@ -24,8 +24,8 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-import senseflow_pipeline as pipeline_tools
 import senseflow_vae as vae_tools
+import senseflow_validation as validation_tools
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
@@ -249,12 +249,12 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(kind, 
 
     seen.clear()
     run.pipeline.set_progress_bar_config(disable=True)
-    pipeline_tools.draw_grid(run.runtime, run.pipeline, run.args, run.call)
+    validation_tools.draw_pictures(run.runtime, run.pipeline, run.args, run.call)
     assert seen == {("decoder", dtype)}
 
     def stock_call(kind):
         generator = torch.Generator().manual_seed(0)
-        pipeline_tools.bind_generator(run.pipeline.scheduler, generator)
+        validation_tools.bind_generator(run.pipeline.scheduler, generator)
         with run.runtime.accelerator.autocast():
             return run.pipeline("a red square", generator=generator, output_type=kind, **run.call).images
 

@@ -1,0 +1,78 @@
+"""What validation pictures say in numbers, and what an iteration says of itself: closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+import senseflow_roles
+import senseflow_runtime
+import train_senseflow_flux as script
+from senseflow_validation import picture_statistics
+
+
+@pytest.fixture
+def flags(teacher, data):
+    path = ["--pretrained_model_name_or_path", str(teacher), "--dataset_json", str(data), "--resolution", "64"]
+    return [*path, "--gan_weight", "0", "--report_to", "none"]
+
+
+def picture(pixels) -> Image.Image:
+    return Image.fromarray(np.asarray(pixels, dtype=np.uint8))
+
+
+def test_pictures_in_numbers():
+    flat = picture(np.full((32, 32, 3), 128))
+    found = picture_statistics([[flat, flat], [flat, flat]])
+    assert found == pytest.approx({"saturation": 0, "contrast": 0, "sharpness": 0, "diversity": 0}, abs=1e-12)
+    assert "diversity" not in picture_statistics([[flat], [flat]])
+
+    # Two prompts; what differs between them is no diversity.
+    black, white = picture(np.zeros((32, 32, 3))), picture(np.full((32, 32, 3), 255))
+    assert picture_statistics([[black, black], [white, white]])["diversity"] == 0
+    assert picture_statistics([[black, white, black]])["diversity"] == pytest.approx(2 / 3)
+
+    red = np.zeros((32, 32, 3))
+    red[..., 0], red[..., 1] = 255, 51
+    assert picture_statistics([[picture(red)]])["saturation"] == pytest.approx(1)
+
+    # Half the energy of a chequered picture is its mean; the rest is at the highest frequency, and gone at half the size.
+    chequered = np.indices((32, 32)).sum(0) % 2 * 255
+    found = picture_statistics([[picture(chequered)]])
+    assert found["contrast"] == pytest.approx(0.5) and found["sharpness"] == pytest.approx(0.25)
+    blurred = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((8, 8))) * 255
+    found = picture_statistics([[picture(blurred)]])
+    assert found["contrast"] == pytest.approx(0.5) and found["sharpness"] < 0.05
+
+
+@pytest.mark.parametrize("sample", [2**20, 40])
+def test_an_update_is_measured_against_the_weights(sample, flags, tmp_path, monkeypatch):
+    """AdamW's first step moves every weight by the rate; where some of the values stand for all, the share is the same."""
+    monkeypatch.setattr(senseflow_roles, "SAMPLE", sample)
+    args = script.parse_args([*flags, "--output_dir", str(tmp_path), "--adam_weight_decay", "0", "--lr_warmup_steps", "0"])
+    runtime = senseflow_runtime.Runtime(args)
+    network = torch.nn.Linear(16, 24, bias=False)
+    torch.nn.init.constant_(network.weight, 2.0)
+    role = runtime.trained_role("student", network, 1e-3)
+    with role.turn():
+        role.backward(role(torch.ones(2, 16)).sum())
+    norm, ratio = role.measured_step()
+    assert norm > 0 and ratio.item() == pytest.approx(1e-3 / 2, rel=2e-3)
+    with role.turn():
+        role.backward(role(torch.ones(2, 16)).sum() * math.nan)
+    assert role.measured_step()[1] == 0  # a step that is not taken
+
+
+def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, monkeypatch):
+    runtime = senseflow_runtime.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
+    role = runtime.trained_role("student", torch.nn.Linear(1, 1), 0.1)
+    metrics, logged = senseflow_runtime.Metrics(runtime, role, 1, tqdm(disable=True)), []
+    monkeypatch.setattr(runtime.accelerator, "log", lambda numbers, step: logged.append(numbers))
+    for iteration, loss in enumerate((0.5, 0.5, 1.0, 0.5)):
+        metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
+    metrics.flush()
+    lags = [numbers["signal/fake_lag"] for numbers in logged]
+    assert lags == pytest.approx([1, 1, 2, 0.5 / (0.5 + 0.5 / senseflow_runtime.LAG)])
