@@ -7,8 +7,9 @@
 
 How a student is called stands in its senseflow.json, or in --released for the published weights; flags override; without either
 the pipeline's own defaults hold.
-A picture is a function of (model, settings, prompt, seed, index): neither batch size nor start index changes it, and several
-processes may draw windows of one prompts file into one folder. A rerun draws what is missing.
+A picture is a function of (model, settings, prompt, seed, index): neither batch size nor start index changes it. Under
+`accelerate launch infer.py` or torchrun the processes share the prompts out; processes started by hand may draw windows of one prompts
+file into one folder. A rerun draws what is missing.
 """
 
 import argparse
@@ -18,10 +19,13 @@ import logging
 import math
 import os
 import re
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import torch
+from torch import distributed
 
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which diffusers imports, and which has a note to print on some CPUs
@@ -119,13 +123,27 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """`--device` and `--dtype` or their defaults. UserError (2) if there is no such device."""
+    """`--device` and `--dtype` or their defaults; each of several processes has a GPU of its own. UserError (2): there is none."""
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here; give cpu, or a device that torch sees", 2) from error
     return device, DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+
+
+@contextmanager
+def among_others():
+    """(rank, number of processes, wait) of a process that a launcher has started: `wait()` until all have come so far."""
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world_size == 1:
+        yield 0, 1, lambda: None
+        return
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest may have much to draw
+    yield rank, world_size, distributed.barrier
+    distributed.destroy_process_group()
 
 
 def read_prompts(args: argparse.Namespace) -> tuple[dict[int, str], list[int]]:
@@ -306,29 +324,37 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     settings |= {"dtype": str(dtype).removeprefix("torch."), "weights": model_tools.fingerprint(model)}
     folder = Path(args.output_dir)
     source = {"model": args.model, "network": model.swapped and " ".join(model.swapped), "released": args.released}
-    records = open_folder(folder)
-    refuse_other_settings(folder, records, settings, prompts)
+    with among_others() as (rank, world_size, wait):
+        if rank > 0:
+            wait()  # the first process mends the folder, alone
+        records = open_folder(folder)
+        if rank == 0:
+            wait()
+        refuse_other_settings(folder, records, settings, prompts)
+        wait()  # nobody writes before all have looked
 
-    # 2. What is not there yet is drawn.
-    missing = sorted(set(window) - {record["idx"] for record in records})
-    pipeline = model_tools.load_pipeline(model, settings["sampler"], device, dtype) if missing else None
-    with tqdm(total=len(window), initial=len(window) - len(missing), unit="picture") as progress:
-        for start in range(0, len(missing), args.batch_size):
-            batch = missing[start : start + args.batch_size]
-            try:
-                pictures = draw(pipeline, [prompts[idx] for idx in batch], [args.seed + idx for idx in batch], call)
-            except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-                if not args.call:
-                    raise
-                shown = " ".join(f"{name}={value}" for name, value in args.call)
-                raise UserError(f"--call {shown}: {type(pipeline).__name__} cannot be called so ({error})") from error
-            for idx, picture in zip(batch, pictures):
-                record = {"file_name": f"{idx:04d}.png", "idx": idx, "prompt": prompts[idx], **settings, **source}
-                save_picture(folder, picture, record)
-            progress.update(len(batch))
-    if args.grid:
-        grid = make_grid(folder, window)
-        write_aside(folder / "grid.png", lambda temporary: grid.save(temporary, format="PNG"))
+        # 2. What is not there yet is drawn, by several processes in turns.
+        missing = sorted(set(window) - {record["idx"] for record in records})
+        done, missing = len(window) - len(missing), missing[rank::world_size]
+        pipeline = model_tools.load_pipeline(model, settings["sampler"], device, dtype) if missing else None
+        with tqdm(total=done + len(missing), initial=done, unit="picture", disable=rank > 0) as progress:
+            for start in range(0, len(missing), args.batch_size):
+                batch = missing[start : start + args.batch_size]
+                try:
+                    pictures = draw(pipeline, [prompts[idx] for idx in batch], [args.seed + idx for idx in batch], call)
+                except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+                    if not args.call:
+                        raise
+                    shown = " ".join(f"{name}={value}" for name, value in args.call)
+                    raise UserError(f"--call {shown}: {type(pipeline).__name__} cannot be called so ({error})") from error
+                for idx, picture in zip(batch, pictures):
+                    record = {"file_name": f"{idx:04d}.png", "idx": idx, "prompt": prompts[idx], **settings, **source}
+                    save_picture(folder, picture, record)
+                progress.update(len(batch))
+        wait()
+        if args.grid and rank == 0:
+            grid = make_grid(folder, window)
+            write_aside(folder / "grid.png", lambda temporary: grid.save(temporary, format="PNG"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import infer
 import senseflow_hub as hub_tools
 import senseflow_models as model_tools
+from scripts import launch
 from senseflow_args import UserError
 from tiny_pipelines import cache_repository, only_variant, write_flux, write_sd3, write_sdxl
 
@@ -241,6 +243,20 @@ def test_rerun_draws_what_is_missing(models, drawn, tmp_path, monkeypatch):
     # Nothing is missing: no weight is loaded.
     monkeypatch.setattr(model_tools, "load_pipeline", None)
     run(models, out)
+
+
+def test_processes_share_the_prompts_out(models, drawn, tmp_path):
+    """Under a launcher, over a folder that a kill has left; the pictures and their lines are those of one process."""
+    out = tmp_path / "out"
+    shutil.copytree(drawn, out)
+    lines = (out / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (out / "metadata.jsonl").write_text(lines[0] + lines[1][:20])
+    arguments = ["--model", str(models / "student"), "--prompts_file", str(models / "prompts.txt"), "--output_dir", str(out)]
+    launch("infer.py", [*arguments, "--seed", "42", "--dtype", "fp32", "--grid"], processes=2)
+    key = itemgetter("idx")
+    assert sorted(records(out), key=key) == sorted(records(drawn), key=key)
+    assert all(np.array_equal(pixels(out / f"{idx:04d}.png"), pixels(drawn / f"{idx:04d}.png")) for idx in LINES)
+    assert (out / "grid.png").exists()
 
 
 def test_a_failed_batch_keeps_what_was_drawn(models, tmp_path, monkeypatch):
