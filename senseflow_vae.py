@@ -11,6 +11,9 @@ from typing import Optional, Sequence
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch.utils.checkpoint import checkpoint
 
 from senseflow_args import DTYPES
 from senseflow_hub import load_network
@@ -59,11 +62,28 @@ def load_vae(kind, flag: str, path: str, args, device, encodes: bool, decodes: b
         vae.encoder = torch.nn.Module()  # not None: some count the layers of both halves whenever they run one
     if not decodes:
         vae.decoder = torch.nn.Module()
-    elif args.gradient_checkpointing and vae._supports_gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
+    elif args.gradient_checkpointing:
+        checkpoint_decoder(vae)
     # Whoever calls, a stock pipeline under autocast too.
     vae.encode, vae.decode = partial(_in_own_precision, vae, vae.encode), partial(_in_own_precision, vae, vae.decode)
     return vae.requires_grad_(False).eval().to(device)
+
+
+def checkpoint_decoder(vae: ModelMixin) -> None:
+    """Has the decoder's activations computed again in the backward, of one residual block at a time: the last of them, at the
+    pictures' own size, set the peak of a student's turn. VAEs of other blocks do it as diffusers has it, where they can.
+    """
+    blocks = [part for part in vae.decoder.modules() if isinstance(part, (ResnetBlock2D, Upsample2D))]
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward)
+    if not blocks and vae._supports_gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+
+
+def _recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # in eval mode it draws nothing
 
 
 def _in_own_precision(vae: ModelMixin, function, x: torch.Tensor, *args, **kwargs):

@@ -100,6 +100,7 @@ SDXL = {
 }
 DINOV2_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "mlp_ratio": 4}
 DINOV2_LARGE = {**DINOV2_LARGE, "image_size": 518, "patch_size": 14}
+DINOV2_SMALL = {**DINOV2_LARGE, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 
 # {folder: ({component: what of its configuration differs from the tests' tiny one}, who writes the tiny one, script)}
 TEACHERS = {
@@ -122,6 +123,7 @@ TEACHERS = {
         {"unet": SDXL, "vae": VAE_OF_SDXL, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G}, write_sdxl, "sdxl"
     ),
     "discriminator": ({"dinov2": DINOV2_LARGE, "clip": CLIP_L}, write_discriminator, None),
+    "discriminator-small": ({"dinov2": DINOV2_SMALL, "clip": CLIP_L}, write_discriminator, None),
 }  # fmt: skip
 
 

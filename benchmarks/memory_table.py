@@ -30,11 +30,13 @@ from senseflow_dry_run import CARDS, USABLE
 
 OUT = ROOT / "benchmarks" / "out" / "memory.json"
 NAMES = {"sdxl": "SDXL", "sd35-medium": "SD 3.5 Medium", "sd35-large": "SD 3.5 Large", "flux": "FLUX.1-dev"}
+SMALL = "DINOv2 small"
 # {row: (configuration of accelerate_configs/, processes, flags)}
 ROWS = {
     "full": ("single", 1, []),
     "8-bit": ("single", 1, ["--use_8bit_adam"]),
     "rank": ("single", 1, ["--rank", "64"]),
+    f"rank, 8-bit, {SMALL}": ("single", 1, ["--rank", "64", "--use_8bit_adam"]),
     "rank, 8-bit, 4bit base": ("single", 1, ["--rank", "64", "--use_8bit_adam", "--base_quantization", "4bit"]),
     "fsdp2 on 8": ("fsdp2", 8, []),
     "rank, fsdp2 on 8": ("fsdp2", 8, ["--rank", "64"]),
@@ -46,7 +48,7 @@ def trace(teacher: str, row: str, folder: Path) -> str:
     """What the script prints with --dry_run."""
     configuration, processes, more = ROWS[row]
     full_size.write(teacher, folder / teacher)
-    full_size.write("discriminator", folder / "discriminator")
+    full_size.write("discriminator-small" if SMALL in row else "discriminator", folder / "discriminator")
     script = ROOT / f"train_senseflow_{full_size.TEACHERS[teacher][2]}.py"
     command = [sys.executable, script, "--pretrained_model_name_or_path", folder / teacher, "--output_dir", folder / "out"]
     command += ["--dataset_json", write_data(folder / "data", 64), "--report_to", "none", "--dry_run", *COMMON, *more]

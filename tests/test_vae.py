@@ -7,6 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderDC,
+    AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
@@ -30,11 +31,13 @@ import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
 from scripts import built
+from senseflow_counter import Counter
 from senseflow_utils import Draws
 from tiny_pipelines import tiny_vae, vivid, write_sd3, write_sdxl
 
 
 SIDE = 32
+LEVELS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
 ATTENTION = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 1}
 
 
@@ -263,3 +266,18 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(kind, 
         latents = latents if latents.dim() == 4 else FluxPipeline._unpack_latents(latents, 64, 64, 8)
         decoded = (run.parts.decode(latents) / 2 + 0.5).clamp(0, 1)
         assert (stock_call("pt").float() - decoded).abs().mean() < 4e-3  # a stock call has its latents in bfloat16
+
+
+def test_a_decoder_that_computes_again_gives_the_same_gradient_in_less_memory(tmp_path):
+    vae = AutoencoderKL(layers_per_block=3, block_out_channels=[32, 32], norm_num_groups=8, **LEVELS)
+    vae.save_pretrained(tmp_path)
+    args, found = SimpleNamespace(mixed_precision="no", vae_dtype="auto"), []
+    for args.gradient_checkpointing in (False, True):
+        decoder = vae_tools.load_vae(AutoencoderKL, "--vae", str(tmp_path), args, "cpu", False, True, "fp32")
+        x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with Counter() as counter:
+            vae_tools.decode(decoder, x0).square().mean().backward()
+        found.append((x0.grad, counter.peak))
+    (plain, most), (again, less) = found
+    assert plain.abs().max() > 0 and torch.equal(plain, again)
+    assert less < 0.5 * most
