@@ -7,9 +7,9 @@
 
 How a student is called stands in its senseflow.json, or in --released for the published weights; flags override; without either
 the pipeline's own defaults hold.
-A picture is a function of (model, settings, prompt, seed, index): neither batch size nor start index changes it. Processes share the
-prompts out under `accelerate launch infer.py` or torchrun; those started by hand may draw windows of one prompts file into one folder.
-A rerun draws what is missing.
+A picture is a function of (model, settings, prompt, seed, index): neither batch size nor start index changes it. Processes under
+`accelerate launch infer.py` or torchrun share the prompts out; those started by hand may draw windows of one prompts file into one
+folder. A rerun draws what is missing.
 """
 
 import argparse
