@@ -11,6 +11,7 @@ and DiffAugment, on what is judged, never on the reference.
 """
 
 import math
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Optional, Sequence
 
@@ -228,7 +229,13 @@ class Residual(Block):
 
 
 class Tower(nn.Sequential):
-    """Maps (B, C, h, w) to 64 channels at an eighth of their sides, rounded up."""
+    """Maps (B, C, h, w) to 64 channels at an eighth of their sides, rounded up.
+
+    Attributes:
+        gradient_checkpointing: keep the maps alone for the backward, and neither weights, normalised and cast, nor activations.
+    """
+
+    gradient_checkpointing = False
 
     def __init__(self, channels: int, virtual_batch: int):
         layers = [Block(channels, 1, virtual_batch)]
@@ -244,6 +251,12 @@ class Tower(nn.Sequential):
         Args:
             one: 1, with gradient where the tower learns: FSDP2 frees a tower behind its backward only if an input takes gradient.
         """
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._contexts}  # it draws nothing
+            return checkpoint(self._run, maps, one, **how)
+        return self._run(maps, one)
+
+    def _run(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
         with parametrize.cached():
             self._normalise_weights(one.device.type)
             return [nn.Sequential.forward(self, features.float()) * one for features in maps]
@@ -254,6 +267,22 @@ class Tower(nn.Sequential):
             for module in self.modules():
                 if parametrize.is_parametrized(module):
                     _ = module.weight
+
+    def _contexts(self) -> tuple:
+        """Of the first run, and of that in the backward, which iterates no further and so finds the same norms."""
+        return nullcontext(), self._as_they_are()
+
+    @contextmanager
+    def _as_they_are(self):
+        norms = [module for module in self.modules() if hasattr(module, "_power_method")]
+        training = [norm.training for norm in norms]
+        for norm in norms:
+            norm.eval()
+        try:
+            yield
+        finally:
+            for norm, learns in zip(norms, training):
+                norm.train(learns)
 
 
 class TextMap(nn.Module):
@@ -334,6 +363,8 @@ def load_discriminator(args, runtime) -> tuple:
     with loading_model("--discriminator_text_encoder", args.discriminator_text_encoder):
         text = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)
+    for tower in (*heads.cls, *heads.refmap):
+        tower.gradient_checkpointing = args.gradient_checkpointing
     return runtime.trained_role("discriminator", heads, args.learning_rate_disc, half=False), vision, text
 
 

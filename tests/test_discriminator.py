@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import Dinov2Config, Dinov2Model
 
 from senseflow_args import UserError
+from senseflow_counter import Counter
 from senseflow_discriminator import (
     Discriminator,
     LocalBatchNorm,
@@ -104,6 +105,30 @@ def test_a_frozen_discriminator_stays_as_it_is_and_passes_gradient_to_the_pictur
     assert all(torch.equal(before[name], tensor) for name, tensor in heads.state_dict().items())
     heads.train()((picture,), features(2, seed=1), torch.randn(2, 6))
     assert any(not torch.equal(before[name], tensor) for name, tensor in heads.state_dict().items()), "training iterates u and v"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_towers_that_run_again_learn_the_same_and_keep_the_maps_alone(dtype):
+    """Two steps: weights, gradients and the vectors of the power iteration, which goes on once a step; then frozen."""
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        heads, kept, gradients = Discriminator(8, 2, 6).train(), [], []
+        for tower in (*heads.cls, *heads.refmap):
+            tower.gradient_checkpointing = again
+        for step in range(3):
+            heads.train(step < 2).requires_grad_(step < 2)
+            picture = [f.requires_grad_() for f in features(2)]
+            with Counter() as counter, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits = heads((picture, features(2, seed=1)), features(2, seed=2), torch.ones(2, 6))
+                kept.append(counter.live)
+            (logits[0].mean() - logits[1].square().mean()).backward()
+            gradients += [f.grad for f in picture]
+        found.append((kept, gradients, heads.state_dict(), [p.grad for p in heads.parameters()]))
+    (most, *plain), (less, *again) = found
+    assert all(bytes_again < 0.5 * bytes_plain for bytes_again, bytes_plain in zip(less, most))
+    for one, other in zip(plain, again):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_heads_keep_float32_weights_under_bf16_autocast():
