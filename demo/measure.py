@@ -7,6 +7,7 @@ The judge is a small ResNet trained on clean scenes, from scratch; the distillat
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from scenes import ATTRIBUTES, RESOLUTION, labels_of, parse_caption, sample_scenes
 from transformers import ResNetConfig, ResNetModel
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from senseflow_metrics import frechet_distance
 
 
 FEATURES = 64
@@ -101,15 +106,6 @@ def extract(judge, pictures):
     return features.double(), classes
 
 
-def frechet_distance(first, second):
-    """Frechet distance between Gaussians fitted to two sets of features [N, D] (float64)."""
-    covariance, other = torch.cov(first.T), torch.cov(second.T)
-    root = _matrix_root(covariance)
-    cross = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
-    shift = (first.mean(0) - second.mean(0)).square().sum()
-    return (shift + covariance.trace() + other.trace() - 2 * cross).item()
-
-
 def accuracy(classes, captions):
     """Share of pictures of which the judge reads EVERY attribute as the caption names it."""
     wanted = torch.tensor([labels_of(caption) for caption in captions])
@@ -149,11 +145,6 @@ def diversity(spread_of_these, spread_of_reference):
     """Mean over the backgrounds of the spread relative to the reference's: 1 = as diverse as the reference."""
     ratios = [spread_of_these[background] / spread_of_reference[background] for background in spread_of_reference]
     return sum(ratios) / len(ratios)
-
-
-def _matrix_root(matrix):
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def measure(judge, pictures, captions, reference):

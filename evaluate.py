@@ -1,0 +1,361 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Measures pictures, such as infer.py's: against the teacher's of the same prompts, against their prompts, against each other.
+
+    python evaluate.py --images student --reference teacher --metrics fid patch_fid clip pickscore --inception inception.pt
+    python evaluate.py --images student --reference coco/data.json --metrics fd        # real pictures and captions, as for training
+
+A folder's prompts are those of infer.py's metadata.jsonl, or lines of --prompts_file, 0007.png's the eighth. What a network says of
+its pictures is kept in a folder .features there, so that another metric or reference costs only what is new.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Optional, Sequence
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import senseflow_judges as judge_tools
+import senseflow_metrics as metric_tools
+from infer import number, short_dtype, write_aside
+from senseflow_args import DTYPES, Parser, UserError, run_script
+from senseflow_judges import Network
+from senseflow_pictures import read_picture
+
+
+logger = logging.getLogger("evaluate")
+
+# In the order of the paper's table, then what it does not have: {metric: (column, whether it compares, the flag of its network)}
+METRICS = {
+    "fid": ("FID-T", True, "inception"),
+    "patch_fid": ("Patch FID-T", True, "inception"),
+    "clip": ("CLIP", False, "clip_model"),
+    "pickscore": ("Pick", False, "pickscore_model"),
+    "fd": ("FD", True, "feature_model"),
+    "diversity": ("diversity", False, "feature_model"),
+}
+OF_PROMPTS = ("clip", "pickscore")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+CHUNK = 256  # pictures whose features are one file
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--images", required=True, help="a folder of pictures, or a JSON of pictures and captions as for training")
+    group.add_argument(
+        "--reference", help="the same, of what to compare with: the teacher's pictures of the same prompts, or real ones"
+    )
+    group.add_argument("--prompts_file", help="of --images: one prompt a line; default: metadata.jsonl, as infer.py writes it")
+    group = parser.add_argument_group("metrics")
+    group.add_argument("--metrics", nargs="+", choices=METRICS, default=["clip", "diversity"])
+    group.add_argument("--inception", help="of fid: the TorchScript file inception-2015-12-05.pt")
+    group.add_argument("--clip_model", default="laion/CLIP-ViT-g-14-laion2B-s12B-b42K", help="of clip: a CLIPModel")
+    group.add_argument("--clip_prefix", default="", help='before each prompt; DMD2\'s evaluator has "A photo depicts "')
+    group.add_argument("--pickscore_model", default="yuvalkirstain/PickScore_v1", help="of pickscore: a CLIPModel")
+    group.add_argument("--feature_model", default="facebook/dinov2-large", help="of fd and diversity: a transformers vision model")
+    group.add_argument(
+        "--bootstrap", type=number(int, 2), help="draws of the prompts, for the standard errors of fid, patch_fid, fd"
+    )
+    group = parser.add_argument_group("how")
+    group.add_argument("--batch_size", type=number(int, 1), default=32, help="default: 32")
+    group.add_argument("--dataloader_num_workers", type=number(int, 0), default=0, help="that read and scale pictures; default: 0")
+    group.add_argument("--device", help="a torch device; default: cuda if there is one, else cpu")
+    group.add_argument(
+        "--dtype", type=short_dtype, choices=DTYPES, default="fp32", help="of the networks but Inception; default: fp32"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", default="report.json", help="default: report.json")
+    group.add_argument("--append_to", help="a Markdown table that gets a row, and its head where it is new")
+    args = parser.parse_args(argv)
+    args.metrics = [name for name in METRICS if name in args.metrics]
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Pictures:
+    """The pictures of a folder or a JSON, in order.
+
+    Attributes:
+        name: as it was given.
+        files: their paths.
+        prompts: theirs; None where nothing says them.
+        cache: where what networks say of them is kept.
+    """
+
+    name: str
+    files: list[Path]
+    prompts: Optional[list[str]]
+    cache: Path
+
+    @property
+    def groups(self) -> list[int]:
+        """Of each picture the number of its prompt; pictures without prompts are each by themselves."""
+        if self.prompts is None:
+            return list(range(len(self.files)))
+        first: dict[str, int] = {}
+        return [first.setdefault(prompt, len(first)) for prompt in self.prompts]
+
+
+def find_pictures(flag: str, path: str, prompts_file: Optional[str] = None) -> Pictures:
+    """UserError (2): nothing there, no pictures, pictures that cannot be opened, or prompts missing for some."""
+    place = Path(path)
+    if place.is_file():
+        return _of_json(flag, place)
+    if not place.is_dir():
+        raise UserError(f"{flag} {path}: is no folder; give one of pictures, or a JSON of pictures and captions", 2)
+    files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.name != "grid.png")
+    if not files:
+        raise UserError(f"{flag} {path}: holds no picture ({', '.join(SUFFIXES)}); draw some with infer.py", 2)
+    check_pictures(flag, path, files)
+    prompts, records = None, place / "metadata.jsonl"
+    if prompts_file:
+        prompts = _numbered(prompts_file, files)
+    elif records.exists():
+        said = {}
+        for line in records.read_text(encoding="utf-8").splitlines():
+            try:
+                said |= {(record := json.loads(line))["file_name"]: record["prompt"]}
+            except (ValueError, TypeError, KeyError):
+                continue  # cut by a kill: its picture is without a prompt
+        missing = [file.name for file in files if file.name not in said]
+        if missing:
+            problem = f"metadata.jsonl has no prompt of {len(missing)} pictures, one is {missing[0]}"
+            raise UserError(f"{flag} {path}: {problem}; run infer.py again, or give --prompts_file", 2)
+        prompts = [said[file.name] for file in files]
+    return Pictures(path, files, prompts, place / ".features")
+
+
+def _of_json(flag: str, place: Path) -> Pictures:
+    try:
+        parsed = json.loads(place.read_text(encoding="utf-8-sig"))
+        files, prompts = [place.parent / name for name in parsed["image_paths"]], parsed["prompts"]
+        prompts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
+        if len(files) != len(prompts) or not files:
+            raise ValueError(f"{len(files)} image_paths, {len(prompts)} prompts")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        wanted = 'give {"image_paths": [...], "prompts": [...]}, as for training'
+        raise UserError(f"{flag} {place}: no pictures and captions can be read ({error}); {wanted}", 2) from error
+    check_pictures(flag, str(place), files)
+    return Pictures(str(place), files, prompts, place.parent / ".features")
+
+
+def _numbered(path: str, files: list[Path]) -> list[str]:
+    """The line of each picture by the number in its name."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts_file {path}: cannot be read ({error}); give a UTF-8 text file, one prompt a line", 2) from error
+    prompts = []
+    for file in files:
+        line = int(file.stem) if file.stem.isdecimal() else -1
+        if not (0 <= line < len(lines) and lines[line].strip()):
+            raise UserError(f"--prompts_file {path}: no line is that of {file.name}; 0007.png's would be the eighth", 2)
+        prompts.append(lines[line].strip())
+    return prompts
+
+
+def check_pictures(flag: str, path: str, files: list[Path]) -> None:
+    """UserError (2) where some are no pictures; their heads are read."""
+    broken = []
+    for file in files:
+        try:
+            with Image.open(file):
+                pass
+        except Exception:  # each format has its own
+            broken.append(file.name)
+    if broken:
+        raise UserError(f"{flag} {path}: {len(broken)} pictures cannot be read, one is {broken[0]}; draw or copy them again", 2)
+
+
+def check(args, images: Pictures, reference: Optional[Pictures]) -> None:
+    """UserError (2) for what would fail after networks are loaded."""
+    for name in args.metrics:
+        column, compares, flag = METRICS[name]
+        if compares and reference is None:
+            raise UserError(f"--metrics {name}: compares with other pictures; give --reference", 2)
+        if name in OF_PROMPTS and images.prompts is None:
+            raise UserError(f"--metrics {name}: no prompt is known of {images.name}; give --prompts_file", 2)
+        if flag == "inception" and not (args.inception and Path(args.inception).is_file()):
+            raise UserError(f"--inception {args.inception}: is no file, and --metrics {name} needs inception-2015-12-05.pt", 2)
+    of_teacher = {"fid", "patch_fid"} & set(args.metrics)
+    if of_teacher and not Path(args.reference).is_file() and images.prompts is not None and reference.prompts is not None:
+        if set(images.prompts) != set(reference.prompts):
+            other = sorted(set(images.prompts) ^ set(reference.prompts))[0]
+            problem = f"{images.name} and {reference.name} are of different prompts, one is {other[:60]!r}"
+            raise UserError(f"--metrics {min(of_teacher)}: {problem}; draw both with one prompts file", 2)
+    if "patch_fid" in args.metrics:
+        for pictures in (images, reference):
+            for file in pictures.files:
+                with Image.open(file) as picture:
+                    if min(picture.size) < metric_tools.PATCH:
+                        size = f"{picture.width} x {picture.height}, smaller than a patch of {metric_tools.PATCH}"
+                        raise UserError(f"--metrics patch_fid: {file} is {size}; leave it out", 2)
+    try:
+        args.device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: not available here; give cpu, or a device that torch sees", 2) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def features_of(args, pictures: Pictures, network: Network) -> torch.Tensor:
+    """What a network says of pictures, (N, D) float32 on the CPU; a chunk of them is kept as soon as it is there.
+
+    A chunk's file is named after its pictures' names, sizes and times and after the network: what has changed is looked at anew.
+    """
+    found = []
+    with tqdm(total=len(pictures.files), desc=f"{network.name.split('-')[0]} {pictures.name}", unit="picture") as progress:
+        for start in range(0, len(pictures.files), CHUNK):
+            files = pictures.files[start : start + CHUNK]
+            times = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+            digest = hashlib.sha256(json.dumps([network.name, times]).encode()).hexdigest()[:24]
+            kept = pictures.cache / f"{network.name}-{digest}.safetensors"
+            if kept.exists():
+                found.append(load_file(kept)["features"])
+                progress.update(len(files))
+                continue
+            how = {"batch_size": args.batch_size, "num_workers": args.dataloader_num_workers, "collate_fn": list}
+            chunk = []
+            for batch in DataLoader(Prepared(files, network.prepare), **how):
+                broken = next((each for each in batch if isinstance(each, str)), None)
+                if broken:
+                    raise UserError(f"{broken}; draw or copy it again", 2)
+                for _, same in itertools.groupby(batch, lambda pixels: pixels.shape):
+                    chunk.append(network.look(torch.stack(list(same)).to(args.device)).float().cpu())
+                progress.update(len(batch))
+            found.append(torch.cat(chunk))
+            keep(kept, found[-1])
+    return torch.cat(found)
+
+
+class Prepared(torch.utils.data.Dataset):
+    """The pictures of some files as a network wants them; of one that cannot be read, why."""
+
+    def __init__(self, files: list[Path], prepare: Callable):
+        self.files, self.prepare = files, prepare
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor | str:
+        picture, why = read_picture(str(self.files[index]))
+        return f"{self.files[index]}: cannot be read ({why})" if picture is None else self.prepare(picture)
+
+
+def keep(path: Path, features: torch.Tensor) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_aside(path, lambda temporary: save_file({"features": features.contiguous()}, temporary))
+    except OSError as error:
+        logger.warning("%s: features are not kept (%s)", path.parent, error.strerror)
+
+
+@torch.no_grad()
+def embeddings_of(args, prompts: list[str], network: Network) -> torch.Tensor:
+    """Of each prompt, (N, D) float32 on the CPU; prompts that are there several times are read once."""
+    different = list(dict.fromkeys(prompts))
+    batches = [different[i : i + args.batch_size] for i in range(0, len(different), args.batch_size)]
+    table = torch.cat([network.read(batch).float().cpu() for batch in tqdm(batches, "prompts", unit="batch")])
+    row = {prompt: i for i, prompt in enumerate(different)}
+    return table[[row[prompt] for prompt in prompts]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+def measure(args, name: str, network: Network, images: Pictures, reference: Optional[Pictures]) -> dict[str, Any]:
+    """One metric: value, standard error over prompts (None: not asked for), n."""
+    own, groups = features_of(args, images, network), images.groups
+    result: dict[str, Any] = {"n": len(own), "network": network.name, "standard_error": None}
+    if name in ("fid", "patch_fid", "fd"):
+        theirs = features_of(args, reference, network)
+        if min(len(own), len(theirs)) < max(metric_tools.FEW, own.shape[1]):
+            few = f"of {len(own)} and {len(theirs)} pictures, in {own.shape[1]} dimensions"
+            logger.warning("%s: %s: a Frechet distance is not defined well below %d", name, few, metric_tools.FEW)
+        result["value"] = metric_tools.frechet_distance(own, theirs)
+        if args.bootstrap:
+            error = metric_tools.bootstrap(metric_tools.frechet_distance, own, theirs, groups, args.bootstrap)
+            result["standard_error"] = error
+    elif name == "diversity":
+        spread = metric_tools.diversity(own, groups)
+        if not len(spread):
+            raise UserError("--metrics diversity: no prompt has two pictures; draw several of each", 2)
+        result["value"], result["standard_error"] = spread.mean().item(), (spread.std() / len(spread) ** 0.5).item()
+        if reference is not None:
+            theirs = metric_tools.diversity(features_of(args, reference, network), reference.groups)
+            if len(theirs):
+                result["share_of_reference"] = result["value"] / theirs.mean().item()
+    else:
+        prefix = args.clip_prefix if name == "clip" else ""
+        texts = embeddings_of(args, [prefix + prompt for prompt in images.prompts], network)
+        scores = metric_tools.cosine(own, texts)
+        if name == "pickscore":
+            scores = metric_tools.scaled_cosine(own, texts, network.logit_scale)
+        result["value"], result["standard_error"] = scores.double().mean().item(), metric_tools.standard_error(scores, groups)
+    if result["standard_error"] is not None and math.isnan(result["standard_error"]):
+        result["standard_error"] = None  # a single prompt
+    return result
+
+
+def table_of(images: str, found: dict[str, dict]) -> tuple[str, str]:
+    """(head, row) of a Markdown table of all metrics, in the paper's order; empty where one was not asked for."""
+    names = [column for column, *_ in METRICS.values()]
+    cells = []
+    for name in METRICS:
+        result = found.get(name)
+        error = result and result["standard_error"]
+        cells.append("" if result is None else f"{result['value']:.4g}" + (f" ± {error:.2g}" if error else ""))
+    n = max(result["n"] for result in found.values())
+    head = "| | n | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2)
+    return head, f"| {re.sub(r'[|]', '/', images)} | {n} | " + " | ".join(cells) + " |"
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    images = find_pictures("--images", args.images, args.prompts_file)
+    reference = find_pictures("--reference", args.reference) if args.reference else None
+    check(args, images, reference)
+    found: dict[str, dict] = {}
+    networks: dict[tuple, Network] = {}
+    for name in args.metrics:
+        flag = METRICS[name][2]
+        key = (flag, name == "patch_fid")
+        if key not in networks:
+            networks.clear()  # one at a time
+            loaders = {"inception": partial(judge_tools.load_inception, patch=key[1]), "feature_model": judge_tools.load_vision}
+            networks[key] = loaders.get(flag, partial(judge_tools.load_clip, flag=flag))(args)
+        found[name] = measure(args, name, networks[key], images, reference)
+        logger.info("%s %.6g", name, found[name]["value"])
+    report = {"images": args.images, "reference": args.reference, "metrics": found}
+    text = json.dumps(report, indent=1) + "\n"
+    write_aside(Path(args.output), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    head, row = table_of(args.images, found)
+    print(f"{head}\n{row}")
+    if args.append_to:
+        table = Path(args.append_to)
+        before = table.read_text(encoding="utf-8").rstrip("\n") if table.exists() else head
+        write_aside(table, lambda temporary: temporary.write_text(f"{before}\n{row}\n", encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_script(main)

@@ -1,0 +1,86 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""The networks that look at pictures for evaluate.py, and how each wants them: transformers' own, and Inception as TorchScript."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable, Optional
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+
+from senseflow_args import DTYPES
+from senseflow_hub import fingerprint, from_hub, loading_model
+from senseflow_metrics import centre_patch
+
+
+@dataclass
+class Network:
+    """What looks at pictures.
+
+    Attributes:
+        name: of the files of its features; says everything that these depend on.
+        prepare: a picture -> a tensor.
+        look: a batch of these, on the device -> features (B, D).
+        read: prompts -> embeddings (B, D), where it reads.
+        logit_scale: of a CLIPModel.
+    """
+
+    name: str
+    prepare: Callable[[Image.Image], torch.Tensor]
+    look: Callable[[torch.Tensor], torch.Tensor]
+    read: Optional[Callable[[list[str]], torch.Tensor]] = None
+    logit_scale: float = 0.0
+
+
+def load_inception(args, patch: bool) -> Network:
+    """The network of FID as StyleGAN publishes it: uint8 pictures of any size -> 2,048 numbers."""
+    with loading_model("--inception", args.inception):
+        network = torch.jit.load(args.inception, map_location=args.device).eval()
+    digest = hashlib.sha256(Path(args.inception).read_bytes()).hexdigest()[:16]
+    crop = centre_patch if patch else (lambda picture: picture)
+    look = partial(network, return_features=True)
+    return Network(f"inception{'-patch' if patch else ''}-{digest}", lambda picture: _bytes_of(crop(picture)), look)
+
+
+def _bytes_of(picture: Image.Image) -> torch.Tensor:
+    """(3, H, W) uint8."""
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3).permute(2, 0, 1)
+
+
+def load_vision(args) -> Network:
+    """The pooled output of a vision model of transformers; of DINOv2 the CLS token after the last norm."""
+    path, dtype = args.feature_model, DTYPES[args.dtype]
+    with loading_model("--feature_model", path):
+        model = from_hub(AutoModel.from_pretrained, path, dtype=dtype).eval().to(args.device)
+        processor = from_hub(AutoImageProcessor.from_pretrained, path)
+
+    def look(pixels: torch.Tensor) -> torch.Tensor:
+        return model(pixel_values=pixels.to(dtype)).pooler_output
+
+    return Network(f"vision-{fingerprint(model)}-{args.dtype}", partial(_processed, processor), look)
+
+
+def load_clip(args, flag: str) -> Network:
+    """A CLIPModel of transformers with its own processing of pictures and texts."""
+    path, dtype = getattr(args, flag), DTYPES[args.dtype]
+    with loading_model(f"--{flag}", path):
+        model = from_hub(CLIPModel.from_pretrained, path, dtype=dtype).eval().to(args.device)
+        processor, tokenizer = (from_hub(kind.from_pretrained, path) for kind in (AutoImageProcessor, AutoTokenizer))
+    length = model.config.text_config.max_position_embeddings
+
+    def look(pixels: torch.Tensor) -> torch.Tensor:
+        return model.visual_projection(model.vision_model(pixel_values=pixels.to(dtype)).pooler_output)
+
+    def read(prompts: list[str]) -> torch.Tensor:
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(args.device)
+        return model.text_projection(model.text_model(**tokens).pooler_output)
+
+    name = f"clip-{fingerprint(model)}-{args.dtype}"
+    return Network(name, partial(_processed, processor), look, read, model.logit_scale.item())
+
+
+def _processed(processor, picture: Image.Image) -> torch.Tensor:
+    return processor(images=picture, return_tensors="pt").pixel_values[0]
