@@ -42,11 +42,18 @@ METRICS = {
     "fid": ("FID-T", True, "inception"),
     "patch_fid": ("Patch FID-T", True, "inception"),
     "clip": ("CLIP", False, "clip_model"),
+    "hpsv2": ("HPSv2", False, "hpsv2"),
     "pickscore": ("Pick", False, "pickscore_model"),
+    "imagereward": ("ImageReward", False, "imagereward"),
     "fd": ("FD", True, "feature_model"),
     "diversity": ("diversity", False, "feature_model"),
 }
-OF_PROMPTS = ("clip", "pickscore")
+OF_PROMPTS = ("clip", "hpsv2", "pickscore", "imagereward")
+FILES = {  # of networks that no Hub id names: {flag: what it is}
+    "inception": "inception-2015-12-05.pt, a TorchScript file",
+    "hpsv2": "HPS_v2.1_compressed.pt of xswu/HPSv2",
+    "imagereward": "ImageReward.pt of zai-org/ImageReward",
+}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CHUNK = 256  # pictures whose features are one file
 
@@ -61,7 +68,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     group.add_argument("--prompts_file", help="of --images: one prompt a line; default: metadata.jsonl, as infer.py writes it")
     group = parser.add_argument_group("metrics")
     group.add_argument("--metrics", nargs="+", choices=METRICS, default=["clip", "diversity"])
-    group.add_argument("--inception", help="of fid: the TorchScript file inception-2015-12-05.pt")
+    for flag, what in FILES.items():
+        group.add_argument(f"--{flag}", metavar="FILE", help=what)
+    group.add_argument("--imagereward_tokenizer", default="google-bert/bert-base-uncased", help="of imagereward")
     group.add_argument("--clip_model", default="laion/CLIP-ViT-g-14-laion2B-s12B-b42K", help="of clip: a CLIPModel")
     group.add_argument("--clip_prefix", default="", help='before each prompt; DMD2\'s evaluator has "A photo depicts "')
     group.add_argument("--pickscore_model", default="yuvalkirstain/PickScore_v1", help="of pickscore: a CLIPModel")
@@ -191,8 +200,8 @@ def check(args, images: Pictures, reference: Optional[Pictures]) -> None:
             raise UserError(f"--metrics {name}: compares with other pictures; give --reference", 2)
         if name in OF_PROMPTS and images.prompts is None:
             raise UserError(f"--metrics {name}: no prompt is known of {images.name}; give --prompts_file", 2)
-        if flag == "inception" and not (args.inception and Path(args.inception).is_file()):
-            raise UserError(f"--inception {args.inception}: is no file, and --metrics {name} needs inception-2015-12-05.pt", 2)
+        if flag in FILES and not Path(getattr(args, flag) or "").is_file():
+            raise UserError(f"--{flag} {getattr(args, flag)}: is no file, and --metrics {name} needs {FILES[flag]}", 2)
     of_teacher = {"fid", "patch_fid"} & set(args.metrics)
     if of_teacher and not Path(args.reference).is_file() and images.prompts is not None and reference.prompts is not None:
         if set(images.prompts) != set(reference.prompts):
@@ -226,7 +235,8 @@ def features_of(args, pictures: Pictures, network: Network) -> torch.Tensor:
         for start in range(0, len(pictures.files), CHUNK):
             files = pictures.files[start : start + CHUNK]
             times = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-            digest = hashlib.sha256(json.dumps([network.name, times]).encode()).hexdigest()[:24]
+            prompts = pictures.prompts[start : start + CHUNK] if network.reads_while_looking else None
+            digest = hashlib.sha256(json.dumps([network.name, times, prompts]).encode()).hexdigest()[:24]
             kept = pictures.cache / f"{network.name}-{digest}.safetensors"
             if kept.exists():
                 found.append(load_file(kept)["features"])
@@ -239,7 +249,9 @@ def features_of(args, pictures: Pictures, network: Network) -> torch.Tensor:
                 if broken:
                     raise UserError(f"{broken}; draw or copy it again", 2)
                 for _, same in itertools.groupby(batch, lambda pixels: pixels.shape):
-                    chunk.append(network.look(torch.stack(list(same)).to(args.device)).float().cpu())
+                    pixels, done = torch.stack(list(same)).to(args.device), sum(map(len, chunk))
+                    read = [prompts[done : done + len(pixels)]] if prompts else []
+                    chunk.append(network.look(pixels, *read).float().cpu())
                 progress.update(len(batch))
             found.append(torch.cat(chunk))
             keep(kept, found[-1])
@@ -303,6 +315,8 @@ def measure(args, name: str, network: Network, images: Pictures, reference: Opti
             theirs = metric_tools.diversity(features_of(args, reference, network), reference.groups)
             if len(theirs):
                 result["share_of_reference"] = result["value"] / theirs.mean().item()
+    elif name == "imagereward":
+        result["value"], result["standard_error"] = own.double().mean().item(), metric_tools.standard_error(own[:, 0], groups)
     else:
         prefix = args.clip_prefix if name == "clip" else ""
         texts = embeddings_of(args, [prefix + prompt for prompt in images.prompts], network)
@@ -341,6 +355,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if key not in networks:
             networks.clear()  # one at a time
             loaders = {"inception": partial(judge_tools.load_inception, patch=key[1]), "feature_model": judge_tools.load_vision}
+            loaders |= {"hpsv2": judge_tools.load_hpsv2, "imagereward": judge_tools.load_imagereward}
             networks[key] = loaders.get(flag, partial(judge_tools.load_clip, flag=flag))(args)
         found[name] = measure(args, name, networks[key], images, reference)
         logger.info("%s %.6g", name, found[name]["value"])

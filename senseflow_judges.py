@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""The networks that look at pictures for evaluate.py, and how each wants them: transformers' own, and Inception as TorchScript."""
+"""The networks that look at pictures for evaluate.py, and how each wants pictures and prompts."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,9 +11,13 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
+import senseflow_layouts as layout_tools
 from senseflow_args import DTYPES
 from senseflow_hub import fingerprint, from_hub, loading_model
 from senseflow_metrics import centre_patch
+
+
+TOKENS_OF_IMAGEREWARD = 35
 
 
 @dataclass
@@ -21,18 +25,19 @@ class Network:
     """What looks at pictures.
 
     Attributes:
-        name: of the files of its features; says everything that these depend on.
+        name: of the files of its features; says everything that these depend on besides pictures and prompts.
         prepare: a picture -> a tensor.
-        look: a batch of these, on the device -> features (B, D).
-        read: prompts -> embeddings (B, D), where it reads.
+        look: a batch of these, on the device -> features (B, D); where `reads_while_looking`, of these and their prompts.
+        read: prompts -> embeddings (B, D), where it reads them by themselves.
         logit_scale: of a CLIPModel.
     """
 
     name: str
     prepare: Callable[[Image.Image], torch.Tensor]
-    look: Callable[[torch.Tensor], torch.Tensor]
+    look: Callable[..., torch.Tensor]
     read: Optional[Callable[[list[str]], torch.Tensor]] = None
     logit_scale: float = 0.0
+    reads_while_looking: bool = False
 
 
 def load_inception(args, patch: bool) -> Network:
@@ -65,10 +70,26 @@ def load_vision(args) -> Network:
 
 def load_clip(args, flag: str) -> Network:
     """A CLIPModel of transformers with its own processing of pictures and texts."""
-    path, dtype = getattr(args, flag), DTYPES[args.dtype]
+    path = getattr(args, flag)
     with loading_model(f"--{flag}", path):
-        model = from_hub(CLIPModel.from_pretrained, path, dtype=dtype).eval().to(args.device)
-        processor, tokenizer = (from_hub(kind.from_pretrained, path) for kind in (AutoImageProcessor, AutoTokenizer))
+        model = from_hub(CLIPModel.from_pretrained, path)
+        processor = from_hub(AutoImageProcessor.from_pretrained, path)
+    return _clip(args, model, partial(_processed, processor), f"--{flag}", path)
+
+
+def load_hpsv2(args) -> Network:
+    """HPS v2.1; its tokenizer is that of every CLIP."""
+    model = layout_tools.load_hpsv2(Path(args.hpsv2))
+    prepare = partial(layout_tools.hpsv2_pixels, model.config.vision_config.image_size)
+    return _clip(args, model, prepare, "--clip_model", args.clip_model)
+
+
+def _clip(args, model: CLIPModel, prepare: Callable, flag: str, path: str) -> Network:
+    """Args: path: of the tokenizer, which `flag` has named."""
+    dtype, name = DTYPES[args.dtype], f"clip-{fingerprint(model)}-{args.dtype}"
+    model = model.eval().to(args.device, dtype)
+    with loading_model(flag, path):
+        tokenizer = from_hub(AutoTokenizer.from_pretrained, path)
     length = model.config.text_config.max_position_embeddings
 
     def look(pixels: torch.Tensor) -> torch.Tensor:
@@ -78,8 +99,23 @@ def load_clip(args, flag: str) -> Network:
         tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(args.device)
         return model.text_projection(model.text_model(**tokens).pooler_output)
 
-    name = f"clip-{fingerprint(model)}-{args.dtype}"
-    return Network(name, partial(_processed, processor), look, read, model.logit_scale.item())
+    return Network(name, prepare, look, read, model.logit_scale.item())
+
+
+def load_imagereward(args) -> Network:
+    """ImageReward, whose features are its scores (B, 1)."""
+    model, dtype = layout_tools.load_imagereward(Path(args.imagereward)), DTYPES[args.dtype]
+    name, model = f"imagereward-{fingerprint(model)}-{args.dtype}", model.to(args.device, dtype)
+    with loading_model("--imagereward_tokenizer", args.imagereward_tokenizer):
+        tokenizer = from_hub(AutoTokenizer.from_pretrained, args.imagereward_tokenizer)
+    how = {"padding": "max_length", "truncation": True, "max_length": TOKENS_OF_IMAGEREWARD, "return_tensors": "pt"}
+
+    def look(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        tokens = tokenizer(prompts, **how).to(args.device)
+        return model(pixels.to(dtype), tokens.input_ids, tokens.attention_mask)[:, None]
+
+    prepare = partial(layout_tools.imagereward_pixels, model.vision.config.image_size)
+    return Network(name, prepare, look, reads_while_looking=True)
 
 
 def _processed(processor, picture: Image.Image) -> torch.Tensor:

@@ -4,15 +4,18 @@ import json
 import logging
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_layouts import hpsv2_shapes, imagereward_shapes, weights
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Model
 
 import evaluate
 import senseflow_judges as judge_tools
+import senseflow_layouts as layout_tools
 from scripts import refused
 from senseflow_args import UserError
 from senseflow_metrics import bootstrap, centre_patch, cosine, diversity, frechet_distance, scaled_cosine, standard_error
@@ -110,7 +113,10 @@ def judges(tmp_path_factory, vision):
     model.save_pretrained(path / "clip")
     tokenizer.save_pretrained(path / "clip")
     Dinov2Model.from_pretrained(vision / "dinov2").save_pretrained(path / "dinov2")
+    torch.save(weights(hpsv2_shapes(len(tokenizer))), path / "hps.pt")
+    torch.save(weights(imagereward_shapes(len(tokenizer))), path / "imagereward.pt")
     flags = ["--inception", path / "inception.pt", "--clip_model", path / "clip", "--pickscore_model", path / "clip"]
+    flags += ["--hpsv2", path / "hps.pt", "--imagereward", path / "imagereward.pt", "--imagereward_tokenizer", path / "clip"]
     return [str(word) for word in (*flags, "--feature_model", path / "dinov2", "--device", "cpu")]
 
 
@@ -130,8 +136,8 @@ def test_all_metrics_and_the_table(folders, judges, tmp_path, caplog):
     assert "fid: of 6 and 6 pictures, in 48 dimensions" in caplog.text
     run(folders, judges, tmp_path, "--metrics", "clip", "--append_to", table)
     lines = table.read_text().splitlines()
-    assert len(lines) == 4 and lines[0] == "| | n | FID-T | Patch FID-T | CLIP | Pick | FD | diversity |"
-    assert all(line.count("|") == 9 for line in lines) and f"{found['fid']['value']:.4g} ± " in lines[2]
+    assert len(lines) == 4 and lines[0] == "| | n | FID-T | Patch FID-T | CLIP | HPSv2 | Pick | ImageReward | FD | diversity |"
+    assert all(line.count("|") == 11 for line in lines) and f"{found['fid']['value']:.4g} ± " in lines[2]
 
     pictures = [[Image.open(folder / f"{i:04d}.png") for i in range(6)] for folder in folders]
     look = Inception()
@@ -151,6 +157,19 @@ def test_all_metrics_and_the_table(folders, judges, tmp_path, caplog):
         wanted = logits.mean() / (model.logit_scale.exp() if name == "clip" else 1)
         assert found[name]["value"] == pytest.approx(wanted.item(), rel=1e-4)
         assert found[name]["n"] == 6 and found[name]["standard_error"] > 0
+    files = [Path(judges[judges.index(flag) + 1]) for flag in ("--hpsv2", "--imagereward")]
+    score, reward = layout_tools.load_hpsv2(files[0]), layout_tools.load_imagereward(files[1])
+    shown = torch.stack([layout_tools.hpsv2_pixels(28, picture) for picture in pictures[0]])
+    texts = tokenizer(PROMPTS, padding=True, truncation=True, max_length=8, return_tensors="pt")
+    with torch.no_grad():
+        said = score(pixel_values=shown, **texts)
+    wanted = (said.image_embeds * said.text_embeds).sum(1).mean().item()
+    assert found["hpsv2"]["value"] == pytest.approx(wanted, rel=1e-4)
+    shown = torch.stack([layout_tools.imagereward_pixels(32, picture) for picture in pictures[0]])
+    texts = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    with torch.no_grad():
+        scores = reward(shown, texts.input_ids, texts.attention_mask)
+    assert found["imagereward"]["value"] == pytest.approx(scores.mean().item(), rel=1e-4) and scores.std() > 1e-4
     dino = Dinov2Model.from_pretrained(judges[judges.index("--feature_model") + 1]).eval()
     with torch.no_grad():
         features = [dino(**process(images=own, return_tensors="pt")).last_hidden_state[:, 0] for own in pictures]
@@ -218,6 +237,7 @@ REFUSED = {
         ["--metrics", "fid", "--reference", "{root}/student", "--inception", "none.pt"],
         "--inception none.pt: is no file",
     ),
+    "hpsv2": (["--metrics", "hpsv2", "--hpsv2", "none"], "--hpsv2 none: is no file, and --metrics hpsv2 needs HPS_v2.1_compr"),
     "device": (["--device", "nowhere"], "--device nowhere: not available here"),
     "captions": (["--reference", "{root}/cut/metadata.jsonl", "--metrics", "fd"], "no pictures and captions can be read"),
 }
@@ -235,7 +255,7 @@ def test_bad_input_is_one_line_before_a_network_loads(case, judges, tmp_path, ca
     (tmp_path / "bare/metadata.jsonl").unlink()
     lines = (tmp_path / "cut/metadata.jsonl").read_text().splitlines()
     (tmp_path / "cut/metadata.jsonl").write_text(lines[0] + "\n" + lines[1][:9])
-    for name in ("load_inception", "load_vision", "load_clip"):
+    for name in ("load_inception", "load_vision", "load_clip", "load_hpsv2", "load_imagereward"):
         monkeypatch.setattr(judge_tools, name, lambda *args, **kwargs: pytest.fail("a network was loaded before the check"))
     flags, needle = REFUSED[case]
     arguments = ["--images", str(tmp_path / "student"), *judges, *(flag.format(root=tmp_path) for flag in flags)]
