@@ -10,6 +10,7 @@ its pictures is kept in a folder .features there, so that another metric or refe
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import senseflow_curves as curve_tools
 import senseflow_judges as judge_tools
 import senseflow_metrics as metric_tools
 from infer import number, short_dtype, write_aside
@@ -61,7 +63,9 @@ CHUNK = 256  # pictures whose features are one file
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
     group = parser.add_argument_group("pictures")
-    group.add_argument("--images", required=True, help="a folder of pictures, or a JSON of pictures and captions as for training")
+    what = group.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images", help="a folder of pictures, or a JSON of pictures and captions as for training")
+    what.add_argument("--checkpoints", metavar="DIR", help="the output of a training run, whose checkpoints draw --prompts_file")
     group.add_argument(
         "--reference", help="the same, of what to compare with: the teacher's pictures of the same prompts, or real ones"
     )
@@ -90,6 +94,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     group.add_argument("--append_to", help="a Markdown table that gets a row, and its head where it is new")
     args = parser.parse_args(argv)
     args.metrics = [name for name in METRICS if name in args.metrics]
+    try:
+        args.device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: not available here; give cpu, or a device that torch sees", 2) from error
     return args
 
 
@@ -215,10 +223,6 @@ def check(args, images: Pictures, reference: Optional[Pictures]) -> None:
                     if min(picture.size) < metric_tools.PATCH:
                         size = f"{picture.width} x {picture.height}, smaller than a patch of {metric_tools.PATCH}"
                         raise UserError(f"--metrics patch_fid: {file} is {size}; leave it out", 2)
-    try:
-        args.device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: not available here; give cpu, or a device that torch sees", 2) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,11 +346,8 @@ def table_of(images: str, found: dict[str, dict]) -> tuple[str, str]:
     return head, f"| {re.sub(r'[|]', '/', images)} | {n} | " + " | ".join(cells) + " |"
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    args = parse_args(argv)
-    images = find_pictures("--images", args.images, args.prompts_file)
-    reference = find_pictures("--reference", args.reference) if args.reference else None
-    check(args, images, reference)
+def evaluate(args, images: Pictures, reference: Optional[Pictures]) -> dict[str, dict]:
+    """All metrics asked for: {metric: result}."""
     found: dict[str, dict] = {}
     networks: dict[tuple, Network] = {}
     for name in args.metrics:
@@ -359,15 +360,56 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             networks[key] = loaders.get(flag, partial(judge_tools.load_clip, flag=flag))(args)
         found[name] = measure(args, name, networks[key], images, reference)
         logger.info("%s %.6g", name, found[name]["value"])
-    report = {"images": args.images, "reference": args.reference, "metrics": found}
-    text = json.dumps(report, indent=1) + "\n"
-    write_aside(Path(args.output), lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    head, row = table_of(args.images, found)
-    print(f"{head}\n{row}")
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    write_aside(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def evaluate_checkpoints(args, reference: Optional[Pictures]) -> tuple[dict, list[str]]:
+    """({checkpoint-N: {metric: result}}, their rows); all that is made lies in the run's folder evaluation/."""
+    if args.prompts_file is None:
+        raise UserError(f"--checkpoints {args.checkpoints}: give --prompts_file, what the checkpoints draw", 2)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--checkpoints {args.checkpoints}: needs matplotlib for the curves; pip install matplotlib", 2)
+    checkpoints, place, found, rows = (
+        curve_tools.find_checkpoints(Path(args.checkpoints)),
+        Path(args.checkpoints, "evaluation"),
+        {},
+        [],
+    )
+    for iteration, folder in checkpoints.items():
+        curve_tools.draw(folder, args.prompts_file, place / folder.name, args.batch_size, args.device)
+        images = find_pictures("--checkpoints", str(place / folder.name))
+        check(args, images, reference)
+        found[iteration] = evaluate(args, images, reference)
+        rows.append(table_of(folder.name, found[iteration])[1])
+    columns = {name: column for name, (column, *_) in METRICS.items()}
+    write_aside(place / "curves.png", lambda temporary: curve_tools.plot(temporary, columns, found))
+    return {f"checkpoint-{iteration}": result for iteration, result in found.items()}, rows
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    reference = find_pictures("--reference", args.reference) if args.reference else None
+    report: dict[str, Any] = {"reference": args.reference}
+    if args.checkpoints:
+        report["checkpoints"], rows = evaluate_checkpoints(args, reference)
+        head = table_of("", next(iter(report["checkpoints"].values())))[0]
+    else:
+        images = find_pictures("--images", args.images, args.prompts_file)
+        check(args, images, reference)
+        found = evaluate(args, images, reference)
+        report |= {"images": args.images, "metrics": found}
+        head, row = table_of(args.images, found)
+        rows = [row]
+    write(Path(args.output), json.dumps(report, indent=1) + "\n")
+    print("\n".join([head, *rows]))
     if args.append_to:
         table = Path(args.append_to)
         before = table.read_text(encoding="utf-8").rstrip("\n") if table.exists() else head
-        write_aside(table, lambda temporary: temporary.write_text(f"{before}\n{row}\n", encoding="utf-8"))
+        write(table, "\n".join([before, *rows]) + "\n")
 
 
 if __name__ == "__main__":

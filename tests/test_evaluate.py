@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Mod
 import evaluate
 import senseflow_judges as judge_tools
 import senseflow_layouts as layout_tools
+import train_senseflow_flux as script
 from scripts import refused
 from senseflow_args import UserError
 from senseflow_metrics import bootstrap, centre_patch, cosine, diversity, frechet_distance, scaled_cosine, standard_error
@@ -239,6 +240,10 @@ REFUSED = {
     ),
     "hpsv2": (["--metrics", "hpsv2", "--hpsv2", "none"], "--hpsv2 none: is no file, and --metrics hpsv2 needs HPS_v2.1_compr"),
     "device": (["--device", "nowhere"], "--device nowhere: not available here"),
+    "no checkpoints": (
+        ["--checkpoints", "{root}/empty", "--prompts_file", "x"],
+        "--checkpoints {root}/empty: holds no checkpoint-N",
+    ),
     "captions": (["--reference", "{root}/cut/metadata.jsonl", "--metrics", "fd"], "no pictures and captions can be read"),
 }
 
@@ -258,7 +263,8 @@ def test_bad_input_is_one_line_before_a_network_loads(case, judges, tmp_path, ca
     for name in ("load_inception", "load_vision", "load_clip", "load_hpsv2", "load_imagereward"):
         monkeypatch.setattr(judge_tools, name, lambda *args, **kwargs: pytest.fail("a network was loaded before the check"))
     flags, needle = REFUSED[case]
-    arguments = ["--images", str(tmp_path / "student"), *judges, *(flag.format(root=tmp_path) for flag in flags)]
+    given = [] if "--checkpoints" in flags else ["--images", str(tmp_path / "student")]
+    arguments = [*given, *judges, *(flag.format(root=tmp_path) for flag in flags)]
     refused(evaluate, arguments, 2, needle.format(root=tmp_path), capsys)
 
 
@@ -268,3 +274,42 @@ def test_a_picture_that_breaks_off_is_named(folders, judges, tmp_path):
     with pytest.raises(UserError, match=rf"{file}: cannot be read \(image file is truncated\)") as caught:
         run(folders, judges, tmp_path, "--metrics", "fid")
     assert caught.value.exit_code == 2
+
+
+def test_every_checkpoint_of_a_run(teacher, data, judges, tmp_path):
+    """Drawn, measured, and drawn as curves; a second time nothing is drawn or looked at again."""
+    run = tmp_path / "run"
+    arguments = [
+        "--pretrained_model_name_or_path",
+        str(teacher),
+        "--resolution",
+        "64",
+        "--gan_weight",
+        "0",
+        "--max_train_steps",
+        "2",
+    ]
+    arguments += ["--checkpointing_steps", "1", "--dataset_json", str(data), "--report_to", "none", "--max_sequence_length", "16"]
+    script.main([*arguments, "--output_dir", str(run)])
+    (tmp_path / "prompts.txt").write_text("a red circle\na red circle\na cat\n")
+    command = [
+        "--checkpoints",
+        str(run),
+        "--prompts_file",
+        str(tmp_path / "prompts.txt"),
+        "--metrics",
+        "clip",
+        "diversity",
+        *judges,
+    ]
+    command += ["--output", str(tmp_path / "report.json"), "--append_to", str(tmp_path / "table.md")]
+    evaluate.main(command)
+    report = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
+    assert list(report) == ["checkpoint-1", "checkpoint-2"] and report["checkpoint-1"] != report["checkpoint-2"]
+    rows = (tmp_path / "table.md").read_text().splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == list(report)
+    assert Image.open(run / "evaluation" / "curves.png").size[0] > 500
+    drawn = run / "evaluation" / "checkpoint-2" / "0000.png"
+    before = drawn.stat().st_mtime_ns
+    evaluate.main(command)
+    assert json.loads((tmp_path / "report.json").read_text())["checkpoints"] == report and drawn.stat().st_mtime_ns == before

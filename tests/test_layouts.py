@@ -1,6 +1,6 @@
 """Files in the layouts of HPS v2.1 and ImageReward: what their own code says of such networks, and what is refused.
 
-The numbers are those of `python benchmarks/judges.py original DIR --tiny --layers 2`, where open_clip and ImageReward are installed.
+The numbers are what `python benchmarks/judges.py original DIR --tiny --layers 2` says, where open_clip and ImageReward are.
 """
 
 import sys
