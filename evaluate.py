@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
@@ -34,6 +33,7 @@ import senseflow_metrics as metric_tools
 from infer import number, short_dtype, write_aside
 from senseflow_args import DTYPES, Parser, UserError, run_script
 from senseflow_judges import Network
+from senseflow_picture_sets import Pictures, find_pictures
 from senseflow_pictures import read_picture
 
 
@@ -56,7 +56,6 @@ FILES = {  # of networks that no Hub id names: {flag: what it is}
     "hpsv2": "HPS_v2.1_compressed.pt of xswu/HPSv2",
     "imagereward": "ImageReward.pt of zai-org/ImageReward",
 }
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CHUNK = 256  # pictures whose features are one file
 
 
@@ -102,104 +101,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is measured
+# Before networks load
 # ---------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Pictures:
-    """The pictures of a folder or a JSON, in order.
-
-    Attributes:
-        name: as it was given.
-        files: their paths.
-        prompts: theirs; None where nothing says them.
-        cache: where what networks say of them is kept.
-    """
-
-    name: str
-    files: list[Path]
-    prompts: Optional[list[str]]
-    cache: Path
-
-    @property
-    def groups(self) -> list[int]:
-        """Of each picture the number of its prompt; pictures without prompts are each by themselves."""
-        if self.prompts is None:
-            return list(range(len(self.files)))
-        first: dict[str, int] = {}
-        return [first.setdefault(prompt, len(first)) for prompt in self.prompts]
-
-
-def find_pictures(flag: str, path: str, prompts_file: Optional[str] = None) -> Pictures:
-    """UserError (2): nothing there, no pictures, pictures that cannot be opened, or prompts missing for some."""
-    place = Path(path)
-    if place.is_file():
-        return _of_json(flag, place)
-    if not place.is_dir():
-        raise UserError(f"{flag} {path}: is no folder; give one of pictures, or a JSON of pictures and captions", 2)
-    files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.name != "grid.png")
-    if not files:
-        raise UserError(f"{flag} {path}: holds no picture ({', '.join(SUFFIXES)}); draw some with infer.py", 2)
-    check_pictures(flag, path, files)
-    prompts, records = None, place / "metadata.jsonl"
-    if prompts_file:
-        prompts = _numbered(prompts_file, files)
-    elif records.exists():
-        said = {}
-        for line in records.read_text(encoding="utf-8").splitlines():
-            try:
-                said |= {(record := json.loads(line))["file_name"]: record["prompt"]}
-            except (ValueError, TypeError, KeyError):
-                continue  # cut by a kill: its picture is without a prompt
-        missing = [file.name for file in files if file.name not in said]
-        if missing:
-            problem = f"metadata.jsonl has no prompt of {len(missing)} pictures, one is {missing[0]}"
-            raise UserError(f"{flag} {path}: {problem}; run infer.py again, or give --prompts_file", 2)
-        prompts = [said[file.name] for file in files]
-    return Pictures(path, files, prompts, place / ".features")
-
-
-def _of_json(flag: str, place: Path) -> Pictures:
-    try:
-        parsed = json.loads(place.read_text(encoding="utf-8-sig"))
-        files, prompts = [place.parent / name for name in parsed["image_paths"]], parsed["prompts"]
-        prompts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
-        if len(files) != len(prompts) or not files:
-            raise ValueError(f"{len(files)} image_paths, {len(prompts)} prompts")
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        wanted = 'give {"image_paths": [...], "prompts": [...]}, as for training'
-        raise UserError(f"{flag} {place}: no pictures and captions can be read ({error}); {wanted}", 2) from error
-    check_pictures(flag, str(place), files)
-    return Pictures(str(place), files, prompts, place.parent / ".features")
-
-
-def _numbered(path: str, files: list[Path]) -> list[str]:
-    """The line of each picture by the number in its name."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts_file {path}: cannot be read ({error}); give a UTF-8 text file, one prompt a line", 2) from error
-    prompts = []
-    for file in files:
-        line = int(file.stem) if file.stem.isdecimal() else -1
-        if not (0 <= line < len(lines) and lines[line].strip()):
-            raise UserError(f"--prompts_file {path}: no line is that of {file.name}; 0007.png's would be the eighth", 2)
-        prompts.append(lines[line].strip())
-    return prompts
-
-
-def check_pictures(flag: str, path: str, files: list[Path]) -> None:
-    """UserError (2) where some are no pictures; their heads are read."""
-    broken = []
-    for file in files:
-        try:
-            with Image.open(file):
-                pass
-        except Exception:  # each format has its own
-            broken.append(file.name)
-    if broken:
-        raise UserError(f"{flag} {path}: {len(broken)} pictures cannot be read, one is {broken[0]}; draw or copy them again", 2)
-
-
 def check(args, images: Pictures, reference: Optional[Pictures]) -> None:
     """UserError (2) for what would fail after networks are loaded."""
     for name in args.metrics:
@@ -373,12 +276,8 @@ def evaluate_checkpoints(args, reference: Optional[Pictures]) -> tuple[dict, lis
         raise UserError(f"--checkpoints {args.checkpoints}: give --prompts_file, what the checkpoints draw", 2)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"--checkpoints {args.checkpoints}: needs matplotlib for the curves; pip install matplotlib", 2)
-    checkpoints, place, found, rows = (
-        curve_tools.find_checkpoints(Path(args.checkpoints)),
-        Path(args.checkpoints, "evaluation"),
-        {},
-        [],
-    )
+    checkpoints = curve_tools.find_checkpoints(Path(args.checkpoints))
+    place, found, rows = Path(args.checkpoints, "evaluation"), {}, []
     for iteration, folder in checkpoints.items():
         curve_tools.draw(folder, args.prompts_file, place / folder.name, args.batch_size, args.device)
         images = find_pictures("--checkpoints", str(place / folder.name))

@@ -28,9 +28,8 @@ def draw(checkpoint: Path, prompts_file: str, pictures: Path, batch_size: int, d
     command += ["--output_dir", pictures, "--batch_size", batch_size, "--device", device]
     code = subprocess.run([str(word) for word in command]).returncode
     if code:
-        raise UserError(
-            f"--checkpoints {checkpoint.parent}: infer.py ended with {code} at {checkpoint.name}; see its message above"
-        )
+        problem = f"infer.py ended with {code} at {checkpoint.name}; see its message above"
+        raise UserError(f"--checkpoints {checkpoint.parent}: {problem}")
 
 
 def plot(path: Path, columns: dict[str, str], found: dict[int, dict[str, dict[str, Any]]]) -> None:

@@ -242,7 +242,7 @@ REFUSED = {
     "device": (["--device", "nowhere"], "--device nowhere: not available here"),
     "no checkpoints": (
         ["--checkpoints", "{root}/empty", "--prompts_file", "x"],
-        "--checkpoints {root}/empty: holds no checkpoint-N",
+        "{root}/empty: holds no checkpoint-N",
     ),
     "captions": (["--reference", "{root}/cut/metadata.jsonl", "--metrics", "fd"], "no pictures and captions can be read"),
 }
@@ -279,30 +279,25 @@ def test_a_picture_that_breaks_off_is_named(folders, judges, tmp_path):
 def test_every_checkpoint_of_a_run(teacher, data, judges, tmp_path):
     """Drawn, measured, and drawn as curves; a second time nothing is drawn or looked at again."""
     run = tmp_path / "run"
-    arguments = [
-        "--pretrained_model_name_or_path",
-        str(teacher),
-        "--resolution",
-        "64",
+    arguments = ["--pretrained_model_name_or_path", str(teacher), "--dataset_json", str(data), "--resolution", "64"]
+    arguments += [
         "--gan_weight",
         "0",
         "--max_train_steps",
         "2",
+        "--ttur_ratio",
+        "1",
+        "--learning_rate",
+        "0.1",
+        "--lr_warmup_steps",
+        "0",
     ]
-    arguments += ["--checkpointing_steps", "1", "--dataset_json", str(data), "--report_to", "none", "--max_sequence_length", "16"]
+    arguments += ["--checkpointing_steps", "1", "--report_to", "none", "--max_sequence_length", "16"]
     script.main([*arguments, "--output_dir", str(run)])
     (tmp_path / "prompts.txt").write_text("a red circle\na red circle\na cat\n")
-    command = [
-        "--checkpoints",
-        str(run),
-        "--prompts_file",
-        str(tmp_path / "prompts.txt"),
-        "--metrics",
-        "clip",
-        "diversity",
-        *judges,
-    ]
-    command += ["--output", str(tmp_path / "report.json"), "--append_to", str(tmp_path / "table.md")]
+    command = ["--checkpoints", str(run), "--prompts_file", str(tmp_path / "prompts.txt"), *judges]
+    command += ["--metrics", "clip", "diversity", "--output", str(tmp_path / "report.json")]
+    command += ["--append_to", str(tmp_path / "table.md")]
     evaluate.main(command)
     report = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
     assert list(report) == ["checkpoint-1", "checkpoint-2"] and report["checkpoint-1"] != report["checkpoint-2"]
