@@ -68,6 +68,7 @@ OF_TEACHER = f"{INFER_TESTS}::test_a_checkpoint_finds_the_{{}}_of_its_teacher"
 STEP = f"{ROLE_TESTS}::test_a_step_is_clipped_and_taken_only_where_its_gradient_is_finite"
 ENDS = f"{ROLE_TESTS}::test_what_ends_a_run_saves_and_the_run_goes_on_as_if_nothing_had_been"
 DISCRIMINATOR = "senseflow_discriminator.py"
+TOWERS = "tests/test_discriminator.py::test_towers_that_run_again_learn_the_same_and_keep_the_maps_alone"
 VISION = "tests/test_discriminator.py::test_under_bf16_weights_and_residual_stream_stay_float32"
 LORA, ONE_BASE = "senseflow_lora.py", "tests/test_lora.py::test_three_roles_are_one_base_and_two_adapters"
 QUANTIZED = "tests/test_lora.py::test_a_run_over_a_quantised_base_goes_on_where_it_was_and_draws_as_it_was_trained[flux 4bit]"
@@ -80,6 +81,9 @@ ITS_PART = "tests/test_modes.py::test_a_process_holds_its_part_of_a_network_and_
 ONE_TOWER = "tests/test_modes.py::test_under_fsdp2_a_process_gathers_one_tower_of_the_discriminator"
 OF_A_LORA = "tests/test_lora.py::test_a_teacher_with_a_lora_is_distilled_and_drawn_with"
 TRACE, FORETOLD = "senseflow_trace.py", "tests/test_dry_run.py::test_what_is_foretold_is_what_a_run_takes"
+COUNTER, EVALUATE, VALIDATION = "senseflow_counter.py", "tests/test_evaluate.py", "tests/test_validation.py"
+METRICS, LAYOUTS, LAYOUT_TESTS = "senseflow_metrics.py", "senseflow_layouts.py", "tests/test_layouts.py"
+ALL_METRICS = f"{EVALUATE}::test_all_metrics_and_the_table"
 OF_MANY = "tests/test_dry_run.py::test_a_process_of_many_without_the_others"
 RUNTIME, MODES = "senseflow_runtime.py", "tests/test_modes.py::test_two_processes_train_as_one"
 
@@ -545,8 +549,7 @@ MUTANTS = [
         "        zero.empty_partition_cache()",
         "        pass"),
     Mutant("ZeRO: masters are not restored", ROLES, f"{RESUMED}[6-zero2]",
-        "            master.copy_(state.pop(\"master\"))",
-        "            state.pop(\"master\")"),
+        '            master.copy_(part[str(index)]["master"])\n', ""),
     Mutant("ZeRO: no clipping", RUNTIME, f"{MODES}[flux-zero2]",
         '"gradient_clipping": self.args.max_grad_norm',
         '"gradient_clipping": 1e9'),
@@ -641,11 +644,11 @@ MUTANTS = [
     Mutant("adapters: the scale of the teacher's LoRA is left out", LORA, OF_A_LORA,
         "pipeline.fuse_lora(lora_scale=scale)",
         "pipeline.fuse_lora()"),
-    Mutant("dry run: what is free is counted", TRACE,
+    Mutant("dry run: what is free is counted", COUNTER,
         "tests/test_dry_run.py::test_the_counter_counts_what_torchs_allocator_gives_out",
         "self._held.pop(key)\n        self._add(-size, label)",
         "self._held.pop(key)"),
-    Mutant("dry run: gathered weights are counted when they are free", TRACE, f"{OF_MANY}[fsdp2-environment0-8]",
+    Mutant("dry run: gathered weights are counted when they are free", COUNTER, f"{OF_MANY}[fsdp2-environment0-8]",
         "self._add(-old, label)\n",
         "self._add(-min(old, size), label)\n"),
     Mutant("dry run: DDP keeps no gradients", TRACE, f"{OF_MANY}[ddp-environment1-2]",
@@ -654,6 +657,9 @@ MUTANTS = [
     Mutant("dry run: the first step of the optimisers is the last", TRACE, f"{FORETOLD}[sdxl-more2]",
         "for tensor in tensors_in(state.values()):",
         "for tensor in ():"),
+    Mutant("dry run: shapes on the meta device are counted", COUNTER, f"{FORETOLD}[flux-more0]",
+        'if tensor.device.type == "meta":',
+        "if False:"),
     Mutant("dry run: flags without use stay", "senseflow_dry_run.py",
         "tests/test_dry_run.py::test_what_does_not_fit_is_tried_with_more_until_it_does",
         "if not skips:",
@@ -661,6 +667,63 @@ MUTANTS = [
     Mutant("adapters: float16 is another base", MODELS, OVER_ITS_OWN,
         "if network.dtype == torch.float16:",
         "if False:"),
+    Mutant("quantised base: read whole before it is quantised", "senseflow_quantization.py",
+        "tests/test_weights.py::test_a_layer_at_a_time_is_read_and_quantised",
+        "            part.weight.data = part.weight.new_empty(0)\n", ""),
+    Mutant("memory: the decoder keeps its activations", VAE,
+        "tests/test_vae.py::test_a_decoder_that_computes_again_gives_the_same_gradient_in_less_memory",
+        "block.forward = partial(_recomputed, block.forward)",
+        "pass"),
+    Mutant("memory: a tower iterates again in its backward", DISCRIMINATOR, TOWERS,
+        "            norm.eval()\n",
+        "            pass\n"),
+    Mutant("memory: a tower keeps its activations", DISCRIMINATOR, TOWERS,
+        "if self.gradient_checkpointing and torch.is_grad_enabled():\n            how",
+        "if False:\n            how"),
+    Mutant("signals: the update is measured behind the step", ROLES, VALIDATION,
+        "        before = self._some_values()\n        norm = self.step()\n",
+        "        norm = self.step()\n        before = self._some_values()\n"),
+    Mutant("signals: a loss is compared with a mean that holds it", RUNTIME, VALIDATION,
+        '            numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss\n', "",
+        '            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / LAG\n',
+        '            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / LAG\n'
+        '            numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss\n'),
+    Mutant("signals: the scores' distance is that of the student", UTILS, MATH,
+        "non_finite, gradient.abs().mean()",
+        "non_finite, normaliser.mean()"),
+    Mutant("signals: diversity between prompts", "senseflow_validation.py", VALIDATION,
+        "for one, other in itertools.combinations(small, 2):",
+        "for one, other in itertools.combinations([*small, *(0 * picture for picture in small)], 2):"),
+    Mutant("metrics: biased covariance", METRICS, EVALUATE,
+        "div((len(x) - 1) ** 0.5)",
+        "div(len(x) ** 0.5)"),
+    Mutant("metrics: means are not compared", METRICS, EVALUATE,
+        "return (shift + spread",
+        "return (spread"),
+    Mutant("metrics: the patch is a corner", METRICS, EVALUATE,
+        "left, top = (width - side) // 2, (height - side) // 2",
+        "left, top = 0, 0"),
+    Mutant("metrics: PickScore without its scale", METRICS, ALL_METRICS,
+        "torch.exp(torch.tensor(logit_scale)) * cosine",
+        "1.0 * cosine"),
+    Mutant("evaluate: a picture may change unnoticed", "evaluate.py", EVALUATE,
+        "(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)",
+        "(str(file), 0, 0)"),
+    Mutant("evaluate: ImageReward reads other prompts", "evaluate.py", ALL_METRICS,
+        "prompts[done : done + len(pixels)]",
+        "prompts[: len(pixels)]"),
+    Mutant("HPS v2: projections as they lie in the file", LAYOUTS, LAYOUT_TESTS,
+        "tensor = tensor.T if name in TRANSPOSED else tensor",
+        "tensor = tensor.T.T"),
+    Mutant("HPS v2: keys for queries", LAYOUTS, LAYOUT_TESTS,
+        'zip("qkv", tensor.chunk(3))',
+        'zip("kqv", tensor.chunk(3))'),
+    Mutant("ImageReward: raw scores", LAYOUTS, LAYOUT_TESTS,
+        "(states.float().squeeze(1) - self.mean) / self.deviation",
+        "states.float().squeeze(1)"),
+    Mutant("infer: each process draws everything", "infer.py", f"{INFER_TESTS}::test_processes_share_the_prompts_out",
+        "missing[rank::world_size]",
+        "missing"),
 ]
 # fmt: on
 
