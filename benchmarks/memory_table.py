@@ -75,14 +75,21 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     said[f"{teacher}, {row}"] = trace(teacher, row, Path(folder))
                 OUT.write_text(json.dumps(said, indent=1))
-    print("| teacher | | GiB per GPU | at | cards of | TFLOP an iteration, with the student's turn |\n" + "|---" * 6 + "|")
+    print("| | " + " | ".join(args.rows) + " |\n" + "|---" * (len(args.rows) + 1) + "|")
+    for teacher in args.teachers:
+        cells = []
+        for row in args.rows:
+            peak = float(re.search(r"^peak ([\d.]+) GiB", said[f"{teacher}, {row}"], re.MULTILINE)[1])
+            card = next((card for card in CARDS if peak <= USABLE * card), None)
+            cells.append(f"{peak:.1f}" + (f" ({card} GB)" if card else ""))
+        print(f"| {NAMES[teacher]} | " + " | ".join(cells) + " |")
+    print("\n| | peak in | TFLOP an iteration, with the student's turn |\n|---|---|---|")
     for teacher in args.teachers:
         for row in args.rows:
             found = said[f"{teacher}, {row}"]
-            peak, where = re.search(r"^peak ([\d.]+) GiB, in: (.*)$", found, re.MULTILINE).groups()
+            where = re.search(r"^peak .*, in: (.*)$", found, re.MULTILINE)[1]
             flops = ", ".join(re.findall(r"^[a-z' ]+: ([\d.]+) TFLOP", found, re.MULTILINE))
-            cards = ", ".join(str(card) for card in CARDS if float(peak) <= USABLE * card) or "none"
-            print(f"| {NAMES[teacher]} | {row} | {float(peak):.1f} | {where} | {cards} | {flops} |")
+            print(f"| {NAMES[teacher]}, {row} | {where} | {flops} |")
 
 
 if __name__ == "__main__":
