@@ -35,11 +35,11 @@ SMALL = "DINOv2 small"
 ROWS = {
     "full": ("single", 1, []),
     "8-bit": ("single", 1, ["--use_8bit_adam"]),
+    "fsdp2 on 8": ("fsdp2", 8, []),
     "rank": ("single", 1, ["--rank", "64"]),
+    "rank, fsdp2 on 8": ("fsdp2", 8, ["--rank", "64"]),
     f"rank, 8-bit, {SMALL}": ("single", 1, ["--rank", "64", "--use_8bit_adam"]),
     "rank, 8-bit, 4bit base": ("single", 1, ["--rank", "64", "--use_8bit_adam", "--base_quantization", "4bit"]),
-    "fsdp2 on 8": ("fsdp2", 8, []),
-    "rank, fsdp2 on 8": ("fsdp2", 8, ["--rank", "64"]),
 }
 COMMON = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--offload_text_encoders", "--resolution", "1024"]
 
