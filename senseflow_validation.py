@@ -4,8 +4,9 @@
 import inspect
 import itertools
 import math
+from contextlib import contextmanager
 from functools import partial
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ class Validation:
     """Draws --validation_prompts with the teacher once, and with the student again and again.
 
     Attributes:
-        signals: of the student's last pictures: "iteration", and what `picture_statistics` finds as shares of the teacher's.
+        signals: of the student's last pictures: "iteration", and what `picture_statistics` and `latent_statistics` find, as shares
+            of the teacher's.
     """
 
     def __init__(self, runtime: Runtime, args, pipeline, subfolder: str):
@@ -38,9 +40,9 @@ class Validation:
         scheduler = type(scheduler).from_config(scheduler.config)
         self.pipeline.register_modules(scheduler=scheduler, **{self.subfolder: role.module})
         self.pipeline.set_progress_bar_config(disable=True)
-        rows = draw_pictures(self.runtime, self.pipeline, self.args, call)
+        rows, latents = draw_pictures(self.runtime, self.pipeline, self.args, call)
         self.runtime.log_picture(f"validation/{role.name}", picture_grid(rows), iteration)
-        found = picture_statistics(rows)
+        found = picture_statistics(rows) | latent_statistics(latents)
         if role.name == "teacher":
             self._teachers = found
             return
@@ -59,23 +61,43 @@ def bind_generator(scheduler, generator) -> None:
         scheduler.step = partial(step, scheduler, generator=generator)
 
 
-def draw_pictures(runtime: Runtime, pipeline, args, call: dict) -> list[list[Image.Image]]:
-    """Validation pictures with a stock pipeline call, a list for each prompt; each process draws its own, and gets all."""
+@contextmanager
+def kept_latents(vae: ModelMixin) -> Iterator[list[torch.Tensor]]:
+    """What the VAE is asked to decode meanwhile, on the CPU in float32."""
+    decode, kept = vae.decode, []
+
+    def keep(latents: torch.Tensor, *args, **kwargs):
+        kept.append(latents.detach().float().cpu())
+        return decode(latents, *args, **kwargs)
+
+    vae.decode = keep
+    try:
+        yield kept
+    finally:
+        vae.decode = decode
+
+
+def draw_pictures(runtime: Runtime, pipeline, args, call: dict) -> tuple[list[list[Image.Image]], list[list[torch.Tensor]]]:
+    """Validation pictures and their latents (C, ...) of a stock pipeline call, lists of lists, one for each prompt.
+
+    Each process draws its own, and gets all.
+    """
     jobs = [(i, prompt) for prompt in args.validation_prompts for i in range(args.num_validation_images)]
     rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
-    pictures = []
+    drawn = []
     for number in range(rank, math.ceil(len(jobs) / world_size) * world_size, world_size):
         # Past the last, once more: a sharded network runs in all ranks at once, or in none.
         i, prompt = jobs[min(number, len(jobs) - 1)]
         generator = torch.Generator().manual_seed(args.seed + i)
         bind_generator(pipeline.scheduler, generator)
-        with torch.no_grad(), runtime.accelerator.autocast():  # the student is in fp32, VAE and text encoders may not be
+        # The student is in fp32, VAE and text encoders may not be.
+        with torch.no_grad(), runtime.accelerator.autocast(), kept_latents(pipeline.vae) as latents:
             picture = pipeline(prompt=prompt, generator=generator, **call).images[0]
         if number < len(jobs):
-            pictures.append((number, picture))
-    pictures = [picture for _, picture in sorted(runtime.gather_objects(pictures), key=lambda pair: pair[0])]
-    per_row = args.num_validation_images
-    return [pictures[i : i + per_row] for i in range(0, len(pictures), per_row)]
+            drawn.append((number, picture, latents[-1][0]))
+    drawn = sorted(runtime.gather_objects(drawn), key=lambda found: found[0])
+    rows = [drawn[i : i + args.num_validation_images] for i in range(0, len(drawn), args.num_validation_images)]
+    return [[picture for _, picture, _ in row] for row in rows], [[latents for _, _, latents in row] for row in rows]
 
 
 def draw_panel(vae: ModelMixin, panel: dict[str, torch.Tensor], pictures: int = 4) -> Image.Image:
@@ -125,4 +147,21 @@ def picture_statistics(rows: Sequence[Sequence[Image.Image]]) -> dict[str, float
         small = [np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BOX)) / 255 for picture in row]
         for one, other in itertools.combinations(small, 2):
             found.setdefault("diversity", []).append(np.sqrt(((one - other) ** 2).mean()))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def latent_statistics(rows: Sequence[Sequence[torch.Tensor]]) -> dict[str, float]:
+    """The same of what the VAE decoded: every number that the student draws counts, not what is left of it in a thumbnail.
+
+    Args:
+        rows: the latents (C, ...) of the pictures of each prompt.
+    Returns:
+        latent_diversity: distance (root of the mean square) of two of one prompt; only where there are two.
+        latent_contrast: standard deviation within a channel, mean over channels.
+    """
+    found = {"latent_contrast": [latents.flatten(1).std(1, correction=0).mean().item() for latents in itertools.chain(*rows)]}
+    pairs = itertools.chain(*(itertools.combinations(row, 2) for row in rows))
+    distances = [(one - other).square().mean().sqrt().item() for one, other in pairs]
+    if distances:
+        found["latent_diversity"] = distances
     return {name: float(np.mean(values)) for name, values in found.items()}

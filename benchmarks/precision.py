@@ -128,7 +128,7 @@ def main():
     quiet_libraries()
     write_sd3(OUT / "sd3")
     epsilon = load(train_senseflow_sdxl, benchmark.TEACHER, benchmark.STUDENT, 150)
-    flux = load(train_senseflow_flux, benchmark.DEMO / "teacher", TRAINING_FLAGS, 60)
+    flux = load(train_senseflow_flux, benchmark.DEMO / "teacher", TRAINING_FLAGS[2], 60)
     sd3 = load(train_senseflow_sd3, OUT / "sd3", {"resolution": 64, "gan_weight": 0, "backward_simulation_prob": 1})
     exact = copy.deepcopy(sd3[2].fake_score.module.state_dict())
     print("| teacher, guidance | size | precision | " + " | ".join(f"t' {t}" for t in LEVELS) + " | worst sample |")

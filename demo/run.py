@@ -1,7 +1,8 @@
 """The demo: distil the bundled teacher to a few steps, sample it, measure it. `make demo` calls this.
 
-    python demo/run.py              # about five minutes on two cores
-    python demo/run.py --seed 1     # the same with another training seed
+    python demo/run.py              # to one step; about five minutes on two cores
+    python demo/run.py --steps 2    # to two
+    python demo/run.py --seed 1     # with another training seed
 
 It drives the repository's own scripts, train_senseflow_flux.py through `accelerate launch` and infer.py, and leaves
 in demo/out: comparison.png, report.json and student, a diffusers pipeline. A stage whose inputs have not changed since
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -36,29 +38,24 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 PICTURES_PER_CAPTION = 12  # x 96 captions = 1152 pictures a row of the report
 SCENES_TO_TRAIN_ON = 960
 TEACHER_STEPS = 28
-STEPS = 2
 TEACHER_GUIDANCE = 2.0
-# The teacher's best setting at STEPS steps, found by few_step_grid.py; README.md has the table.
-TEACHER_FEW_GUIDANCE, TEACHER_FEW_SHIFT = 2.0, 3.0
+# The teacher's best guidance at a few steps, and its best shift at two, found by few_step_grid.py; README.md has the table.
+TEACHER_FEW_GUIDANCE, TEACHER_FEW_SHIFT = {1: 1.5, 2: 2.0}, 3.0
 # infer.py draws picture i with seed + i: far enough apart to share none.
 PICTURE_SEED, OTHER_PICTURE_SEED = 0, 1_000_000
 
-TRAINING_FLAGS = {
+COMMON_FLAGS = {
     "max_train_steps": 500,
     "train_batch_size": 32,
     "resolution": RESOLUTION,
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
-    "anchors": [1000, 750],  # what shift 3 visits in two steps: the student starts from the teacher's best
     "sampler": "euler",
-    "learning_rate": 3e-5,
-    "learning_rate_fake": 2e-4,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
     "adam_beta1": 0.0,
     "adam_beta2": 0.99,
     "ttur_ratio": 3,
     "ida_decay": 0.97,
-    "isg_weight": 1.0,
     "isg_margin": 100,  # t_mid near the middle of its segment, where one more step of the teacher's helps most
     "gan_weight": 0,  # pictures this simple need no discriminator, and it would cost more than all the rest
     "backward_simulation_prob": 1.0,
@@ -68,6 +65,12 @@ TRAINING_FLAGS = {
     "mixed_precision": "no",
     "export_dtype": "fp32",
     "report_to": "tensorboard",
+}
+TRAINING_FLAGS = {
+    # One step: far from where it starts, so it learns fast, and ISG, whose target ends at the student, is no more than a help.
+    1: COMMON_FLAGS | {"anchors": [1000], "learning_rate": 2e-4, "learning_rate_fake": 1e-3, "isg_weight": 0.1},
+    # What shift 3 visits in two steps: the student starts from the teacher's best.
+    2: COMMON_FLAGS | {"anchors": [1000, 750], "learning_rate": 3e-5, "learning_rate_fake": 2e-4, "isg_weight": 1.0},
 }
 
 
@@ -166,11 +169,26 @@ def write_shifted_teacher(folder):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": TEACHER_FEW_SHIFT}, indent=2) + "\n")
 
 
+def seconds_a_picture(model, steps, times=7):
+    """Median of the seconds that a stock call takes for one picture, on half of the cores."""
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    found = []
+    for _ in range(times):
+        start = time.monotonic()
+        call = {"num_inference_steps": steps, "height": RESOLUTION, "width": RESOLUTION, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+        pipeline("red star on stripes", **call)
+        found.append(time.monotonic() - start)
+    return round(statistics.median(found), 3)
+
+
 class Demo:
     """The stages of the demo in two lanes, each on half of the cores, and the report."""
 
-    def __init__(self, seed):
-        self.seed = seed
+    def __init__(self, steps, seed):
+        self.steps, self.seed = steps, seed
         self.stages = Stages(OUT / "stamps")
         self.logs = OUT / "logs"
         self.logs.mkdir(exist_ok=True)
@@ -185,7 +203,7 @@ class Demo:
         command = [sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", ROOT / "accelerate_configs" / "single.yaml", ROOT / "train_senseflow_flux.py"]
         command += ["--pretrained_model_name_or_path", TEACHER, "--dataset_json", data / "data.json"]
-        command += ["--output_dir", student, "--seed", self.seed, *flags(TRAINING_FLAGS)]
+        command += ["--output_dir", student, "--seed", self.seed, *flags(TRAINING_FLAGS[self.steps])]
         self.seconds["training"] = self.stages.run(
             "training",
             [TEACHER, data, *SCRIPTS, [str(part) for part in command]],
@@ -219,10 +237,10 @@ class Demo:
 
     def student_lane(self):
         self.train()
-        self.sample("student", OUT / "student", STEPS, PICTURE_SEED)
+        self.sample("student", OUT / "student", self.steps, PICTURE_SEED)
         shifted = OUT / "teacher_shifted"
         self.stages.run("teacher_shifted", [TEACHER, TEACHER_FEW_SHIFT], shifted, lambda: write_shifted_teacher(shifted))
-        self.sample("teacher_few", shifted, STEPS, PICTURE_SEED, TEACHER_FEW_GUIDANCE)
+        self.sample("teacher_few", shifted, self.steps, PICTURE_SEED, TEACHER_FEW_GUIDANCE[self.steps])
 
     def teacher_lane(self):
         judge = OUT / "judge.pt"
@@ -234,23 +252,23 @@ class Demo:
     def report(self):
         """Measure all pictures; writes report.json and comparison.png and returns the report."""
         judge = load_judge(OUT / "judge.pt")
-        rows = {"floor": TEACHER_STEPS, "teacher_28": TEACHER_STEPS, "teacher_few": STEPS, "student": STEPS}
+        rows = {"floor": TEACHER_STEPS, "teacher_28": TEACHER_STEPS, "teacher_few": self.steps, "student": self.steps}
         pictures = {name: load_pictures(OUT / "pictures" / name, len(self.captions)) for name in rows}
         report = {}
-        for name, nfe in rows.items():
+        for name, forwards in rows.items():
             report[name] = measure(judge, pictures[name], self.captions, pictures["teacher_28"])
-            report[name] |= {"nfe": nfe, "seconds": round(self.seconds[name], 1)}
+            report[name] |= {"forwards": forwards, "seconds": round(self.seconds[name], 1)}
         few, floor = report["teacher_few"]["fd"], report["floor"]["fd"]
         report["gap_closed"] = (few - report["student"]["fd"]) / (few - floor)
-        report["training"] = {"seconds": round(self.seconds["training"], 1), "seed": self.seed, **TRAINING_FLAGS}
+        report["training"] = {"seconds": round(self.seconds["training"], 1), "seed": self.seed, **TRAINING_FLAGS[self.steps]}
         report["note"] = "The adversarial term is off (gan_weight 0); DMD, IDA and ISG train the student."
         (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
-        labels = {
-            "teacher_28": f"teacher\n{TEACHER_STEPS} steps",
-            "teacher_few": f"teacher\n{STEPS} steps",
-            "student": f"student\n{STEPS} steps",
-        }
+        few = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        labels = {"teacher_28": f"teacher\n{TEACHER_STEPS} steps", "teacher_few": f"teacher\n{few}", "student": f"student\n{few}"}
+        for name, label in labels.items():
+            report[name]["seconds_a_picture"] = seconds_a_picture(OUT / "student" if name == "student" else TEACHER, rows[name])
+            labels[name] = f"{label}\n{report[name]['seconds_a_picture']:.2f} s"
         columns = np.linspace(3, len(all_captions()) - 4, 9).astype(int)
         draw_comparison(
             {label: pictures[name][columns] for name, label in labels.items()},
@@ -260,24 +278,27 @@ class Demo:
 
 
 def print_report(report):
-    print(f"\n{'':12} {'FD':>8} {'captions right':>15} {'diversity':>10} {'steps':>6} {'seconds':>8}")
+    print(f"\n{'':12} {'FD':>8} {'captions right':>15} {'diversity':>10} {'forwards':>9} {'s a picture':>12}")
     for name in ("floor", "teacher_28", "teacher_few", "student"):
         row = report[name]
-        print(f"{name:12} {row['fd']:8.2f} {row['accuracy']:15.3f} {row['diversity']:10.2f} {row['nfe']:6d} {row['seconds']:8.0f}")
-    print(f"\nThe student closes {report['gap_closed']:.0%} of the distance between the teacher's {STEPS} and 28 steps.")
+        seconds = f"{row['seconds_a_picture']:.2f}" if "seconds_a_picture" in row else ""
+        print(f"{name:12} {row['fd']:8.2f} {row['accuracy']:15.3f} {row['diversity']:10.2f} {row['forwards']:9d} {seconds:>12}")
+    few = report["student"]["forwards"]
+    print(f"\nThe student closes {report['gap_closed']:.0%} of the distance between {few} and 28 of the teacher's steps.")
     print(report["note"])
     print(f"Look at {OUT / 'comparison.png'}; the student is {OUT / 'student'}, the numbers are in {OUT / 'report.json'}.")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, choices=sorted(TRAINING_FLAGS), default=1, help="of the student")
     parser.add_argument("--seed", type=int, default=0, help="seed of the distillation; the pictures keep theirs")
     args = parser.parse_args()
 
     start = time.monotonic()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     OUT.mkdir(exist_ok=True)
-    demo = Demo(args.seed)
+    demo = Demo(args.steps, args.seed)
     with ThreadPoolExecutor(2) as lanes:
         running = [lanes.submit(demo.student_lane), lanes.submit(demo.teacher_lane)]
     try:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -759,21 +759,41 @@ def run_tests(folder: Path, tests: list[str], log: Path) -> None:
         os._exit(int(code))
 
 
-def ask(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
-    """(exit code of pytest in a mutated copy, its output); 0 = the tests pass, 1 = one fails."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, log = Path(temporary) / "copy", Path(temporary) / "log"
+class Trial:
+    """A mutated copy, and pytest in it as a process forked from this thread: torch's profiler wants the one that imported it."""
+
+    def __init__(self, mutant: Mutant | None, tests: list[str]):
+        self.mutant, self.temporary = mutant, tempfile.TemporaryDirectory()
+        folder, self.log = Path(self.temporary.name) / "copy", Path(self.temporary.name) / "log"
         folder.mkdir()
         copy_repository(folder)
         if mutant:
             mutate(mutant, folder)
-        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests, log))
-        process.start()
-        process.join(timeout=300 if mutant else 3600)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        return process.exitcode, log.read_text()
+        self.since, self.limit = time.monotonic(), 300 if mutant else 3600
+        self.process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests, self.log))
+        self.process.start()
+
+    def over(self) -> bool:
+        if time.monotonic() - self.since > self.limit:
+            self.process.kill()
+            self.process.join()
+        return not self.process.is_alive()
+
+    def result(self) -> tuple[int, str]:
+        """(exit code of pytest, its output); 0 = the tests pass, 1 = one fails."""
+        self.process.join()
+        output = self.log.read_text()
+        self.temporary.cleanup()
+        return self.process.exitcode, output
+
+    def judge(self) -> bool:
+        """Prints the verdict; whether the mutant was caught."""
+        code, output = self.result()
+        verdict = {0: "SURVIVED", 1: "caught"}.get(code, f"ERROR: pytest ended with {code}")
+        first = next((line for line in output.splitlines() if line.startswith("FAILED") or line.startswith("ERROR")), "")
+        first = first.split("::")[-1].split(" - ")[0]
+        print(f"{verdict:8s} {time.monotonic() - self.since:5.1f} s  {self.mutant.name}  {first}", flush=True)
+        return code == 1
 
 
 def main() -> int:
@@ -784,21 +804,20 @@ def main() -> int:
             folder.mkdir()
             shutil.copy(ROOT / mutant.file, folder)
             mutate(mutant, folder)
-    code, output = ask(None, sorted({mutant.tests for mutant in chosen}))
+    code, output = Trial(None, sorted({mutant.tests for mutant in chosen})).result()
     if code != 0:
         print(f"{output}\nerror: the tests fail without any mutant", file=sys.stderr)
         return 2
 
-    def judge(mutant: Mutant) -> bool:
-        since = time.monotonic()
-        code, output = ask(mutant, [mutant.tests])
-        verdict = {0: "SURVIVED", 1: "caught"}.get(code, f"ERROR: pytest ended with {code}")
-        first = next((line for line in output.splitlines() if line.startswith("FAILED") or line.startswith("ERROR")), "")
-        print(f"{verdict:8s} {time.monotonic() - since:5.1f} s  {mutant.name}  {first.split('::')[-1].split(' - ')[0]}", flush=True)
-        return code == 1
-
-    with ThreadPoolExecutor(int(os.environ.get("MUTANT_JOBS", "2"))) as pool:
-        caught = list(pool.map(judge, chosen))
+    waiting, running, caught = list(chosen), [], []
+    while waiting or running:
+        while waiting and len(running) < int(os.environ.get("MUTANT_JOBS", "2")):
+            mutant = waiting.pop(0)
+            running.append(Trial(mutant, [mutant.tests]))
+        wait([trial.process.sentinel for trial in running], timeout=1)
+        for trial in [trial for trial in running if trial.over()]:
+            running.remove(trial)
+            caught.append(trial.judge())
     print(f"caught {sum(caught)}/{len(chosen)}")
     return 0 if all(caught) else 1
 

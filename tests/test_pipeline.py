@@ -17,10 +17,12 @@ class EditsPictures:
 
     _optional_components: list = []
     scheduler = FlowMatchEulerDiscreteScheduler()
+    vae = SimpleNamespace(decode=lambda latents: latents)
 
     def __call__(self, image=None, prompt=None, generator=None, num_inference_steps=28):
         assert image is None and isinstance(prompt, str)
         self.prompts = [*getattr(self, "prompts", []), prompt]
+        self.vae.decode(torch.full((1, 4, 1, 1), float(len(self.prompts))))
         return SimpleNamespace(images=[Image.new("RGB", (8, 8))])
 
 
@@ -29,7 +31,8 @@ def test_the_prompt_goes_by_its_name(tmp_path):
     runtime = SimpleNamespace(accelerator=accelerator, gather_objects=lambda objects: objects)
     args = SimpleNamespace(validation_prompts=["a cat", "a dog"], num_validation_images=1, seed=0)
     pipeline = EditsPictures()
-    rows = senseflow_validation.draw_pictures(runtime, pipeline, args, {"num_inference_steps": 4})
+    rows, latents = senseflow_validation.draw_pictures(runtime, pipeline, args, {"num_inference_steps": 4})
+    assert [[tuple(each.shape), each.max().item()] for row in latents for each in row] == [[(4, 1, 1), 1], [(4, 1, 1), 2]]
     assert senseflow_validation.picture_grid(rows).size == (8, 16)
     assert pipeline.prompts == ["a cat", "a dog"]
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 import senseflow_roles
 import senseflow_runtime
 import train_senseflow_flux as script
-from senseflow_validation import picture_statistics
+from senseflow_validation import latent_statistics, picture_statistics
 
 
 @pytest.fixture
@@ -46,6 +46,15 @@ def test_pictures_in_numbers():
     blurred = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((8, 8))) * 255
     found = picture_statistics([[picture(blurred)]])
     assert found["contrast"] == pytest.approx(0.5) and found["sharpness"] < 0.05
+
+
+def test_latents_in_numbers():
+    # A channel that varies by 3 about its mean and one that does not; the second picture is the first, moved by 2 in all numbers.
+    first = torch.stack([torch.tensor([[1.0, 7.0], [7.0, 1.0]]), torch.full((2, 2), 5.0)])
+    found = latent_statistics([[first, first + 2], [first + 10, first + 14]])
+    assert found == pytest.approx({"latent_contrast": 1.5, "latent_diversity": (2 + 4) / 2})
+    assert latent_statistics([[first], [first]]) == pytest.approx({"latent_contrast": 1.5})
+    assert latent_statistics([[first.unsqueeze(1)]]) == pytest.approx({"latent_contrast": 1.5})  # of a VAE of films
 
 
 @pytest.mark.parametrize("sample", [2**20, 40])
