@@ -2,7 +2,7 @@
 """How good pictures are, in numbers: features and embeddings in, numbers out. No network and no file is opened here."""
 
 from collections import defaultdict
-from typing import Callable, Sequence
+from typing import Callable, Hashable, Sequence
 
 import torch
 from PIL import Image
@@ -82,7 +82,7 @@ def standard_error(scores: torch.Tensor, groups: Sequence[int]) -> float:
     return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else float("nan")
 
 
-def diversity(features: torch.Tensor, groups: Sequence[int]) -> torch.Tensor:
+def diversity(features: torch.Tensor, groups: Sequence[Hashable]) -> torch.Tensor:
     """Mean pairwise 1 - cosine of features (N, D) within each prompt that has two pictures or more: (P,), in [0, 2]."""
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
     rows = defaultdict(list)

@@ -35,6 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from senseflow_args import INTERRUPTED, TERMINATED, UserError, end_at_once, say_at_once
 from senseflow_hub import fingerprint
 from senseflow_roles import Role, ShardedRole, ZeroRole, engine_of, fill_for_engine, launched, shard
+from senseflow_signals import Watch
 from senseflow_weights import fill, is_empty
 
 
@@ -276,7 +277,7 @@ class Metrics:
     Stops the run (UserError) when values are not finite `patience` times in a row, with no sound student's turn between. Samples
     whose DMD gradient was not finite are counted as `dmd_non_finite`, the mean over micro-batches and processes; steps that a
     network has not taken since this start as `{name}_skipped_steps`; the fake score's loss over its mean of about the last LAG
-    iterations, since this start, as `signal/fake_lag`.
+    iterations, since this start, as `signal/fake_lag`. Warns of signals that leave their bands (senseflow_signals).
 
     Attributes:
         ended_by: of ENDINGS, what reached a process and ends the run before its last iteration, else None. Known in all processes
@@ -291,7 +292,8 @@ class Metrics:
         self.pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
         self.bad_in_a_row, self.since, self.postfix = 0, time.monotonic(), {}
         self.skipped: Counter[str] = Counter()
-        self.fake_loss = math.nan
+        self.watch = Watch()
+        self.fake_loss, self.fake_losses = 0.0, 0  # their mean, and how many are in it
         self.ended_by: Optional[str] = None
         self.failure: Optional[UserError] = None
 
@@ -346,13 +348,15 @@ class Metrics:
                 self.skipped[role] += not math.isfinite(numbers[name])
                 numbers[f"{role}_skipped_steps"] = self.skipped[role]
         if math.isfinite(numbers.get("fake_loss", math.nan)):
-            self.fake_loss = self.fake_loss if self.fake_loss > 0 else numbers["fake_loss"]
-            numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss
-            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / LAG
+            if self.fake_loss > 0:
+                numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss
+            self.fake_losses = min(self.fake_losses + 1, LAG)
+            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / self.fake_losses
         now = time.monotonic()
         numbers |= {"lr": rate, "samples_per_second": self.samples / max(now - self.since, 1e-9)}
         self.since = now
         self.runtime.accelerator.log(numbers, step=iteration)
+        self.watch.look(iteration, numbers)
         self.postfix |= {name: f"{numbers[name]:.4g}" for name in self.shown if name in numbers}
         self.progress.set_postfix(self.postfix, refresh=False)
         self.progress.update(1)

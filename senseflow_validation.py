@@ -16,6 +16,7 @@ from PIL import Image
 
 from senseflow_roles import Role
 from senseflow_runtime import Runtime
+from senseflow_signals import Watch
 from senseflow_vae import decode
 
 
@@ -27,13 +28,14 @@ class Validation:
 
     Attributes:
         signals: of the student's last pictures: "iteration", and what `picture_statistics` and `latent_statistics` find, as shares
-            of the teacher's.
+            of the teacher's. Warns of those that leave their bands (senseflow_signals).
     """
 
     def __init__(self, runtime: Runtime, args, pipeline, subfolder: str):
         self.runtime, self.args, self.pipeline, self.subfolder = runtime, args, pipeline, subfolder
         self.signals: dict[str, float] = {}
         self._teachers: dict[str, float] = {}
+        self._watch = Watch()
 
     def draw(self, role: Role, scheduler, call: dict, iteration: int) -> None:
         """The pictures of a role, teacher or student, with a stock call of the pipeline, to the trackers; all processes call it."""
@@ -48,6 +50,7 @@ class Validation:
             return
         shares = {f"signal/{name}": value / self._teachers[name] for name, value in found.items() if self._teachers[name] > 0}
         self.runtime.accelerator.log(shares, step=iteration)
+        self._watch.look(iteration, shares)
         self.signals = {"iteration": iteration, **shares}
 
 

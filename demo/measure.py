@@ -19,7 +19,7 @@ from transformers import ResNetConfig, ResNetModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from senseflow_metrics import frechet_distance
+import senseflow_metrics
 
 
 FEATURES = 64
@@ -148,14 +148,17 @@ def diversity(spread_of_these, spread_of_reference):
 
 
 def measure(judge, pictures, captions, reference):
-    """fd, accuracy, diversity and diversity_by_background of `pictures` against the pictures `reference`."""
+    """fd, accuracy, diversity, diversity_by_background and feature_diversity of `pictures` against the pictures `reference`."""
     features, classes = extract(judge, pictures)
     these, theirs = spread(pictures, captions), spread(reference, captions)
+    reference_features = extract(judge, reference)[0]
+    apart = [senseflow_metrics.diversity(found, captions).mean().item() for found in (features, reference_features)]
     return {
-        "fd": frechet_distance(features, extract(judge, reference)[0]),
+        "fd": senseflow_metrics.frechet_distance(features, reference_features),
         "accuracy": accuracy(classes, captions),
         "diversity": diversity(these, theirs),
         "diversity_by_background": {name: these[name] / theirs[name] for name in these},
+        "feature_diversity": apart[0] / apart[1],  # as evaluate.py has it
     }
 
 

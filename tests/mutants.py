@@ -684,9 +684,10 @@ MUTANTS = [
         "        before = self._some_values()\n        norm = self.step()\n",
         "        norm = self.step()\n        before = self._some_values()\n"),
     Mutant("signals: a loss is compared with a mean that holds it", RUNTIME, VALIDATION,
-        '            numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss\n', "",
-        '            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / LAG\n',
-        '            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / LAG\n'
+        "            if self.fake_loss > 0:\n"
+        '                numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss\n', "",
+        '            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / self.fake_losses\n',
+        '            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / self.fake_losses\n'
         '            numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss\n'),
     Mutant("signals: the scores' distance is that of the student", UTILS, MATH,
         "non_finite, gradient.abs().mean()",

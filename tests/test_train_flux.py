@@ -65,7 +65,7 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     norms = {"student_grad_norm", "fake_score_grad_norm", "discriminator_grad_norm"}
     assert losses | norms | {"dmd_non_finite", "lr", "samples_per_second"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("fake_loss")] == [1, 2, 3, 4]
-    seen = {f"signal/{name}" for name in ("diversity", "saturation", "contrast", "sharpness", "latent_diversity", "latent_contrast")}
+    seen = {f"signal/{name}" for name in "diversity saturation contrast sharpness latent_diversity latent_contrast".split()}
     assert seen | {"signal/fake_lag", "signal/dmd_ratio", "signal/update_ratio"} <= set(events.Tags()["scalars"])
     found = json.loads((whole / "checkpoint-4" / "validation.json").read_text())
     assert found.pop("iteration") == 4

@@ -83,5 +83,10 @@ def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, m
     for iteration, loss in enumerate((0.5, 0.5, 1.0, 0.5)):
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
-    lags = [numbers["signal/fake_lag"] for numbers in logged]
-    assert lags == pytest.approx([1, 1, 2, 0.5 / (0.5 + 0.5 / senseflow_runtime.LAG)])
+    lags = [numbers.get("signal/fake_lag") for numbers in logged]
+    assert lags[0] is None and lags[1:] == pytest.approx([1, 2, 0.75])
+    monkeypatch.setattr(senseflow_runtime, "LAG", 3)
+    for iteration, loss in enumerate((1.0, 1.0), 4):
+        metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
+    metrics.flush()
+    assert logged[-1]["signal/fake_lag"] == pytest.approx(1 / (0.625 + (1 - 0.625) / 3))
