@@ -287,7 +287,9 @@ def backward_simulation(predict, schedule: Schedule, sampler: str, draws: Draws,
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 # ---------------------------------------------------------------------------------------------------------------------
-def dmd_loss(student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def dmd_loss(
+    student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Distribution matching loss (DMD2, eqs. 1-2; normalised as in DMD, eq. 8).
 
     Its gradient with respect to student_x0 is (fake_x0 - teacher_x0) / mean|student_x0 - teacher_x0| / numel.
@@ -296,18 +298,22 @@ def dmd_loss(student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.
         student_x0: (B, ...) with gradient.
         fake_x0, teacher_x0: (B, ...) the two scores' estimates of x0 from the same noised student_x0; no gradient flows into them.
     Returns:
-        (loss, non_finite, ratio): a float32 scalar; the number of samples whose gradient was not finite and was zeroed there; and
-        mean|fake_x0 - teacher_x0| / mean|student_x0 - teacher_x0|: how far the scores are apart.
+        A float32 scalar, and what is logged with it:
+        dmd_non_finite: the number of samples whose gradient was not finite and was zeroed there.
+        signal/dmd_ratio: mean|fake_x0 - teacher_x0| / mean|student_x0 - teacher_x0|, how far the scores are apart.
+        signal/fake_error: mean|student_x0 - fake_x0| / mean|student_x0 - teacher_x0|, below 1 where the fake score knows the
+            student's pictures better than the teacher does.
     """
     with torch.no_grad():
         x0, fake_x0, teacher_x0 = student_x0.float(), fake_x0.float(), teacher_x0.float()
         normaliser = (x0 - teacher_x0).abs().flatten(1).mean(1).view((-1,) + (1,) * (x0.dim() - 1))
-        gradient = (fake_x0 - teacher_x0) / normaliser
+        gradient, error = (fake_x0 - teacher_x0) / normaliser, (x0 - fake_x0) / normaliser
         finite = torch.isfinite(gradient)
         non_finite = (~finite.flatten(1).all(1)).sum()
-        gradient = torch.where(finite, gradient, torch.zeros_like(gradient))
+        gradient, error = (torch.where(finite, x, torch.zeros_like(x)) for x in (gradient, error))
         target = x0 - gradient
-    return 0.5 * F.mse_loss(student_x0.float(), target), non_finite, gradient.abs().mean()
+    found = {"dmd_non_finite": non_finite, "signal/dmd_ratio": gradient.abs().mean(), "signal/fake_error": error.abs().mean()}
+    return 0.5 * F.mse_loss(student_x0.float(), target), found
 
 
 def denoising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -182,8 +182,8 @@ def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t
         guidance = draw_guidance(draws, "dmd_guidance", slots, args.dmd_guidance_scale)
         panel["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
         panel["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
-    found = dmd_loss(student_x0, panel["fake_x0"], panel["teacher_x0"])
-    losses["dmd_loss"], losses["dmd_non_finite"], losses["signal/dmd_ratio"] = found
+    losses["dmd_loss"], found = dmd_loss(student_x0, panel["fake_x0"], panel["teacher_x0"])
+    losses |= found
 
     # L_ISG: the student's own step should end where teacher, then student arrive over an intermediate timestep.
     if args.isg_weight > 0:

@@ -690,8 +690,11 @@ MUTANTS = [
         '            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / self.fake_losses\n'
         '            numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss\n'),
     Mutant("signals: the scores' distance is that of the student", UTILS, MATH,
-        "non_finite, gradient.abs().mean()",
-        "non_finite, normaliser.mean()"),
+        '"signal/dmd_ratio": gradient.abs().mean()',
+        '"signal/dmd_ratio": normaliser.mean()'),
+    Mutant("signals: the fake score's error is the teacher's", UTILS, MATH,
+        "(x0 - fake_x0) / normaliser",
+        "(x0 - teacher_x0) / normaliser"),
     Mutant("signals: diversity between prompts", "senseflow_validation.py", VALIDATION,
         "for one, other in itertools.combinations(small, 2):",
         "for one, other in itertools.combinations([*small, *(0 * picture for picture in small)], 2):"),

@@ -242,16 +242,18 @@ def test_the_dmd_gradient_of_gaussian_scores_is_the_closed_form(family):
     x_t = schedule.add_noise(student.detach(), randn(4, *SHAPE, seed=1), t).double()
     fake = gaussian_x0(x_t, alpha, sigma, mean_fake, spread)
     teacher = gaussian_x0(x_t, alpha, sigma, mean_teacher, spread)
-    loss, non_finite, ratio = dmd_loss(student, fake, teacher)
+    loss, found = dmd_loss(student, fake, teacher)
     loss.backward()
 
     difference = (sigma**2 / (alpha**2 * spread**2 + sigma**2) * (mean_fake - mean_teacher)).expand_as(student)
     per_sample = torch.stack([(x0 - x0_teacher).abs().mean() for x0, x0_teacher in zip(student.detach(), teacher)])
     gradient = difference / per_sample.view(-1, 1, 1, 1)
     torch.testing.assert_close(student.grad, gradient / student.numel(), rtol=1e-4, atol=1e-9)
-    assert loss.dtype == torch.float32 and non_finite == 0
+    assert loss.dtype == torch.float32 and found["dmd_non_finite"] == 0
     torch.testing.assert_close(loss.double(), 0.5 * gradient.square().mean(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(ratio.double(), gradient.abs().mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found["signal/dmd_ratio"].double(), gradient.abs().mean(), rtol=1e-4, atol=0)
+    error = ((student.detach() - fake) / per_sample.view(-1, 1, 1, 1)).abs().mean()
+    torch.testing.assert_close(found["signal/fake_error"].double(), error, rtol=1e-4, atol=0)
     assert (student.grad > 0).all()  # descent moves the student from the fake's mean to the teacher's, which is lower
 
 
@@ -260,9 +262,10 @@ def test_no_gradient_enters_the_scores_and_their_equality_is_rest():
     dmd_loss(student, fake, teacher)[0].backward()
     assert fake.grad is None and teacher.grad is None and student.grad.abs().min() > 0
     student.grad = None
-    loss, _, ratio = dmd_loss(student, fake, fake)
+    loss, found = dmd_loss(student, fake, fake)
     loss.backward()
-    assert loss == ratio == 0 and student.grad.abs().max() == 0
+    assert loss == found["signal/dmd_ratio"] == 0 and student.grad.abs().max() == 0
+    assert found["signal/fake_error"].item() == pytest.approx(1)  # as good as the teacher
 
 
 def test_non_finite_dmd_gradients_are_zeroed_where_they_are_and_counted_by_sample():
@@ -270,13 +273,13 @@ def test_non_finite_dmd_gradients_are_zeroed_where_they_are_and_counted_by_sampl
     student.requires_grad_()
     fake[1, 0, 0, :2] = math.nan
     fake[3, 0, 0, 0] = math.inf
-    loss, non_finite, ratio = dmd_loss(student, fake, teacher)
+    loss, found = dmd_loss(student, fake, teacher)
     loss.backward()
-    assert non_finite == 2 and torch.isfinite(loss) and torch.isfinite(ratio)
+    assert found["dmd_non_finite"] == 2 and torch.isfinite(torch.stack([loss, *found.values()])).all()
     assert torch.equal(student.grad == 0, ~torch.isfinite(fake))
     with torch.no_grad():
         same = student.clone()
-    assert dmd_loss(student, student * 1, same)[1] == 4  # 0 / 0
+    assert dmd_loss(student, student * 1, same)[1]["dmd_non_finite"] == 4  # 0 / 0
 
 
 def test_the_fake_score_s_loss_is_a_plain_mean_of_squares():
