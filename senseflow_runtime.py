@@ -292,7 +292,7 @@ class Metrics:
         self.pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
         self.bad_in_a_row, self.since, self.postfix = 0, time.monotonic(), {}
         self.skipped: Counter[str] = Counter()
-        self.watch = Watch()
+        self.watch = Watch(runtime.args.rank > 0)
         self.fake_loss, self.fake_losses = 0.0, 0  # their mean, and how many are in it
         self.ended_by: Optional[str] = None
         self.failure: Optional[UserError] = None

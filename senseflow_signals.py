@@ -13,28 +13,51 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Band:
-    """Where a signal stays; benchmarks and demo/README.md say in which runs that was seen.
+    """Where a signal stays in a sound run; demo/README.md has the runs in which that was seen.
 
     Attributes:
-        over: how many values in a row are averaged to one that is looked at.
-        below, above: what a value there means, and what to do; None where it means no harm.
+        over: how many values are averaged to the one that is looked at.
+        below, above: what a value there means, and what to do about it; None where it means no harm.
     """
 
     low: float
     high: float
-    over: int
-    below: Optional[str]
-    above: Optional[str]
+    over: int = 1
+    below: Optional[str] = None
+    above: Optional[str] = None
 
-    def distance(self, value: float) -> float:
+    def outside(self, value: float) -> float:
         """How far outside; 0 inside, and on a side that means no harm."""
         if value < self.low:
             return self.low - value if self.below else 0.0
         return value - self.high if value > self.high and self.above else 0.0
 
 
-LEAVES = "the student leaves its teacher: lower --learning_rate, or raise --ttur_ratio"
+RUNS_AWAY = "the student runs away from its fake score: raise --ttur_ratio or --learning_rate_fake, or lower --learning_rate"
+LEARNS_NOT = "the fake score knows the student's pictures no better than the teacher: raise --learning_rate_fake or --ttur_ratio"
+TOO_FAST = "steps too large to be undone: lower --learning_rate, and go back to an earlier checkpoint"
+COLLAPSES = "pictures of a prompt become alike: go back to an earlier checkpoint, lower --learning_rate or raise --isg_weight"
+SCATTERS = "pictures of a prompt have less in common than the teacher's: stop, and lower --learning_rate"
+OVERDRIVEN = "pictures are overdriven: lower --dmd_guidance_scale, --gan_weight or --learning_rate"
+PALE = "pictures are pale: raise --dmd_guidance_scale, or train on while it rises"
+BLURRED = "pictures are blurred: raise --isg_weight or --gan_weight, or lower --learning_rate where they were sharp before"
+NOISY = "pictures are noisy: lower --gan_weight or --learning_rate"
+
+# None for signal/dmd_ratio: how far scores are apart depends on the guidance of L_DMD. Its course is what counts.
 BANDS = {
+    # Of each iteration, or student's turn. The fake score's loss over its mean, which swings by a few percent.
+    "signal/fake_lag": Band(0, 1.25, over=50, above=RUNS_AWAY),
+    # 1 is the teacher's; .8 to .94 where the fake score learns, .99 to 1.01 where it does not.
+    "signal/fake_error": Band(0, 0.985, over=50, above=LEARNS_NOT),
+    # A half percent of the weights in one step; large networks are trained with a hundredth of that.
+    "signal/update_ratio": Band(0, 5e-3, over=10, above=TOO_FAST),
+    # Of validation, as shares of the teacher's. Students of few steps are a little less diverse, pale and soft than teachers.
+    "signal/diversity": Band(0.7, 1.4, below=COLLAPSES, above=SCATTERS),
+    "signal/latent_diversity": Band(0.65, 1.4, below=COLLAPSES, above=SCATTERS),
+    "signal/saturation": Band(0.75, 1.25, below=PALE, above=OVERDRIVEN),
+    "signal/contrast": Band(0.75, 1.25, below=PALE, above=OVERDRIVEN),
+    "signal/latent_contrast": Band(0.75, 1.3, below=PALE, above=OVERDRIVEN),
+    "signal/sharpness": Band(0.5, 2, below=BLURRED, above=NOISY),
 }
 
 
@@ -42,25 +65,29 @@ class Watch:
     """Takes the signals as they come, and says once of each, as a warning, that it is outside its band and does not come back.
 
     That is: twice in a row, and the second time no nearer. A student starts outside of some, blurred and grey, and comes in.
+
+    Args:
+        adapters: whether the student is adapters, half of which start at 0: updates are large beside them in a sound run, too.
     """
 
-    def __init__(self):
+    def __init__(self, adapters: bool):
+        self._bands = {name: band for name, band in BANDS.items() if not (adapters and name == "signal/update_ratio")}
         self._values: dict[str, list[float]] = defaultdict(list)
         self._outside: dict[str, float] = {}
         self.said: set[str] = set()
 
     def look(self, iteration: int, numbers: dict[str, float]) -> None:
         """Signals of an iteration, by their names; other numbers are passed over."""
-        for name in numbers.keys() & BANDS.keys() - self.said:
-            band, values = BANDS[name], self._values[name]
+        for name in numbers.keys() & self._bands.keys() - self.said:
+            band, values = self._bands[name], self._values[name]
             values.append(numbers[name])
             if len(values) < band.over:
                 continue
             mean = sum(values) / len(values)
             values.clear()
-            before, distance = self._outside.get(name, 0.0), band.distance(mean)
-            self._outside[name] = distance
-            if 0 < before <= distance:
+            before, now = self._outside.get(name, 0.0), band.outside(mean)
+            self._outside[name] = now
+            if 0 < before <= now:
                 self.said.add(name)
                 fix = band.below if mean < band.low else band.above
                 logger.warning(f"iteration {iteration}: {name} is {mean:.3g}, outside {band.low:g} to {band.high:g}: {fix}")

@@ -35,7 +35,7 @@ class Validation:
         self.runtime, self.args, self.pipeline, self.subfolder = runtime, args, pipeline, subfolder
         self.signals: dict[str, float] = {}
         self._teachers: dict[str, float] = {}
-        self._watch = Watch()
+        self._watch = Watch(args.rank > 0)
 
     def draw(self, role: Role, scheduler, call: dict, iteration: int) -> None:
         """The pictures of a role, teacher or student, with a stock call of the pipeline, to the trackers; all processes call it."""

@@ -55,7 +55,6 @@ COMMON_FLAGS = {
     "adam_beta1": 0.0,
     "adam_beta2": 0.99,
     "ttur_ratio": 3,
-    "ida_decay": 0.97,
     "isg_margin": 100,  # t_mid near the middle of its segment, where one more step of the teacher's helps most
     "gan_weight": 0,  # pictures this simple need no discriminator, and it would cost more than all the rest
     "backward_simulation_prob": 1.0,
@@ -67,10 +66,11 @@ COMMON_FLAGS = {
     "report_to": "tensorboard",
 }
 TRAINING_FLAGS = {
-    # One step: far from where it starts, so it learns fast, and ISG, whose target ends at the student, is no more than a help.
-    1: COMMON_FLAGS | {"anchors": [1000], "learning_rate": 2e-4, "learning_rate_fake": 1e-3, "isg_weight": 0.1},
+    # One step starts far from where it is to end: it learns fast, and takes little of ISG, whose target ends in the student itself.
+    1: COMMON_FLAGS | {"anchors": [1000], "learning_rate": 4e-4, "learning_rate_fake": 1e-3, "ida_decay": 0.9, "isg_weight": 0.05},
     # What shift 3 visits in two steps: the student starts from the teacher's best.
-    2: COMMON_FLAGS | {"anchors": [1000, 750], "learning_rate": 3e-5, "learning_rate_fake": 2e-4, "isg_weight": 1.0},
+    2: COMMON_FLAGS
+    | {"anchors": [1000, 750], "learning_rate": 3e-5, "learning_rate_fake": 2e-4, "ida_decay": 0.97, "isg_weight": 1.0},
 }
 
 

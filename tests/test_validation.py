@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 import senseflow_roles
 import senseflow_runtime
 import train_senseflow_flux as script
+from senseflow_signals import BANDS, Watch
 from senseflow_validation import latent_statistics, picture_statistics
 
 
@@ -90,3 +91,40 @@ def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, m
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
     assert logged[-1]["signal/fake_lag"] == pytest.approx(1 / (0.625 + (1 - 0.625) / 3))
+
+
+def warned(caplog, watch, name, values) -> list[str]:
+    caplog.clear()
+    for iteration, value in enumerate(values, 1):
+        watch.look(iteration, {name: value, "fake_loss": 1e9})
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    "values, at",
+    [
+        ([0.9, 0.75, 1.3], None),
+        ([0.5, 0.6, 0.65, 0.8], None),  # outside, and coming in
+        ([0.9, 0.6, 0.9, 0.6], None),  # never twice in a row
+        ([0.9, 0.6, 0.6, 0.5], 3),
+        ([2.0, 2.5], 2),
+        ([math.nan, math.nan], None),  # which something else stops
+    ],
+)
+def test_a_signal_that_leaves_its_band_and_does_not_come_back_is_said_once(values, at, caplog):
+    said = warned(caplog, Watch(adapters=False), "signal/diversity", values)
+    assert len(said) == (at is not None)
+    if at:
+        assert f"iteration {at}: signal/diversity is {values[at - 1]:.3g}, outside 0.7 to 1.4: " in said[0]
+        assert ("alike" if values[at - 1] < 1 else "lower --learning_rate") in said[0]
+
+
+def test_what_swings_is_averaged_and_what_harms_nobody_passed_over(caplog):
+    over = BANDS["signal/fake_lag"].over
+    assert warned(caplog, Watch(False), "signal/fake_lag", [1.0, 1.8] * over) != []
+    assert warned(caplog, Watch(False), "signal/fake_lag", [1.0, 1.4] * over) == []
+    assert warned(caplog, Watch(False), "signal/fake_lag", [1.8] * (2 * over - 1)) == []
+    assert warned(caplog, Watch(False), "signal/fake_error", [0.1] * 2 * BANDS["signal/fake_error"].over) == []
+    steps = [0.01] * 2 * BANDS["signal/update_ratio"].over
+    assert len(warned(caplog, Watch(False), "signal/update_ratio", steps)) == 1
+    assert warned(caplog, Watch(adapters=True), "signal/update_ratio", steps) == []
