@@ -1,7 +1,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Is the run going wrong: the bands in which the signals of a sound run stay, and what is said of one that leaves its own."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Optional
 
@@ -17,12 +17,14 @@ class Band:
 
     Attributes:
         over: how many values are averaged to the one that is looked at.
+        starts_outside: whether that of a sound run may start outside and come in.
         below, above: what a value there means, and what to do about it; None where it means no harm.
     """
 
     low: float
     high: float
     over: int = 1
+    starts_outside: bool = False
     below: Optional[str] = None
     above: Optional[str] = None
 
@@ -52,19 +54,18 @@ BANDS = {
     # A half percent of the weights in one step; large networks are trained with a hundredth of that.
     "signal/update_ratio": Band(0, 5e-3, over=10, above=TOO_FAST),
     # Of validation, as shares of the teacher's. Students of few steps are a little less diverse, pale and soft than teachers.
-    "signal/diversity": Band(0.7, 1.4, below=COLLAPSES, above=SCATTERS),
-    "signal/latent_diversity": Band(0.65, 1.4, below=COLLAPSES, above=SCATTERS),
-    "signal/saturation": Band(0.75, 1.25, below=PALE, above=OVERDRIVEN),
-    "signal/contrast": Band(0.75, 1.25, below=PALE, above=OVERDRIVEN),
-    "signal/latent_contrast": Band(0.75, 1.3, below=PALE, above=OVERDRIVEN),
-    "signal/sharpness": Band(0.5, 2, below=BLURRED, above=NOISY),
+    "signal/diversity": Band(0.7, 1.4, starts_outside=True, below=COLLAPSES, above=SCATTERS),
+    "signal/latent_diversity": Band(0.65, 1.4, starts_outside=True, below=COLLAPSES, above=SCATTERS),
+    "signal/saturation": Band(0.75, 1.25, starts_outside=True, below=PALE, above=OVERDRIVEN),
+    "signal/contrast": Band(0.75, 1.25, starts_outside=True, below=PALE, above=OVERDRIVEN),
+    "signal/latent_contrast": Band(0.75, 1.3, starts_outside=True, below=PALE, above=OVERDRIVEN),
+    "signal/sharpness": Band(0.5, 2, starts_outside=True, below=BLURRED, above=NOISY),
 }
 
 
 class Watch:
-    """Takes the signals as they come, and says once of each, as a warning, that it is outside its band and does not come back.
-
-    That is: twice in a row, and the second time no nearer. A student starts outside of some, blurred and grey, and comes in.
+    """Takes the signals as they come, and says once of each, as a warning, that it has left its band: it is outside twice in a row,
+    and where it may have started there, both times further out than it has been.
 
     Args:
         adapters: whether the student is adapters, half of which start at 0: updates are large beside them in a sound run, too.
@@ -73,7 +74,8 @@ class Watch:
     def __init__(self, adapters: bool):
         self._bands = {name: band for name, band in BANDS.items() if not (adapters and name == "signal/update_ratio")}
         self._values: dict[str, list[float]] = defaultdict(list)
-        self._outside: dict[str, float] = {}
+        self._nearest: dict[str, float] = {}
+        self._outside: Counter[str] = Counter()
         self.said: set[str] = set()
 
     def look(self, iteration: int, numbers: dict[str, float]) -> None:
@@ -85,9 +87,10 @@ class Watch:
                 continue
             mean = sum(values) / len(values)
             values.clear()
-            before, now = self._outside.get(name, 0.0), band.outside(mean)
-            self._outside[name] = now
-            if 0 < before <= now:
+            now = band.outside(mean)
+            self._nearest[name] = nearest = min(now, self._nearest.get(name, now if band.starts_outside else 0.0))
+            self._outside[name] = self._outside[name] + 1 if now > nearest else 0
+            if self._outside[name] == 2:
                 self.said.add(name)
                 fix = band.below if mean < band.low else band.above
                 logger.warning(f"iteration {iteration}: {name} is {mean:.3g}, outside {band.low:g} to {band.high:g}: {fix}")

@@ -746,6 +746,7 @@ def copy_repository(folder: Path) -> None:
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
     shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "demo").symlink_to(ROOT / "demo")
     for name in ("tests", "benchmarks", "accelerate_configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.png", "out"))
 

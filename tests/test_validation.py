@@ -1,6 +1,8 @@
 """What validation pictures say in numbers, and what an iteration says of itself: closed forms."""
 
+import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from tqdm.auto import tqdm
 import senseflow_roles
 import senseflow_runtime
 import train_senseflow_flux as script
+from scripts import ROOT
 from senseflow_signals import BANDS, Watch
 from senseflow_validation import latent_statistics, picture_statistics
 
@@ -107,7 +110,9 @@ def warned(caplog, watch, name, values) -> list[str]:
         ([0.5, 0.6, 0.65, 0.8], None),  # outside, and coming in
         ([0.9, 0.6, 0.9, 0.6], None),  # never twice in a row
         ([0.9, 0.6, 0.6, 0.5], 3),
-        ([2.0, 2.5], 2),
+        ([0.6, 0.5, 0.6, 0.65, 0.9], None),
+        ([0.6, 0.5, 0.55, 0.9], 3),  # further out than where it started
+        ([2.0, 2.5, 3.0], 3),
         ([math.nan, math.nan], None),  # which something else stops
     ],
 )
@@ -125,6 +130,30 @@ def test_what_swings_is_averaged_and_what_harms_nobody_passed_over(caplog):
     assert warned(caplog, Watch(False), "signal/fake_lag", [1.0, 1.4] * over) == []
     assert warned(caplog, Watch(False), "signal/fake_lag", [1.8] * (2 * over - 1)) == []
     assert warned(caplog, Watch(False), "signal/fake_error", [0.1] * 2 * BANDS["signal/fake_error"].over) == []
+    # What does not start outside need not get worse.
+    better = [1.02] * BANDS["signal/fake_error"].over + [1.01] * BANDS["signal/fake_error"].over
+    assert len(warned(caplog, Watch(False), "signal/fake_error", better)) == 1
     steps = [0.01] * 2 * BANDS["signal/update_ratio"].over
     assert len(warned(caplog, Watch(False), "signal/update_ratio", steps)) == 1
     assert warned(caplog, Watch(adapters=True), "signal/update_ratio", steps) == []
+
+
+@pytest.mark.parametrize("turned_around", [False, True])
+def test_a_run_that_goes_wrong_says_so_and_a_sound_one_nothing(turned_around, tmp_path, caplog, monkeypatch):
+    """The demo's teacher to two steps, and the same with the gradient of L_DMD turned around."""
+    demo, right = ROOT / "demo", script.dmd_loss
+    monkeypatch.syspath_prepend(str(demo))
+    from run import TEACHER, TRAINING_FLAGS, all_captions, flags
+
+    if turned_around:  # 2 T - F lies on the other side of T
+        monkeypatch.setattr(script, "dmd_loss", lambda x0, fake, teacher: right(x0, 2 * teacher - fake, teacher))
+    captions = all_captions()
+    rows = {"keys": list(range(96)), "image_paths": ["none.png"] * 96, "prompts": captions}
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    fast = {"max_train_steps": 48, "train_batch_size": 8, "learning_rate": 2e-4, "learning_rate_fake": 1e-3}
+    steady = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "report_to": "none"}
+    drawn = {"validation_prompts": captions[::24], "num_validation_images": 2, "validation_steps": 12}
+    paths = {"pretrained_model_name_or_path": TEACHER, "dataset_json": tmp_path / "data.json", "output_dir": tmp_path / "out"}
+    script.main([str(word) for word in flags(TRAINING_FLAGS[2] | fast | steady | drawn | paths)])
+    said = {name for record in caplog.records for name in re.findall("signal/[a-z_]+", record.getMessage())}
+    assert {"signal/sharpness", "signal/latent_contrast"} <= said if turned_around else not said
