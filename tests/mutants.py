@@ -35,6 +35,7 @@ for library in (
 
 ROOT = Path(__file__).resolve().parents[1]
 UTILS, LOOP, ROLES = "senseflow_utils.py", "train_senseflow_flux.py", "senseflow_roles.py"
+SIGNALS = "senseflow_signals.py"
 MATH, LOOP_TESTS = "tests/test_math.py", "tests/test_loop.py"
 HAND = "tests/test_toy.py::test_an_iteration_is_the_one_written_by_hand"
 TTUR = "tests/test_toy.py::test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_each"
@@ -695,6 +696,24 @@ MUTANTS = [
     Mutant("signals: the fake score's error is the teacher's", UTILS, MATH,
         "(x0 - fake_x0) / normaliser",
         "(x0 - teacher_x0) / normaliser"),
+    Mutant("signals: what comes in is warned of", SIGNALS, VALIDATION,
+        "now if band.starts_outside else 0.0",
+        "0.0"),
+    Mutant("signals: every value by itself", SIGNALS, VALIDATION,
+        "if len(values) < band.over:",
+        "if not values:"),
+    Mutant("signals: the second side's remedy", SIGNALS, VALIDATION,
+        "band.below if mean < band.low else band.above",
+        "band.above if mean < band.low else band.below"),
+    Mutant("signals: metrics are not watched", RUNTIME, VALIDATION,
+        "        self.watch.look(iteration, numbers)\n",
+        ""),
+    Mutant("signals: pictures are not watched", "senseflow_validation.py", VALIDATION,
+        "        self._watch.look(iteration, shares)\n",
+        ""),
+    Mutant("signals: latents of other prompts", "senseflow_validation.py", VALIDATION,
+        "itertools.chain(*(itertools.combinations(row, 2) for row in rows))",
+        "itertools.combinations(itertools.chain(*rows), 2)"),
     Mutant("signals: diversity between prompts", "senseflow_validation.py", VALIDATION,
         "for one, other in itertools.combinations(small, 2):",
         "for one, other in itertools.combinations([*small, *(0 * picture for picture in small)], 2):"),

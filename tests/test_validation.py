@@ -79,7 +79,7 @@ def test_an_update_is_measured_against_the_weights(sample, flags, tmp_path, monk
     assert role.measured_step()[1] == 0  # a step that is not taken
 
 
-def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, monkeypatch):
+def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, monkeypatch, caplog):
     runtime = senseflow_runtime.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
     role = runtime.trained_role("student", torch.nn.Linear(1, 1), 0.1)
     metrics, logged = senseflow_runtime.Metrics(runtime, role, 1, tqdm(disable=True)), []
@@ -94,6 +94,9 @@ def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, m
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
     assert logged[-1]["signal/fake_lag"] == pytest.approx(1 / (0.625 + (1 - 0.625) / 3))
+    for iteration in range(2 * BANDS["signal/fake_lag"].over):
+        metrics.push(iteration, {"fake_loss": torch.tensor(1.2**iteration)})
+    assert "signal/fake_lag" in caplog.text
 
 
 def warned(caplog, watch, name, values) -> list[str]:
