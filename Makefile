@@ -14,8 +14,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 demo: venv
 	$(BIN)/python demo/run.py
 
+# Two at a time, each on one core.
 test: venv
-	$(BIN)/python -m pytest tests --ignore tests/test_modes.py
+	$(BIN)/python -m pytest tests --ignore tests/test_modes.py -n 2
 
 # Every configuration of accelerate_configs/, two processes each. DeepSpeed compiles an operator at its first launch.
 test-modes: venv

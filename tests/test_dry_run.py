@@ -1,5 +1,6 @@
 """--dry_run: what it foretells is what a run takes, byte for byte; what it prints, and what it refuses."""
 
+import gc
 import json
 import os
 import re
@@ -95,6 +96,7 @@ def test_the_counter_counts_what_torchs_allocator_gives_out():
 def test_what_is_foretold_is_what_a_run_takes(kind, more, flags):
     script, arguments = SCRIPTS[kind], flags(kind, *more)
     foretold = traced(script, arguments)
+    gc.collect()  # what was there before shall not go while the allocator is watched
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         true = traced(script, arguments, fake=False)
     assert true["peak"] == pytest.approx(allocated(profiler.profiler.kineto_results.events()), rel=0.03)
