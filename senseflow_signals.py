@@ -18,6 +18,7 @@ class Band:
     Attributes:
         over: how many values are averaged to the one that is looked at.
         starts_outside: whether that of a sound run may start outside and come in.
+        settles: whether it is looked at no more once it has been inside.
         below, above: what a value there means, and what to do about it; None where it means no harm.
     """
 
@@ -25,6 +26,7 @@ class Band:
     high: float
     over: int = 1
     starts_outside: bool = False
+    settles: bool = False
     below: Optional[str] = None
     above: Optional[str] = None
 
@@ -49,8 +51,8 @@ NOISY = "pictures are noisy: lower --gan_weight or --learning_rate"
 BANDS = {
     # Of each iteration, or student's turn. The fake score's loss over its mean, which swings by a few percent.
     "signal/fake_lag": Band(0, 1.25, over=50, above=RUNS_AWAY),
-    # 1 is the teacher's; .8 to .94 where the fake score learns, .99 to 1.01 where it does not.
-    "signal/fake_error": Band(0, 0.985, over=50, above=LEARNS_NOT),
+    # 1 is the teacher's; .8 to .9 where the fake score learns, and 1 again where the student has become what the teacher is.
+    "signal/fake_error": Band(0, 0.985, over=50, settles=True, above=LEARNS_NOT),
     # A half percent of the weights in one step; large networks are trained with a hundredth of that.
     "signal/update_ratio": Band(0, 5e-3, over=10, above=TOO_FAST),
     # Of validation, as shares of the teacher's. Students of few steps are a little less diverse, pale and soft than teachers.
@@ -76,11 +78,11 @@ class Watch:
         self._values: dict[str, list[float]] = defaultdict(list)
         self._nearest: dict[str, float] = {}
         self._outside: Counter[str] = Counter()
-        self.said: set[str] = set()
+        self._done: set[str] = set()
 
     def look(self, iteration: int, numbers: dict[str, float]) -> None:
         """Signals of an iteration, by their names; other numbers are passed over."""
-        for name in numbers.keys() & self._bands.keys() - self.said:
+        for name in numbers.keys() & self._bands.keys() - self._done:
             band, values = self._bands[name], self._values[name]
             values.append(numbers[name])
             if len(values) < band.over:
@@ -90,7 +92,9 @@ class Watch:
             now = band.outside(mean)
             self._nearest[name] = nearest = min(now, self._nearest.get(name, now if band.starts_outside else 0.0))
             self._outside[name] = self._outside[name] + 1 if now > nearest else 0
-            if self._outside[name] == 2:
-                self.said.add(name)
+            if now == 0 and band.settles:
+                self._done.add(name)
+            elif self._outside[name] == 2:
+                self._done.add(name)
                 fix = band.below if mean < band.low else band.above
                 logger.warning(f"iteration {iteration}: {name} is {mean:.3g}, outside {band.low:g} to {band.high:g}: {fix}")

@@ -134,8 +134,9 @@ def test_what_swings_is_averaged_and_what_harms_nobody_passed_over(caplog):
     assert warned(caplog, Watch(False), "signal/fake_lag", [1.8] * (2 * over - 1)) == []
     assert warned(caplog, Watch(False), "signal/fake_error", [0.1] * 2 * BANDS["signal/fake_error"].over) == []
     # What does not start outside need not get worse.
-    better = [1.02] * BANDS["signal/fake_error"].over + [1.01] * BANDS["signal/fake_error"].over
-    assert len(warned(caplog, Watch(False), "signal/fake_error", better)) == 1
+    over = BANDS["signal/fake_error"].over
+    assert len(warned(caplog, Watch(False), "signal/fake_error", [1.02] * over + [1.01] * over)) == 1
+    assert warned(caplog, Watch(False), "signal/fake_error", [1.02] * over + [0.9] * over + [1.02] * 2 * over) == []
     steps = [0.01] * 2 * BANDS["signal/update_ratio"].over
     assert len(warned(caplog, Watch(False), "signal/update_ratio", steps)) == 1
     assert warned(caplog, Watch(adapters=True), "signal/update_ratio", steps) == []
