@@ -1,6 +1,6 @@
 """The demo: distil the bundled teacher to a few steps, sample it, measure it. `make demo` calls this.
 
-    python demo/run.py              # to one step; about five minutes on two cores
+    python demo/run.py              # to one step; three to five minutes on two cores
     python demo/run.py --steps 2    # to two
     python demo/run.py --seed 1     # with another training seed
 
