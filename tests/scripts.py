@@ -47,6 +47,13 @@ def assert_same(a: dict, b: dict, **tolerance) -> None:
             assert torch.equal(a[name], b[name]), name
 
 
+def assert_same_image(a: np.ndarray, b: np.ndarray) -> None:
+    """To 1 of 255: another path, batch or thread, or another place in memory, may round a matrix product otherwise."""
+    assert a.shape == b.shape
+    largest = np.abs(a.astype(int) - b.astype(int)).max()
+    assert largest <= 1, f"images differ by up to {largest} of 255"
+
+
 def start(script, arguments, processes: int = 1, precision: str = "no", mode: str = "", *more: str) -> subprocess.Popen:
     """Launches a script as a user does, under a mode's file of accelerate_configs/, or a file of one's own (its path without
     .yaml); `more` are flags of `accelerate launch`."""
@@ -103,7 +110,8 @@ def the_cards_call_is_infers_picture(model: Path, levels: str, folder: Path, fre
         exec(watch, {})
     np.testing.assert_allclose(np.load(folder / "levels.npy")[: len(record[levels])], record[levels], atol=1e-6)
     drawn = picture_of(model, folder / "pictures")
-    assert np.array_equal(drawn, (np.load(folder / "stock.npy") * 255).round().astype("uint8")) and drawn.std() > 0
+    assert_same_image(drawn, (np.load(folder / "stock.npy") * 255).round().astype("uint8"))
+    assert drawn.std() > 0
 
 
 def run_card(model: Path) -> None:

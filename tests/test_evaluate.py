@@ -179,7 +179,7 @@ def test_all_metrics_and_the_table(folders, judges, tmp_path, caplog):
     own, theirs = (diversity(each, groups).mean().item() for each in features)
     assert found["diversity"]["value"] == pytest.approx(own, rel=1e-3)
     assert found["diversity"]["share_of_reference"] == pytest.approx(own / theirs, rel=1e-3)
-    assert torch.equal(cosine(features[0], features[1]) * math.e, scaled_cosine(features[0], features[1], 1.0))
+    torch.testing.assert_close(cosine(features[0], features[1]) * math.e, scaled_cosine(features[0], features[1], 1.0))
 
 
 def test_features_are_kept_until_a_picture_changes_and_a_killed_run_goes_on(folders, judges, tmp_path, monkeypatch):
@@ -221,7 +221,7 @@ def test_real_pictures_and_a_file_of_prompts(folders, judges, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     plain = run(folders, judges, tmp_path, "--metrics", "fid", "clip", "--prompts_file", tmp_path / "prompts.txt")
     real = run((student, tmp_path / "real.json"), judges, tmp_path, "--metrics", "fid")
-    assert real["fid"]["value"] == plain["fid"]["value"] and plain["clip"]["n"] == 6
+    assert real["fid"]["value"] == pytest.approx(plain["fid"]["value"], rel=1e-6) and plain["clip"]["n"] == 6
 
 
 REFUSED = {

@@ -19,7 +19,7 @@ import senseflow_discriminator
 import senseflow_hub as hub_tools
 import train_senseflow_flux
 import train_senseflow_sdxl
-from scripts import picture_of, refused, without
+from scripts import assert_same_image, picture_of, refused, without
 from senseflow_args import UserError
 from tiny_pipelines import cache_repository, only_variant, write_flux, write_sdxl
 
@@ -196,13 +196,13 @@ def test_a_run_remembers_how_its_teacher_is_loaded(teacher, data, hub, tmp_path,
     card = (out / "README.md").read_text()
     assert f"`some/teacher`, revision `{FIRST}`, variant `fp16`" in card and "license: apache-2.0" in card
     picture = picture_of(out, tmp_path / "whole")
-    assert np.array_equal(picture_of(out / "checkpoint-1", tmp_path / "checkpoint"), picture)
+    assert_same_image(picture_of(out / "checkpoint-1", tmp_path / "checkpoint"), picture)
 
     write_flux(tmp_path / "later", seed=5)
     shutil.copytree(tmp_path / "fp16/transformer", tmp_path / "later/transformer", dirs_exist_ok=True)  # the rest is another
     cache_repository(hub, "some/teacher", tmp_path / "later", SECOND)
     hub_tools.look_up.cache_clear()
-    assert np.array_equal(picture_of(out / "checkpoint-1", tmp_path / "again"), picture)
+    assert_same_image(picture_of(out / "checkpoint-1", tmp_path / "again"), picture)
     flags = [*flags[:-1], "--resume_from_checkpoint", "latest", "--max_train_steps", "2"]
     capsys.readouterr()
     refused(train_senseflow_flux, flags, 1, f"was made with {FIRST}; give --revision {FIRST}, or start", capsys)

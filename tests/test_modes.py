@@ -191,7 +191,7 @@ def test_two_nodes_train_as_one(trained, flags, tmp_path):
     for node in nodes:
         _, said = node.communicate()
         assert node.returncode == 0, said[-3000:]
-    assert_same(states(trained("flux", "fsdp2") / f"checkpoint-{LAST}"), states(tmp_path / f"checkpoint-{LAST}"))
+    assert_near(weights(trained("flux", "fsdp2") / f"checkpoint-{LAST}"), weights(tmp_path / f"checkpoint-{LAST}"))
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])

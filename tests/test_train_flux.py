@@ -19,6 +19,7 @@ from scripts import (
     ROOT,
     assert_guided_where_asked,
     assert_same,
+    assert_same_image,
     built,
     launch,
     logged,
@@ -80,7 +81,7 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
 
     # A checkpoint is usable as it stands, and the student in it is the one that was exported.
     FluxTransformer2DModel.from_pretrained(whole / "checkpoint-4", subfolder="transformer")
-    assert np.array_equal(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
+    assert_same_image(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
 
     # Stored state that is of no use is refused.
     write_discriminator(tmp_path / "vision", seed=1)

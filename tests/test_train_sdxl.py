@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -13,6 +12,7 @@ import train_senseflow_sdxl as script
 from scripts import (
     assert_guided_where_asked,
     assert_same,
+    assert_same_image,
     assert_starts_as_the_teacher,
     built,
     launch,
@@ -65,7 +65,7 @@ def test_each_method_resume_export_and_a_stock_call(method, flags, senseflow, tm
     record = json.loads((whole / "senseflow.json").read_text())
     assert record["timesteps"] == [999, 749, 499, 249] and "timesteps" not in record["pipeline_call"]
     the_cards_call_is_infers_picture(whole, "timesteps", tmp_path)
-    assert np.array_equal(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
+    assert_same_image(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
     tags = logged(whole).Tags()
     own = {"senseflow": {"isg_loss", "discriminator_loss"}, "dmd2": {"classifier_loss"}}
     assert {"dmd_loss", "adversarial_loss", "real_logits", "fake_logits"} | own[method] <= set(tags["scalars"])
@@ -89,7 +89,7 @@ def test_latents_another_vae_other_levels_and_bf16(senseflow, lmdb_of_latents, t
     assert saved.config.scaling_factor == 0.2
     wanted = AutoencoderKL.from_pretrained(other).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in saved.state_dict().items())
-    assert np.array_equal(picture_of(out / "checkpoint-4", tmp_path / "c"), picture_of(out, tmp_path / "pictures"))
+    assert_same_image(picture_of(out / "checkpoint-4", tmp_path / "c"), picture_of(out, tmp_path / "pictures"))
     with pytest.raises(UserError, match="made with another vae"):
         script.main([*flags, "--output_dir", str(out), "--resume_from_checkpoint", "latest"])
 
