@@ -1,11 +1,11 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Measures pictures, such as infer.py's: against the teacher's of the same prompts, against their prompts, against each other.
+"""Measures images, such as infer.py's: against the teacher's of the same prompts, against their prompts, against each other.
 
     python evaluate.py --images student --reference teacher --metrics fid patch_fid clip pickscore --inception inception.pt
-    python evaluate.py --images student --reference coco/data.json --metrics fd        # real pictures and captions, as for training
+    python evaluate.py --images student --reference coco/data.json --metrics fd        # real images and captions, as for training
 
 A folder's prompts are those of infer.py's metadata.jsonl, or lines of --prompts_file, 0007.png's the eighth. What a network says of
-its pictures is kept in a folder .features there, so that another metric or reference costs only what is new.
+its images is kept in a folder .features there, so that another metric or reference costs only what is new.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import senseflow_curves as curve_tools
-import senseflow_judges as judge_tools
-import senseflow_metrics as metric_tools
+from senseflow.evaluation.curves import draw, find_checkpoints, plot
+from senseflow.evaluation.scorers import load_clip, load_hpsv2, load_imagereward, load_inception, load_vision
+from senseflow.evaluation.metrics import FEW, PATCH, bootstrap, cosine, diversity, frechet_distance, scaled_cosine, standard_error
 from infer import number, short_dtype, write_aside
-from senseflow_args import DTYPES, Parser, UserError, run_script
-from senseflow_judges import Network
-from senseflow_picture_sets import Pictures, find_pictures
-from senseflow_pictures import read_picture
+from senseflow.arguments import DTYPES, Parser, UserError, run_script
+from senseflow.evaluation.scorers import Network
+from senseflow.evaluation.image_sets import ImageSet, find_images
+from senseflow.data.images import read_image
 
 
 logger = logging.getLogger("evaluate")
@@ -56,17 +56,17 @@ FILES = {  # of networks that no Hub id names: {flag: what it is}
     "hpsv2": "HPS_v2.1_compressed.pt of xswu/HPSv2",
     "imagereward": "ImageReward.pt of zai-org/ImageReward",
 }
-CHUNK = 256  # pictures whose features are one file
+CHUNK = 256  # images whose features are one file
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    group = parser.add_argument_group("pictures")
+    group = parser.add_argument_group("images")
     what = group.add_mutually_exclusive_group(required=True)
-    what.add_argument("--images", help="a folder of pictures, or a JSON of pictures and captions as for training")
+    what.add_argument("--images", help="a folder of images, or a JSON of images and captions as for training")
     what.add_argument("--checkpoints", metavar="DIR", help="the output of a training run, whose checkpoints draw --prompts_file")
     group.add_argument(
-        "--reference", help="the same, of what to compare with: the teacher's pictures of the same prompts, or real ones"
+        "--reference", help="the same, of what to compare with: the teacher's images of the same prompts, or real ones"
     )
     group.add_argument("--prompts_file", help="of --images: one prompt a line; default: metadata.jsonl, as infer.py writes it")
     group = parser.add_argument_group("metrics")
@@ -83,7 +83,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("how")
     group.add_argument("--batch_size", type=number(int, 1), default=32, help="default: 32")
-    group.add_argument("--dataloader_num_workers", type=number(int, 0), default=0, help="that read and scale pictures; default: 0")
+    group.add_argument("--dataloader_num_workers", type=number(int, 0), default=0, help="that read and scale images; default: 0")
     group.add_argument("--device", help="a torch device; default: cuda if there is one, else cpu")
     group.add_argument(
         "--dtype", type=short_dtype, choices=DTYPES, default="fp32", help="of the networks but Inception; default: fp32"
@@ -103,12 +103,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------------
 # Before networks load
 # ---------------------------------------------------------------------------------------------------------------------
-def check(args, images: Pictures, reference: Optional[Pictures]) -> None:
+def check(args, images: ImageSet, reference: Optional[ImageSet]) -> None:
     """UserError (2) for what would fail after networks are loaded."""
     for name in args.metrics:
         column, compares, flag = METRICS[name]
         if compares and reference is None:
-            raise UserError(f"--metrics {name}: compares with other pictures; give --reference", 2)
+            raise UserError(f"--metrics {name}: compares with other images; give --reference", 2)
         if name in OF_PROMPTS and images.prompts is None:
             raise UserError(f"--metrics {name}: no prompt is known of {images.name}; give --prompts_file", 2)
         if flag in FILES and not Path(getattr(args, flag) or "").is_file():
@@ -120,11 +120,11 @@ def check(args, images: Pictures, reference: Optional[Pictures]) -> None:
             problem = f"{images.name} and {reference.name} are of different prompts, one is {other[:60]!r}"
             raise UserError(f"--metrics {min(of_teacher)}: {problem}; draw both with one prompts file", 2)
     if "patch_fid" in args.metrics:
-        for pictures in (images, reference):
-            for file in pictures.files:
-                with Image.open(file) as picture:
-                    if min(picture.size) < metric_tools.PATCH:
-                        size = f"{picture.width} x {picture.height}, smaller than a patch of {metric_tools.PATCH}"
+        for images in (images, reference):
+            for file in images.files:
+                with Image.open(file) as image:
+                    if min(image.size) < PATCH:
+                        size = f"{image.width} x {image.height}, smaller than a patch of {PATCH}"
                         raise UserError(f"--metrics patch_fid: {file} is {size}; leave it out", 2)
 
 
@@ -132,19 +132,19 @@ def check(args, images: Pictures, reference: Optional[Pictures]) -> None:
 # Features
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def features_of(args, pictures: Pictures, network: Network) -> torch.Tensor:
-    """What a network says of pictures, (N, D) float32 on the CPU; a chunk of them is kept as soon as it is there.
+def features_of(args, images: ImageSet, network: Network) -> torch.Tensor:
+    """What a network says of images, (N, D) float32 on the CPU; a chunk of them is kept as soon as it is there.
 
-    A chunk's file is named after its pictures' names, sizes and times and after the network: what has changed is looked at anew.
+    A chunk's file is named after its images' names, sizes and times and after the network: what has changed is looked at anew.
     """
     found = []
-    with tqdm(total=len(pictures.files), desc=f"{network.name.split('-')[0]} {pictures.name}", unit="picture") as progress:
-        for start in range(0, len(pictures.files), CHUNK):
-            files = pictures.files[start : start + CHUNK]
+    with tqdm(total=len(images.files), desc=f"{network.name.split('-')[0]} {images.name}", unit="image") as progress:
+        for start in range(0, len(images.files), CHUNK):
+            files = images.files[start : start + CHUNK]
             times = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-            prompts = pictures.prompts[start : start + CHUNK] if network.reads_while_looking else None
+            prompts = images.prompts[start : start + CHUNK] if network.reads_while_looking else None
             digest = hashlib.sha256(json.dumps([network.name, times, prompts]).encode()).hexdigest()[:24]
-            kept = pictures.cache / f"{network.name}-{digest}.safetensors"
+            kept = images.cache / f"{network.name}-{digest}.safetensors"
             if kept.exists():
                 found.append(load_file(kept)["features"])
                 progress.update(len(files))
@@ -166,7 +166,7 @@ def features_of(args, pictures: Pictures, network: Network) -> torch.Tensor:
 
 
 class Prepared(torch.utils.data.Dataset):
-    """The pictures of some files as a network wants them; of one that cannot be read, why."""
+    """The images of some files as a network wants them; of one that cannot be read, why."""
 
     def __init__(self, files: list[Path], prepare: Callable):
         self.files, self.prepare = files, prepare
@@ -175,8 +175,8 @@ class Prepared(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> torch.Tensor | str:
-        picture, why = read_picture(str(self.files[index]))
-        return f"{self.files[index]}: cannot be read ({why})" if picture is None else self.prepare(picture)
+        image, why = read_image(str(self.files[index]))
+        return f"{self.files[index]}: cannot be read ({why})" if image is None else self.prepare(image)
 
 
 def keep(path: Path, features: torch.Tensor) -> None:
@@ -200,37 +200,37 @@ def embeddings_of(args, prompts: list[str], network: Network) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 # ---------------------------------------------------------------------------------------------------------------------
-def measure(args, name: str, network: Network, images: Pictures, reference: Optional[Pictures]) -> dict[str, Any]:
+def measure(args, name: str, network: Network, images: ImageSet, reference: Optional[ImageSet]) -> dict[str, Any]:
     """One metric: value, standard error over prompts (None: not asked for), n."""
     own, groups = features_of(args, images, network), images.groups
     result: dict[str, Any] = {"n": len(own), "network": network.name, "standard_error": None}
     if name in ("fid", "patch_fid", "fd"):
         theirs = features_of(args, reference, network)
-        if min(len(own), len(theirs)) < max(metric_tools.FEW, own.shape[1]):
-            few = f"of {len(own)} and {len(theirs)} pictures, in {own.shape[1]} dimensions"
-            logger.warning("%s: %s: a Frechet distance is not defined well below %d", name, few, metric_tools.FEW)
-        result["value"] = metric_tools.frechet_distance(own, theirs)
+        if min(len(own), len(theirs)) < max(FEW, own.shape[1]):
+            few = f"of {len(own)} and {len(theirs)} images, in {own.shape[1]} dimensions"
+            logger.warning("%s: %s: a Frechet distance is not defined well below %d", name, few, FEW)
+        result["value"] = frechet_distance(own, theirs)
         if args.bootstrap:
-            error = metric_tools.bootstrap(metric_tools.frechet_distance, own, theirs, groups, args.bootstrap)
+            error = bootstrap(frechet_distance, own, theirs, groups, args.bootstrap)
             result["standard_error"] = error
     elif name == "diversity":
-        spread = metric_tools.diversity(own, groups)
+        spread = diversity(own, groups)
         if not len(spread):
-            raise UserError("--metrics diversity: no prompt has two pictures; draw several of each", 2)
+            raise UserError("--metrics diversity: no prompt has two images; draw several of each", 2)
         result["value"], result["standard_error"] = spread.mean().item(), (spread.std() / len(spread) ** 0.5).item()
         if reference is not None:
-            theirs = metric_tools.diversity(features_of(args, reference, network), reference.groups)
+            theirs = diversity(features_of(args, reference, network), reference.groups)
             if len(theirs):
                 result["share_of_reference"] = result["value"] / theirs.mean().item()
     elif name == "imagereward":
-        result["value"], result["standard_error"] = own.double().mean().item(), metric_tools.standard_error(own[:, 0], groups)
+        result["value"], result["standard_error"] = own.double().mean().item(), standard_error(own[:, 0], groups)
     else:
         prefix = args.clip_prefix if name == "clip" else ""
         texts = embeddings_of(args, [prefix + prompt for prompt in images.prompts], network)
-        scores = metric_tools.cosine(own, texts)
+        scores = cosine(own, texts)
         if name == "pickscore":
-            scores = metric_tools.scaled_cosine(own, texts, network.logit_scale)
-        result["value"], result["standard_error"] = scores.double().mean().item(), metric_tools.standard_error(scores, groups)
+            scores = scaled_cosine(own, texts, network.logit_scale)
+        result["value"], result["standard_error"] = scores.double().mean().item(), standard_error(scores, groups)
     if result["standard_error"] is not None and math.isnan(result["standard_error"]):
         result["standard_error"] = None  # a single prompt
     return result
@@ -249,7 +249,7 @@ def table_of(images: str, found: dict[str, dict]) -> tuple[str, str]:
     return head, f"| {re.sub(r'[|]', '/', images)} | {n} | " + " | ".join(cells) + " |"
 
 
-def evaluate(args, images: Pictures, reference: Optional[Pictures]) -> dict[str, dict]:
+def evaluate(args, images: ImageSet, reference: Optional[ImageSet]) -> dict[str, dict]:
     """All metrics asked for: {metric: result}."""
     found: dict[str, dict] = {}
     networks: dict[tuple, Network] = {}
@@ -258,9 +258,9 @@ def evaluate(args, images: Pictures, reference: Optional[Pictures]) -> dict[str,
         key = (flag, name == "patch_fid")
         if key not in networks:
             networks.clear()  # one at a time
-            loaders = {"inception": partial(judge_tools.load_inception, patch=key[1]), "feature_model": judge_tools.load_vision}
-            loaders |= {"hpsv2": judge_tools.load_hpsv2, "imagereward": judge_tools.load_imagereward}
-            networks[key] = loaders.get(flag, partial(judge_tools.load_clip, flag=flag))(args)
+            loaders = {"inception": partial(load_inception, patch=key[1]), "feature_model": load_vision}
+            loaders |= {"hpsv2": load_hpsv2, "imagereward": load_imagereward}
+            networks[key] = loaders.get(flag, partial(load_clip, flag=flag))(args)
         found[name] = measure(args, name, networks[key], images, reference)
         logger.info("%s %.6g", name, found[name]["value"])
     return found
@@ -270,34 +270,34 @@ def write(path: Path, text: str) -> None:
     write_aside(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def evaluate_checkpoints(args, reference: Optional[Pictures]) -> tuple[dict, list[str]]:
+def evaluate_checkpoints(args, reference: Optional[ImageSet]) -> tuple[dict, list[str]]:
     """({checkpoint-N: {metric: result}}, their rows); all that is made lies in the run's folder evaluation/."""
     if args.prompts_file is None:
         raise UserError(f"--checkpoints {args.checkpoints}: give --prompts_file, what the checkpoints draw", 2)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"--checkpoints {args.checkpoints}: needs matplotlib for the curves; pip install matplotlib", 2)
-    checkpoints = curve_tools.find_checkpoints(Path(args.checkpoints))
+    checkpoints = find_checkpoints(Path(args.checkpoints))
     place, found, rows = Path(args.checkpoints, "evaluation"), {}, []
     for iteration, folder in checkpoints.items():
-        curve_tools.draw(folder, args.prompts_file, place / folder.name, args.batch_size, args.device)
-        images = find_pictures("--checkpoints", str(place / folder.name))
+        draw(folder, args.prompts_file, place / folder.name, args.batch_size, args.device)
+        images = find_images("--checkpoints", str(place / folder.name))
         check(args, images, reference)
         found[iteration] = evaluate(args, images, reference)
         rows.append(table_of(folder.name, found[iteration])[1])
     columns = {name: column for name, (column, *_) in METRICS.items()}
-    write_aside(place / "curves.png", lambda temporary: curve_tools.plot(temporary, columns, found))
+    write_aside(place / "curves.png", lambda temporary: plot(temporary, columns, found))
     return {f"checkpoint-{iteration}": result for iteration, result in found.items()}, rows
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    reference = find_pictures("--reference", args.reference) if args.reference else None
+    reference = find_images("--reference", args.reference) if args.reference else None
     report: dict[str, Any] = {"reference": args.reference}
     if args.checkpoints:
         report["checkpoints"], rows = evaluate_checkpoints(args, reference)
         head = table_of("", next(iter(report["checkpoints"].values())))[0]
     else:
-        images = find_pictures("--images", args.images, args.prompts_file)
+        images = find_images("--images", args.images, args.prompts_file)
         check(args, images, reference)
         found = evaluate(args, images, reference)
         report |= {"images": args.images, "metrics": found}

@@ -1,13 +1,13 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Draws pictures with a distilled student, or with any diffusers text-to-image pipeline, such as its teacher.
+"""Draws images with a distilled student, or with any diffusers text-to-image pipeline, such as its teacher.
 
-    python infer.py --model OUTPUT_DIR --prompts_file prompts.txt --output_dir pictures --grid
+    python infer.py --model OUTPUT_DIR --prompts_file prompts.txt --output_dir images --grid
     python infer.py --model OUTPUT_DIR/checkpoint-3000 --prompt "a red fox in the snow"
     python infer.py --model FLUX.1-dev --transformer domiso/SenseFlow --transformer_subfolder FOLDER --released flux
 
 How a student is called stands in its senseflow.json, or in --released for the published weights; flags override; without either
 the pipeline's own defaults hold.
-A picture is a function of (model, settings, prompt, seed, index): neither batch size nor start index changes it. Processes under
+A image is a function of (model, settings, prompt, seed, index): neither batch size nor start index changes it. Processes under
 `accelerate launch infer.py` or torchrun share the prompts out; those started by hand may draw windows of one prompts file into one
 folder. A rerun draws what is missing.
 """
@@ -34,11 +34,11 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMSch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import senseflow_models as model_tools
-from senseflow_args import DTYPES, Parser, UserError, run_script
-from senseflow_models import NETWORKS, RELEASED, Model, pixel_multiple
+from senseflow.inference import check_parts, find_model, load_model_pipeline, model_digest, set_released, swap_network
+from senseflow.arguments import DTYPES, Parser, UserError, run_script
+from senseflow.inference import NETWORKS, RELEASED, Model, pixel_multiple
 from senseflow_utils import SAMPLERS
-from senseflow_validation import bind_generator
+from senseflow.training.validation import bind_generator
 
 
 logger = logging.getLogger("infer")
@@ -46,7 +46,7 @@ logger = logging.getLogger("infer")
 CALL_FLAGS = ("num_inference_steps", "guidance_scale", "height", "width")
 # Arguments of a pipeline that decide what comes back, or are this script's own.
 NO_CALL = ("self", "prompt", "generator", "num_images_per_prompt", "output_type", "return_dict")
-GRID_SIDE = 4096  # pixels; larger grids are scaled down: 1,000 pictures of 1024 px would take 3 GB
+GRID_SIDE = 4096  # pixels; larger grids are scaled down: 1,000 images of 1024 px would take 3 GB
 
 
 def number(kind: type, low: float, high: float = math.inf):
@@ -101,7 +101,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     group.add_argument("--device", help="a torch device; default: cuda if there is one, else cpu")
     group = parser.add_argument_group("prompts")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", help="one picture each")
+    source.add_argument("--prompt", nargs="+", help="one image each")
     default = str(Path(__file__).with_name("prompts.txt"))
     source.add_argument("--prompts_file", default=default, help="one prompt a line; default: prompts.txt beside infer.py")
     group.add_argument("--start_idx", type=number(int, 0), default=0, help="index of the first prompt; lines count from 0")
@@ -115,10 +115,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     called = "further arguments of the pipeline's call, e.g. true_cfg_scale=4 negative_prompt=blurry"
     group.add_argument("--call", type=call_argument, nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=called)
     group.add_argument("--seed", type=number(int, 0, 2**63), default=42, help="idx is drawn with seed + idx; default: 42")
-    group.add_argument("--batch_size", type=number(int, 1), default=1, help="pictures drawn at a time; default: 1")
+    group.add_argument("--batch_size", type=number(int, 1), default=1, help="images drawn at a time; default: 1")
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="outputs", help="gets 0000.png ... and metadata.jsonl; default: outputs")
-    group.add_argument("--grid", action="store_true", help="also write grid.png: the pictures in order, each with its index")
+    group.add_argument("--grid", action="store_true", help="also write grid.png: the images in order, each with its index")
     return parser.parse_args(argv)
 
 
@@ -135,7 +135,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 @contextmanager
-def among_others():
+def distributed_context():
     """(rank, number of processes, wait) of a process that a launcher has started: `wait()` until all have come so far."""
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world_size == 1:
@@ -230,7 +230,7 @@ def check_steps(steps: Optional[int], model: Model) -> None:
 
 
 def draw(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], call: dict[str, Any]) -> list[Image.Image]:
-    """One batch. A picture's noise, initial and stochastic, comes from its own seed alone: one CPU generator a picture."""
+    """One batch. A image's noise, initial and stochastic, comes from its own seed alone: one CPU generator a image."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     bind_generator(pipeline.scheduler, generators)  # FLUX and SD 3 call `step` without one; it would draw from the global one
     for name, value in call.items():  # one text for a whole batch: not every pipeline repeats it
@@ -239,7 +239,7 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], call
     try:
         return pipeline(prompt=prompts, generator=generators, **call).images
     except torch.OutOfMemoryError as error:
-        raise UserError(f"--batch_size {len(prompts)}: out of memory; give a smaller one, or smaller pictures") from error
+        raise UserError(f"--batch_size {len(prompts)}: out of memory; give a smaller one, or smaller images") from error
 
 
 def write_aside(path: Path, write) -> None:
@@ -250,9 +250,9 @@ def write_aside(path: Path, write) -> None:
 
 
 def open_folder(folder: Path) -> list[dict[str, Any]]:
-    """Makes the folder; returns the lines of metadata.jsonl whose picture is there: only with its line is a picture drawn.
+    """Makes the folder; returns the lines of metadata.jsonl whose image is there: only with its line is a image drawn.
 
-    Lines that a kill has cut, or whose picture is gone, are removed. UserError (2) if it cannot be a folder.
+    Lines that a kill has cut, or whose image is gone, are removed. UserError (2) if it cannot be a folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ def open_folder(folder: Path) -> list[dict[str, Any]]:
 
 
 def refuse_other_settings(folder: Path, records: list[dict], settings: dict[str, Any], prompts: dict[int, str]) -> None:
-    """UserError (2) if the folder holds a picture that these settings and prompts would not give."""
+    """UserError (2) if the folder holds a image that these settings and prompts would not give."""
     for record in records:
         wanted = settings | {"prompt": prompts.get(record["idx"], record.get("prompt"))}
         name = next((name for name, value in wanted.items() if record.get(name) != value), None)
@@ -283,10 +283,10 @@ def refuse_other_settings(folder: Path, records: list[dict], settings: dict[str,
             raise UserError(f"--output_dir {folder}: {there}; give another folder or empty this one", 2)
 
 
-def save_picture(folder: Path, picture: Image.Image, record: dict[str, Any]) -> None:
-    """Writes a picture, then its line, so that a kill leaves at most a picture without a line, which the next run redraws."""
+def save_image(folder: Path, image: Image.Image, record: dict[str, Any]) -> None:
+    """Writes a image, then its line, so that a kill leaves at most a image without a line, which the next run redraws."""
     try:
-        write_aside(folder / record["file_name"], lambda temporary: picture.save(temporary, format="PNG"))
+        write_aside(folder / record["file_name"], lambda temporary: image.save(temporary, format="PNG"))
         # One unbuffered write: processes that share the folder do not mix their lines.
         with open(folder / "metadata.jsonl", "ab", buffering=0) as stream:
             stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
@@ -295,17 +295,17 @@ def save_picture(folder: Path, picture: Image.Image, record: dict[str, Any]) -> 
 
 
 def make_grid(folder: Path, indices: Sequence[int]) -> Image.Image:
-    """The pictures in order, row by row, near square; each with its index beneath."""
+    """The images in order, row by row, near square; each with its index beneath."""
     columns, label = math.ceil(math.sqrt(len(indices))), 14
     grid = None
     for place, idx in enumerate(indices):
-        picture = Image.open(folder / f"{idx:04d}.png").convert("RGB")
-        picture.thumbnail((GRID_SIDE // columns, GRID_SIDE // columns))
-        width, height = picture.width, picture.height + label
+        image = Image.open(folder / f"{idx:04d}.png").convert("RGB")
+        image.thumbnail((GRID_SIDE // columns, GRID_SIDE // columns))
+        width, height = image.width, image.height + label
         grid = grid or Image.new("RGB", (columns * width, math.ceil(len(indices) / columns) * height), "white")
         left, top = place % columns * width, place // columns * height
-        grid.paste(picture, (left, top))
-        ImageDraw.Draw(grid).text((left + 2, top + picture.height + 1), str(idx), fill="black")
+        grid.paste(image, (left, top))
+        ImageDraw.Draw(grid).text((left + 2, top + image.height + 1), str(idx), materialize="black")
     return grid
 
 
@@ -314,17 +314,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # 1. Whatever can be wrong is found before any weight loads.
     prompts, window = read_prompts(args)
     device, dtype = choose_device(args)
-    model = model_tools.find_model(args.model, args.revision, args.variant)
-    model_tools.swap_network(args, model)
+    model = find_model(args.model, args.revision, args.variant)
+    swap_network(args, model)
     if args.released is not None:
-        model_tools.set_released(args.released, model)
-    model_tools.check_parts(model, args.variant)
+        set_released(args.released, model)
+    check_parts(model, args.variant)
     call, settings = choose_call(args, model)
     settings |= {"sampler": choose_sampler(args.sampler, model), "seed": args.seed}
-    settings |= {"dtype": str(dtype).removeprefix("torch."), "weights": model_tools.fingerprint(model)}
+    settings |= {"dtype": str(dtype).removeprefix("torch."), "weights": model_digest(model)}
     folder = Path(args.output_dir)
     source = {"model": args.model, "network": model.swapped and " ".join(model.swapped), "released": args.released}
-    with among_others() as (rank, world_size, wait):
+    with distributed_context() as (rank, world_size, wait):
         if rank > 0:
             wait()  # the first process mends the folder, alone
         records = open_folder(folder)
@@ -336,20 +336,20 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         # 2. What is not there yet is drawn, by several processes in turns.
         missing = sorted(set(window) - {record["idx"] for record in records})
         done, missing = len(window) - len(missing), missing[rank::world_size]
-        pipeline = model_tools.load_pipeline(model, settings["sampler"], device, dtype) if missing else None
-        with tqdm(total=done + len(missing), initial=done, unit="picture", disable=rank > 0) as progress:
+        pipeline = load_model_pipeline(model, settings["sampler"], device, dtype) if missing else None
+        with tqdm(total=done + len(missing), initial=done, unit="image", disable=rank > 0) as progress:
             for start in range(0, len(missing), args.batch_size):
                 batch = missing[start : start + args.batch_size]
                 try:
-                    pictures = draw(pipeline, [prompts[idx] for idx in batch], [args.seed + idx for idx in batch], call)
+                    images = draw(pipeline, [prompts[idx] for idx in batch], [args.seed + idx for idx in batch], call)
                 except (ValueError, TypeError, AttributeError, RuntimeError) as error:
                     if not args.call:
                         raise
                     shown = " ".join(f"{name}={value}" for name, value in args.call)
                     raise UserError(f"--call {shown}: {type(pipeline).__name__} cannot be called so ({error})") from error
-                for idx, picture in zip(batch, pictures):
+                for idx, image in zip(batch, images):
                     record = {"file_name": f"{idx:04d}.png", "idx": idx, "prompt": prompts[idx], **settings, **source}
-                    save_picture(folder, picture, record)
+                    save_image(folder, image, record)
                 progress.update(len(batch))
         wait()
         if args.grid and rank == 0:
@@ -359,6 +359,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    for known in (logger, model_tools.logger):
+    for known in (logger, logging.getLogger("senseflow.inference")):
         known.setLevel(logging.INFO)
     run_script(main)

@@ -29,7 +29,7 @@ SAMPLERS = ("stochastic", "euler")
 # ---------------------------------------------------------------------------------------------------------------------
 # Random draws
 # ---------------------------------------------------------------------------------------------------------------------
-class Draws:
+class StatelessRNG:
     """All random numbers of one training iteration, without any state.
 
     A shared draw is a function of (seed, iteration, name): the same on all ranks, for what decides how many forwards run.
@@ -47,9 +47,9 @@ class Draws:
     def __init__(self, seed: int, iteration: int, device: Union[str, torch.device] = "cpu"):
         self.seed, self.iteration, self.device = seed, iteration, torch.device(device)
 
-    def generator(self, name: str, slot: Optional[int] = None) -> torch.Generator:
+    def generator(self, name: str, sample_index: Optional[int] = None) -> torch.Generator:
         """The torch.Generator of one draw; `slot` None for a shared one."""
-        key = f"{self.seed}/{self.iteration}/{name}/{'shared' if slot is None else slot}"
+        key = f"{self.seed}/{self.iteration}/{name}/{'shared' if sample_index is None else sample_index}"
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -61,19 +61,19 @@ class Draws:
         """One integer in [0, high), the same on all ranks."""
         return int(torch.randint(high, (), generator=self.generator(name)).item())
 
-    def normal(self, name: str, slots: Sequence[int], shape: Sequence[int] = ()) -> torch.Tensor:
+    def normal(self, name: str, sample_indices: Sequence[int], shape: Sequence[int] = ()) -> torch.Tensor:
         """Standard normal numbers, (B, *shape), float32."""
-        rows = [torch.randn(tuple(shape), generator=self.generator(name, slot)) for slot in slots]
+        rows = [torch.randn(tuple(shape), generator=self.generator(name, sample_index)) for sample_index in sample_indices]
         return torch.stack(rows).to(self.device, non_blocking=True)
 
-    def uniform(self, name: str, slots: Sequence[int], low=0.0, high=1.0, shape: Sequence[int] = ()) -> torch.Tensor:
+    def uniform(self, name: str, sample_indices: Sequence[int], low=0.0, high=1.0, shape: Sequence[int] = ()) -> torch.Tensor:
         """Uniform numbers in [low, high), (B, *shape), float32; `low` and `high` are numbers or broadcast against the result."""
-        rows = [torch.rand(tuple(shape), generator=self.generator(name, slot)) for slot in slots]
+        rows = [torch.rand(tuple(shape), generator=self.generator(name, sample_index)) for sample_index in sample_indices]
         return low + (high - low) * torch.stack(rows).to(self.device, non_blocking=True)
 
-    def integers(self, name: str, slots: Sequence[int], low, high) -> torch.Tensor:
+    def integers(self, name: str, sample_indices: Sequence[int], low, high) -> torch.Tensor:
         """Uniform integers in [low, high], BOTH ends included, (B,), int64; the ends are integers or (B,) tensors of integers."""
-        drawn = torch.floor(self.uniform(name, slots, low, high + 1))
+        drawn = torch.floor(self.uniform(name, sample_indices, low, high + 1))
         return torch.clamp(drawn, max=high).long()
 
 
@@ -110,7 +110,7 @@ class Schedule:
     ):
         self.table = torch.sort(torch.as_tensor(table, dtype=torch.float64)).values.to(device)
         self.anchors = torch.as_tensor(list(anchors), dtype=torch.float64, device=device)
-        self.nexts = torch.as_tensor([*list(anchors)[1:], final], dtype=torch.float64, device=device)
+        self.next_timesteps = torch.as_tensor([*list(anchors)[1:], final], dtype=torch.float64, device=device)
         self.dmd_range, self.fake_range = dmd_range, fake_range
 
     # What a family defines.
@@ -141,30 +141,30 @@ class Schedule:
         """Deterministic solver step to t_next (B,): Euler for a flow, DDIM with eta 0 for DDPM; one formula on the pair."""
         return self.add_noise(prediction.x0, prediction.noise, t_next)
 
-    def draw_dmd_timesteps(self, draws: Draws, slots: Sequence[int]) -> torch.Tensor:
+    def draw_dmd_timesteps(self, rng: StatelessRNG, sample_indices: Sequence[int]) -> torch.Tensor:
         """t' of L_DMD, (B,)."""
-        return self._draw(draws, "dmd_timestep", slots, self.dmd_range)
+        return self._draw(rng, "dmd_timestep", sample_indices, self.dmd_range)
 
-    def draw_fake_timesteps(self, draws: Draws, slots: Sequence[int]) -> torch.Tensor:
+    def draw_fake_timesteps(self, rng: StatelessRNG, sample_indices: Sequence[int]) -> torch.Tensor:
         """t of the fake score's loss, (B,)."""
-        return self._draw(draws, "fake_timestep", slots, self.fake_range)
+        return self._draw(rng, "fake_timestep", sample_indices, self.fake_range)
 
-    def _draw(self, draws: Draws, name: str, slots: Sequence[int], index_range: Optional[tuple]) -> torch.Tensor:
+    def _draw(self, rng: StatelessRNG, name: str, sample_indices: Sequence[int], index_range: Optional[tuple]) -> torch.Tensor:
         if index_range is not None:
-            return self.table[draws.integers(name, slots, *index_range)]
+            return self.table[rng.integers(name, sample_indices, *index_range)]
         size = len(self.table)
-        from_top = (torch.sigmoid(draws.normal(name, slots)) * size).long().clamp(max=size - 1)
+        from_top = (torch.sigmoid(rng.normal(name, sample_indices)) * size).long().clamp(max=size - 1)
         return self.table[size - 1 - from_top]
 
     def draw_mid_timesteps(
-        self, draws: Draws, slots: Sequence[int], t: torch.Tensor, t_next: torch.Tensor, margin: float
+        self, rng: StatelessRNG, sample_indices: Sequence[int], t: torch.Tensor, t_next: torch.Tensor, margin: float
     ) -> torch.Tensor:
         """ISG's t_mid, (B,): a uniform integer timestep in [t_next + margin, t - margin]. `check_margin` says if there is one."""
-        return draws.integers("mid_timestep", slots, torch.ceil(t_next + margin), torch.floor(t - margin)).to(t.dtype)
+        return rng.integers("mid_timestep", sample_indices, torch.ceil(t_next + margin), torch.floor(t - margin)).to(t.dtype)
 
     def check_margin(self, margin: float) -> Optional[tuple[float, float]]:
         """The first segment (t, t_next) in which `draw_mid_timesteps` has no integer to draw, or None."""
-        for t, t_next in zip(self.anchors.tolist(), self.nexts.tolist()):
+        for t, t_next in zip(self.anchors.tolist(), self.next_timesteps.tolist()):
             if torch.ceil(torch.tensor(t_next + margin)) > torch.floor(torch.tensor(t - margin)):
                 return t, t_next
         return None
@@ -194,13 +194,13 @@ class IndexedFlowSchedule(FlowSchedule):
         """(B,) int64 indices into the ascending table of timesteps t (B,)."""
         return (self.table - t.double().view(-1, 1)).abs().argmin(1)
 
-    def draw_mid_timesteps(self, draws, slots, t, t_next, margin):
+    def draw_mid_timesteps(self, rng, sample_indices, t, t_next, margin):
         margin = math.ceil(margin)
-        return self.table[draws.integers("mid_timestep", slots, self.index_of(t_next) + margin, self.index_of(t) - margin)]
+        return self.table[rng.integers("mid_timestep", sample_indices, self.index_of(t_next) + margin, self.index_of(t) - margin)]
 
     def check_margin(self, margin):
-        room = self.index_of(self.anchors) - self.index_of(self.nexts) - 2 * math.ceil(margin)
-        return next(((t, n) for t, n, left in zip(self.anchors.tolist(), self.nexts.tolist(), room.tolist()) if left < 0), None)
+        room = self.index_of(self.anchors) - self.index_of(self.next_timesteps) - 2 * math.ceil(margin)
+        return next(((t, n) for t, n, left in zip(self.anchors.tolist(), self.next_timesteps.tolist(), room.tolist()) if left < 0), None)
 
     def descending_sigma_squared(self, t: torch.Tensor) -> torch.Tensor:
         """omega(t) (B,): sigma^2 of the DESCENDING table at t's index into the ascending one, as the release weighs."""
@@ -239,9 +239,9 @@ class Guidance(NamedTuple):
     above_one: bool  # whether any scale can be; known without a look at the device: where not, no unconditional pass is needed
 
 
-def draw_guidance(draws: Draws, name: str, slots: Sequence[int], bounds: Sequence[float]) -> Guidance:
+def draw_guidance(rng: StatelessRNG, name: str, sample_indices: Sequence[int], bounds: Sequence[float]) -> Guidance:
     """Scales drawn uniformly from `bounds`, (MIN, MAX)."""
-    return Guidance(draws.uniform(name, slots, *bounds), max(bounds) > 1)
+    return Guidance(rng.uniform(name, sample_indices, *bounds), max(bounds) > 1)
 
 
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -266,7 +266,7 @@ def sampler_step(
 
 
 @torch.no_grad()
-def backward_simulation(predict, schedule: Schedule, sampler: str, draws: Draws, slots, noise: torch.Tensor, steps: int):
+def backward_simulation(predict, schedule: Schedule, sampler: str, rng: StatelessRNG, sample_indices, noise: torch.Tensor, steps: int):
     """The input that the student meets at inference (DMD2, section 4.5): its own first steps, from pure noise.
 
     Args:
@@ -278,9 +278,9 @@ def backward_simulation(predict, schedule: Schedule, sampler: str, draws: Draws,
     """
     x_t = noise
     for i in range(steps):
-        prediction = predict(x_t, schedule.anchors[i].expand(len(slots)))
-        fresh = draws.normal(f"renoise_{i}", slots, noise.shape[1:]) if sampler == "stochastic" else None
-        x_t = sampler_step(schedule, sampler, prediction, schedule.anchors[i + 1].expand(len(slots)), fresh)
+        prediction = predict(x_t, schedule.anchors[i].expand(len(sample_indices)))
+        fresh = rng.normal(f"renoise_{i}", sample_indices, noise.shape[1:]) if sampler == "stochastic" else None
+        x_t = sampler_step(schedule, sampler, prediction, schedule.anchors[i + 1].expand(len(sample_indices)), fresh)
     return x_t
 
 
@@ -290,7 +290,7 @@ def backward_simulation(predict, schedule: Schedule, sampler: str, draws: Draws,
 def dmd_loss(
     student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Distribution matching loss (DMD2, eqs. 1-2; normalised as in DMD, eq. 8).
+    """Distribution matching loss (DMD2, eqs. 1-2; normalized as in DMD, eq. 8).
 
     Its gradient with respect to student_x0 is (fake_x0 - teacher_x0) / mean|student_x0 - teacher_x0| / numel.
 
@@ -302,7 +302,7 @@ def dmd_loss(
         dmd_non_finite: the number of samples whose gradient was not finite and was zeroed there.
         signal/dmd_ratio: mean|fake_x0 - teacher_x0| / mean|student_x0 - teacher_x0|, how far the scores are apart.
         signal/fake_error: mean|student_x0 - fake_x0| / mean|student_x0 - teacher_x0|, below 1 where the fake score knows the
-            student's pictures better than the teacher does.
+            student's images better than the teacher does.
     """
     with torch.no_grad():
         x0, fake_x0, teacher_x0 = student_x0.float(), fake_x0.float(), teacher_x0.float()
@@ -345,14 +345,14 @@ def isg_target(teacher_predict, student_predict, schedule: Schedule, x_t, t, t_m
 
 
 def adversarial_loss(fake_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The student's GAN loss: -weight * mean over a picture's logits, mean over the batch; logits (B, L), weight omega(t) (B,)."""
+    """The student's GAN loss: -weight * mean over a image's logits, mean over the batch; logits (B, L), weight omega(t) (B,)."""
     return -(weight * fake_logits.float().mean(1)).mean()
 
 
 def hinge_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The discriminator's loss: relu(1 - D(real)) + relu(1 + D(fake)), mean over L, times omega(t), mean over B."""
-    per_picture = F.relu(1 - real_logits.float()).mean(1) + F.relu(1 + fake_logits.float()).mean(1)
-    return (weight * per_picture).mean()
+    per_image = F.relu(1 - real_logits.float()).mean(1) + F.relu(1 + fake_logits.float()).mean(1)
+    return (weight * per_image).mean()
 
 
 def non_saturating_loss(fake_logits: torch.Tensor) -> torch.Tensor:

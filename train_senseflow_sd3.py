@@ -7,7 +7,7 @@
         --mixed_precision bf16 --gradient_checkpointing
 
 `train_iteration` is the algorithm, in the paper's order. It speaks of four roles (student, teacher, fake_score, discriminator);
-what stands behind a role is senseflow_roles' business, the formulas are senseflow_utils'. What `# Copied from` marks is the
+what stands behind a role is senseflow.training.roles' business, the formulas are senseflow_utils'. What `# Copied from` marks is the
 same in every script, and a test keeps it so.
 """
 
@@ -29,24 +29,24 @@ transformers.utils.logging.get_logger("bitsandbytes").setLevel("ERROR")
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tqdm.auto import tqdm
 
-import senseflow_args as args_tools
-import senseflow_checkpoints as checkpoint_tools
-import senseflow_dry_run as dry_run_tools
-import senseflow_hub as hub_tools
-import senseflow_lora as lora_tools
-import senseflow_pipeline as pipeline_tools
-import senseflow_prompts as prompt_tools
-import senseflow_vae as vae_tools
-import senseflow_validation as validation_tools
-import senseflow_weights as weight_tools
-from senseflow_args import Parser, UserError
-from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
-from senseflow_discriminator import check_discriminator_args, diff_augment, load_discriminator
-from senseflow_roles import Role
-from senseflow_runtime import Metrics, Runtime
+from senseflow.arguments import DTYPES, HelpFormatter, LR_SCHEDULERS, check_common_args, complete_args, fill_in, run_script
+from senseflow.training.checkpoints import check_disk, check_finished, clear_leftovers, compare_with_checkpoint, find_checkpoint, fingerprints_of, read_state, save_checkpoint
+from senseflow.memory.report import report
+from senseflow.models.hub import check_compatible, check_pipeline, config_of, from_hub, load_pipeline
+from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
+from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
+from senseflow.models.text_encoders import encode_small_set, place_text_encoders
+from senseflow.models.vae import decode, latent_shape_of, load_vae, real_latents, real_images, vae_scale_of
+from senseflow.training.validation import Validation, decode_debug_latents
+from senseflow.models.weights import materialize, from_pretrained_meta, initial_student
+from senseflow.arguments import Parser, UserError
+from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
+from senseflow.training.roles import Role
+from senseflow.training.runtime import Metrics, Runtime
 from senseflow_utils import (
     SAMPLERS,
-    Draws,
+    StatelessRNG,
     Guidance,
     IndexedFlowSchedule,
     Prediction,
@@ -95,11 +95,11 @@ ANCHOR_INDICES = (999, 749, 499, 249)  # of 1000, into the ascending levels: sig
 # ---------------------------------------------------------------------------------------------------------------------
 # Copied from train_senseflow_flux.Parts
 @dataclass
-class Parts:
+class TrainingModels:
     """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning.
 
     A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B. Text of
-    variable length is padded to one, with a mask (senseflow_prompts.pad_condition).
+    variable length is padded to one, with a mask (senseflow.models.text_encoders.pad_condition).
     """
 
     student: Role
@@ -109,91 +109,91 @@ class Parts:
     predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
     encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
-    latent_shape: tuple[int, ...]  # of one x0 (senseflow_vae.latent_shape_of)
-    real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
-    decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
-    vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> maps of the frozen network, with gradient
+    latent_shape: tuple[int, ...]  # of one x0 (senseflow.models.vae.latent_shape_of)
+    real_images: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> images in [-1, 1]
+    decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> images in [-1, 1], with gradient
+    vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # images -> maps of the frozen network, with gradient
     text_features: Optional[Callable[[Sequence[str]], torch.Tensor]] = None  # prompts -> (B, T) for the discriminator
-    gan_weight_at: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
+    omega: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
 
 
 # Copied from train_senseflow_flux.simulated_steps
-def simulated_steps(draws: Draws, probability: float, anchors: int) -> Optional[int]:
+def num_simulated_steps(rng: StatelessRNG, probability: float, anchors: int) -> Optional[int]:
     """How many anchors backward simulation runs through in this iteration; None: it noises real latents. Same on all ranks."""
-    if draws.shared_uniform("simulate") < probability:
-        return draws.shared_integer("simulated_steps", anchors)
+    if rng.shared_uniform("simulate") < probability:
+        return rng.shared_integer("simulated_steps", anchors)
     return None
 
 
-# Copied from train_senseflow_flux.needs_pictures
-def needs_pictures(seed: int, gan_weight: float, probability: float, iteration: int) -> bool:
-    """Whether an iteration looks at real pictures at all; where not, none is read from the disk."""
-    return gan_weight > 0 or simulated_steps(Draws(seed, iteration), probability, 1) is None
+# Copied from train_senseflow_flux.needs_images
+def needs_images(seed: int, gan_weight: float, probability: float, iteration: int) -> bool:
+    """Whether an iteration looks at real images at all; where not, none is read from the disk."""
+    return gan_weight > 0 or num_simulated_steps(StatelessRNG(seed, iteration), probability, 1) is None
 
 
 # Copied from train_senseflow_flux.student_input
-def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, condition, args):
+def student_input(models: TrainingModels, schedule: Schedule, rng: StatelessRNG, batch: dict, condition, args):
     """Step 1: x_t (B, ...) and the index (B,) of its anchor, without gradient."""
-    slots, num_anchors = batch["slots"], len(schedule.anchors)
-    noise = draws.normal("input_noise", slots, parts.latent_shape)
-    steps = simulated_steps(draws, args.backward_simulation_prob, num_anchors)
+    sample_indices, num_anchors = batch["sample_indices"], len(schedule.anchors)
+    noise = rng.normal("input_noise", sample_indices, models.latent_shape)
+    steps = num_simulated_steps(rng, args.backward_simulation_prob, num_anchors)
     if steps is not None:
-        predict = partial(parts.predict, parts.student, condition=condition)
-        x_t = backward_simulation(predict, schedule, args.sampler, draws, slots, noise, steps)
-        return x_t, torch.full((len(slots),), steps, device=noise.device)
+        predict = partial(models.predict, models.student, condition=condition)
+        x_t = backward_simulation(predict, schedule, args.sampler, rng, sample_indices, noise, steps)
+        return x_t, torch.full((len(sample_indices),), steps, device=noise.device)
     # On the host: a sample that draws the top anchor starts from pure noise, as a sampler does, and is not encoded.
-    index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, num_anchors - 1)
+    index = StatelessRNG(rng.seed, rng.iteration).integers("anchor", sample_indices, 0, num_anchors - 1)
     rows = index.nonzero().flatten()
     if len(rows) > 0:
-        x0 = parts.real_latents(batch, rows, draws)
+        x0 = models.real_latents(batch, rows, rng)
         noise[rows] = schedule.add_noise(x0, noise[rows], schedule.anchors[index[rows].to(noise.device)])
     return noise, index.to(noise.device)
 
 
 # Copied from train_senseflow_flux.student_losses
-def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t, t_next, prediction, condition, args):
+def student_losses(models: TrainingModels, schedule: Schedule, rng: StatelessRNG, sample_indices, x_t, t, t_next, prediction, condition, args):
     """Step 3, without the adversarial term: ({name: loss}, {name: latents of the panel that people look at})."""
-    predict, student_x0 = parts.predict, prediction.x0
-    losses, panel = {}, {"student_x0": student_x0}
+    predict, student_x0 = models.predict, prediction.x0
+    losses, debug_latents = {}, {"student_x0": student_x0}
 
     # L_DMD: both scores look at the noised x0 of the student.
-    t_dmd = schedule.draw_dmd_timesteps(draws, slots)
+    t_dmd = schedule.draw_dmd_timesteps(rng, sample_indices)
     with torch.no_grad():
-        noised = schedule.add_noise(student_x0, draws.normal("dmd_noise", slots, student_x0.shape[1:]), t_dmd)
-        guidance = draw_guidance(draws, "dmd_guidance", slots, args.dmd_guidance_scale)
-        panel["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
-        panel["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
-    losses["dmd_loss"], found = dmd_loss(student_x0, panel["fake_x0"], panel["teacher_x0"])
+        noised = schedule.add_noise(student_x0, rng.normal("dmd_noise", sample_indices, student_x0.shape[1:]), t_dmd)
+        guidance = draw_guidance(rng, "dmd_guidance", sample_indices, args.dmd_guidance_scale)
+        debug_latents["fake_x0"] = predict(models.fake_score, noised, t_dmd, condition).x0
+        debug_latents["teacher_x0"] = predict(models.teacher, noised, t_dmd, condition, guidance).x0
+    losses["dmd_loss"], found = dmd_loss(student_x0, debug_latents["fake_x0"], debug_latents["teacher_x0"])
     losses |= found
 
     # L_ISG: the student's own step should end where teacher, then student arrive over an intermediate timestep.
     if args.isg_weight > 0:
-        t_mid = schedule.draw_mid_timesteps(draws, slots, t, t_next, args.isg_margin)
-        guidance = draw_guidance(draws, "isg_guidance", slots, args.isg_guidance_scale)
-        guided = partial(predict, parts.teacher, condition=condition, guidance=guidance)
-        unguided = partial(predict, parts.student, condition=condition)
-        panel["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
-        panel["isg_direct"] = schedule.step(prediction, t_next)
-        losses["isg_loss"] = isg_loss(panel["isg_direct"], panel["isg_target"])
-    return losses, {name: tensor.detach() for name, tensor in panel.items()}
+        t_mid = schedule.draw_mid_timesteps(rng, sample_indices, t, t_next, args.isg_margin)
+        guidance = draw_guidance(rng, "isg_guidance", sample_indices, args.isg_guidance_scale)
+        guided = partial(predict, models.teacher, condition=condition, guidance=guidance)
+        unguided = partial(predict, models.student, condition=condition)
+        debug_latents["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
+        debug_latents["isg_direct"] = schedule.step(prediction, t_next)
+        losses["isg_loss"] = isg_loss(debug_latents["isg_direct"], debug_latents["isg_target"])
+    return losses, {name: tensor.detach() for name, tensor in debug_latents.items()}
 
 
 # Copied from train_senseflow_flux.train_iteration
-def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule: Schedule, args, device):
+def train_iteration(iteration: int, batches: list[dict], models: TrainingModels, schedule: Schedule, args, device):
     """One iteration of SenseFlow over the micro-batches of one global batch (paper, algorithm 1).
 
     Args:
         iteration: from 0; the student learns in every `args.ttur_ratio`-th.
-        batches: `gradient_accumulation_steps` micro-batches of senseflow_batches.PromptPictureLoader.
+        batches: `gradient_accumulation_steps` micro-batches of senseflow.data.loader.PromptImageLoader.
     Returns:
         ({name: device scalar}, {name: latents (B, ...) that people look at, from the last micro-batch of a student's turn}).
     """
-    student, fake_score, discriminator = parts.student, parts.fake_score, parts.discriminator
-    draws = Draws(args.seed, iteration, device)
-    student_turn = (iteration + 1) % args.ttur_ratio == 0
+    student, fake_score, discriminator = models.student, models.fake_score, models.discriminator
+    rng = StatelessRNG(args.seed, iteration, device)
+    update_student = (iteration + 1) % args.ttur_ratio == 0
     totals: dict[str, torch.Tensor] = {}
-    panel: dict[str, torch.Tensor] = {}
-    drawn = []  # what the student drew, for the fake score to learn
+    debug_latents: dict[str, torch.Tensor] = {}
+    student_samples = []  # what the student drew, for the fake score to learn
 
     def record(values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
@@ -201,24 +201,24 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
 
     for batch in batches:
         # 1. The student's input: its own first steps from noise (backward simulation), or noised real latents.
-        slots = batch["slots"]
+        sample_indices = batch["sample_indices"]
         with torch.no_grad():
-            condition = parts.encode_prompts(batch["prompts"])
-            x_t, index = student_input(parts, schedule, draws, batch, condition, args)
-            t, t_next = schedule.anchors[index], schedule.nexts[index]
+            condition = models.encode_prompts(batch["prompts"])
+            x_t, index = student_input(models, schedule, rng, batch, condition, args)
+            t, t_next = schedule.anchors[index], schedule.next_timesteps[index]
             if discriminator is not None:
-                real, text, omega = parts.real_pictures(batch), parts.text_features(batch["prompts"]), parts.gan_weight_at(t)
-                reference = parts.vision_features(real)
+                real, text, omega = models.real_images(batch), models.text_features(batch["prompts"]), models.omega(t)
+                reference = models.vision_features(real)
 
         # 2. What the student makes of it; with gradient on its turn only.
-        with student.turn() if student_turn else torch.no_grad():
-            prediction = parts.predict(student, x_t, t, condition)
+        with student.turn() if update_student else torch.no_grad():
+            prediction = models.predict(student, x_t, t, condition)
             if discriminator is not None:
-                fake = parts.vision_features(diff_augment(parts.decode(prediction.x0), draws, slots, "fake"))
+                fake = models.vision_features(diff_augment(models.decode(prediction.x0), rng, sample_indices, "fake"))
 
             # 3. The student's losses, on its turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
-            if student_turn:
-                losses, panel = student_losses(parts, schedule, draws, slots, x_t, t, t_next, prediction, condition, args)
+            if update_student:
+                losses, debug_latents = student_losses(models, schedule, rng, sample_indices, x_t, t, t_next, prediction, condition, args)
                 loss = losses["dmd_loss"]
                 if "isg_loss" in losses:
                     loss = loss + args.isg_weight * losses["isg_loss"]
@@ -228,13 +228,13 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
                     loss = loss + args.gan_weight * losses["adversarial_loss"]
                 student.backward(loss)
                 record(losses)
-        drawn.append((slots, prediction.x0.detach(), condition))
+        student_samples.append((sample_indices, prediction.x0.detach(), condition))
 
-        # 4. The discriminator's turn, which shares the student's decoded picture and its features: hinge loss.
+        # 4. The discriminator's turn, which shares the student's decoded image and its features: hinge loss.
         if discriminator is not None:
             fake = [features.detach() for features in fake]
             with torch.no_grad():
-                real = parts.vision_features(diff_augment(real, draws, slots, "real"))
+                real = models.vision_features(diff_augment(real, rng, sample_indices, "real"))
             with discriminator.turn():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)
@@ -242,24 +242,24 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
             record({"discriminator_loss": loss, "real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()})
 
     # 5. The student's step, then implicit distribution alignment, before the fake score learns.
-    if student_turn:
+    if update_student:
         totals["student_grad_norm"], totals["signal/update_ratio"] = student.measured_step()
         if args.ida_decay < 1:
-            fake_score.align_with(student, args.ida_decay)
+            fake_score.ida_update_from(student, args.ida_decay)
 
     # 6. The fake score's turn: it learns to denoise what the student drew before its step.
-    for slots, x0, condition in drawn:
-        t = schedule.draw_fake_timesteps(draws, slots)
-        noise = draws.normal("fake_noise", slots, x0.shape[1:])
+    for sample_indices, x0, condition in student_samples:
+        t = schedule.draw_fake_timesteps(rng, sample_indices)
+        noise = rng.normal("fake_noise", sample_indices, x0.shape[1:])
         with fake_score.turn():
-            output = parts.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
+            output = models.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise))
             record({"fake_loss": loss})
             fake_score.backward(loss)
     totals["fake_score_grad_norm"] = fake_score.step()
     if discriminator is not None:
         totals["discriminator_grad_norm"] = discriminator.step()
-    return totals, panel
+    return totals, debug_latents
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,11 +305,11 @@ def make_schedule(args, device) -> tuple[IndexedFlowSchedule, FlowMatchEulerDisc
     """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
     path = args.pretrained_model_name_or_path
     load = FlowMatchEulerDiscreteScheduler.from_pretrained
-    table = hub_tools.from_hub(load, path, args.revision, subfolder="scheduler").timesteps.flip(0)
+    table = from_hub(load, path, args.revision, subfolder="scheduler").timesteps.flip(0)
     wanted = [t / 1000 for t in args.anchors or table[list(ANCHOR_INDICES)].tolist()]
     scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted)), args.sampler)
     schedule = IndexedFlowSchedule(table, [1000 * sigma for sigma in sigmas], dmd_range=(20, 980), device=device)
-    pipeline_tools.check_anchors(args, schedule)
+    check_anchors(args, schedule)
     call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
     visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
     if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
@@ -322,7 +322,7 @@ def make_schedule(args, device) -> tuple[IndexedFlowSchedule, FlowMatchEulerDisc
 # ---------------------------------------------------------------------------------------------------------------------
 # fmt: off
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=args_tools.HelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help=f"the teacher: a {PIPELINE.__name__}, Hub id or folder")
@@ -335,15 +335,15 @@ def parse_args(argv=None):
         help="defaults of the flags marked (preset): medium / large; auto: large above 30 transformer blocks")
     add("--max_sequence_length", type=int, default=77, help="T5 tokens (release, SD 3.5)")
 
-    lora_tools.add_lora_arguments(parser, LORA_LAYERS)
+    add_lora_arguments(parser, LORA_LAYERS)
 
     add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json",
         help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
     add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
-    add("--train_data_dir", help="folder of pictures; captions in metadata.{jsonl,csv,parquet} or a .txt each, one a line")
+    add("--train_data_dir", help="folder of images; captions in metadata.{jsonl,csv,parquet} or a .txt each, one a line")
     add("--prompts_file",
-        help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
+        help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no image is needed then")
     add("--dataset_lmdb", help="a folder with DMD2's LMDB of VAE latents and prompts, or of several; needs lmdb")
     add("--dataset_config_name", help="of --dataset_name")
     add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
@@ -351,10 +351,10 @@ def parse_args(argv=None):
     add("--streaming", action="store_true", help="read --dataset_name as a stream, without a copy on the disk; a folder needs none")
     add("--resolution", type=int, default=1024,
         help="px, a multiple of 16 (SD 3.5): the shorter side, then a square crop (release, SD 3.5)")
-    add("--center_crop", action="store_true", help="crop the centre instead of a random square")
-    add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
+    add("--center_crop", action="store_true", help="crop the center instead of a random square")
+    add("--random_flip", action="store_true", help="flip half of the images horizontally")
     add("--max_train_samples", type=int, help="use the first so many rows; of a stream, so many")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures, per rank (diffusers)")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read images, per rank (diffusers)")
 
     add = parser.add_argument_group("senseflow").add_argument
     add("--anchors", type=float, nargs="+",
@@ -383,21 +383,21 @@ def parse_args(argv=None):
     add("--discriminator_layers", type=int, nargs="+",
         help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, "
         "the same depths of any other; release, SD 3.5)")
-    add("--discriminator_resolution", type=int, help="px, to which pictures are scaled for it (default: none; release, SD 3.5)")
+    add("--discriminator_resolution", type=int, help="px, to which images are scaled for it (default: none; release, SD 3.5)")
     add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14", help="a CLIP with projection (release, SD 3.5)")
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release, SD 3.5)")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--train_batch_size", type=int, default=1, help="images per process and micro-batch (release, SD 3.5)")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release, SD 3.5)")
     add("--max_train_steps", type=int, default=27000,
-        help="iterations = fake-score updates, of 8 pictures in the paper (paper, SD 3.5 Large; ours for Medium)")
+        help="iterations = fake-score updates, of 8 images in the paper (paper, SD 3.5 Large; ours for Medium)")
     add("--learning_rate", type=float, default=1e-6, help="of the student (release, SD 3.5; seven times that with --rank)")
     add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate; with --rank five sevenths of it)")
     add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate; with --rank a seventh of it)")
-    add("--lr_scheduler", default="constant", choices=args_tools.LR_SCHEDULERS,
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS,
         help="as in diffusers (release, SD 3.5)")
     add("--lr_warmup_steps", type=int, default=0, help="in iterations (release, SD 3.5)")
-    add("--lr_warmup_start", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
+    add("--lr_warmup_start_factor", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
     add("--adam_beta1", type=float, default=0.9, help="(release, SD 3.5)")
     add("--adam_beta2", type=float, default=0.999, help="(release, SD 3.5)")
     add("--adam_epsilon", type=float, default=1e-8, help="(release, SD 3.5)")
@@ -423,7 +423,7 @@ def parse_args(argv=None):
     add("--checkpointing_steps", type=int, default=3000, help="iterations (release, SD 3.5)")
     add("--checkpoints_total_limit", type=int, help="keep the newest so many")
     add("--resume_from_checkpoint", help='a checkpoint folder, the name of one in --output_dir, or "latest"')
-    add("--export_dtype", choices=list(args_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
+    add("--export_dtype", choices=list(DTYPES), default="bf16", help="of the saved pipeline (ours)")
 
     add = parser.add_argument_group("logging and validation").add_argument
     add("--report_to", default="tensorboard", help="a tracker of accelerate, or none (diffusers)")
@@ -432,39 +432,39 @@ def parse_args(argv=None):
     add("--validation_steps", type=int, default=500, help="iterations (ours)")
     add("--num_validation_images", type=int, default=1, help="per prompt (ours)")
     add("--teacher_num_inference_steps", type=int, default=28,
-        help="of the teacher's validation pictures (StableDiffusion3Pipeline's default)")
+        help="of the teacher's validation images (StableDiffusion3Pipeline's default)")
     add("--teacher_guidance_scale", type=float, default=4.5,
-        help="of the teacher's validation pictures (SD 3.5 Medium's model card)")
-    return args_tools.complete_args(parser.parse_args(argv))
+        help="of the teacher's validation images (SD 3.5 Medium's model card)")
+    return complete_args(parser.parse_args(argv))
 # fmt: on
 
 
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    args.revision = hub_tools.check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
-    transformer = hub_tools.config_of(TRANSFORMER, flag, path, "transformer", args.revision)
+    args.revision = check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
+    transformer = config_of(TRANSFORMER, flag, path, "transformer", args.revision)
     apply_preset(args, transformer["num_layers"])
-    args_tools.check_common_args(args)
+    check_common_args(args)
     checked = check_data_args(args)
     if args.max_sequence_length > 512:
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2)
-    vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
-    hub_tools.config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
-    lora_tools.check_lora_args(args, TRANSFORMER, transformer, LORA_LAYERS)
+    vae = config_of(VAE, flag, path, "vae", args.revision)
+    config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
+    check_lora_args(args, TRANSFORMER, transformer, LORA_LAYERS)
     if args.student_model_name_or_path and not args.rank:
         names = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size", "pos_embed_max_size")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        hub_tools.check_alike(start_flag, start, TRANSFORMER, "transformer", transformer, names, args.variant)
+        check_compatible(start_flag, start, TRANSFORMER, "transformer", transformer, names, args.variant)
     if args.gan_weight > 0:
         check_discriminator_args(args)
-    pipeline_tools.check_resolution(args, transformer["patch_size"] * vae_tools.vae_scale_of(vae))
-    largest = transformer["pos_embed_max_size"] * transformer["patch_size"] * vae_tools.vae_scale_of(vae)
+    check_resolution(args, transformer["patch_size"] * vae_scale_of(vae))
+    largest = transformer["pos_embed_max_size"] * transformer["patch_size"] * vae_scale_of(vae)
     if args.resolution > largest:
         raise UserError(f"--resolution {args.resolution}: this teacher knows positions up to {largest} px", exit_code=2)
     make_schedule(args, "cpu")
     rows = load_rows(args, checked)
-    check_latents(args, rows, vae_tools.latent_shape_of(vae, args.resolution))
+    check_latents(args, rows, latent_shape_of(vae, args.resolution))
     return rows
 
 
@@ -472,25 +472,25 @@ def apply_preset(args, blocks: int) -> None:
     """Fills every flag of PRESETS that was not given, for the size that `--preset` names or the number of blocks tells."""
     if args.preset == "auto":
         args.preset = "large" if blocks > 30 else "medium"
-    args_tools.fill_in(args, PRESETS[args.preset])
+    fill_in(args, PRESETS[args.preset])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[Parts, PIPELINE]:
+def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[TrainingModels, PIPELINE]:
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
     logger.info(f"preset {args.preset}: {', '.join(f'{name} {getattr(args, name)}' for name in PRESETS[args.preset])}")
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     where = {"revision": args.revision, "variant": args.variant}
     source = {**where, "dtype": runtime.weight_dtype}
-    transformer = weight_tools.open_network(TRANSFORMER, flag, path, "transformer", **source)
+    transformer = from_pretrained_meta(TRANSFORMER, flag, path, "transformer", **source)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
-    vae = vae_tools.load_vae(VAE, flag, path, args, device, encodes, decodes, "fp32", **where)
-    pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
-    teacher_print = lora_tools.make_base(args, pipeline, "transformer", device)
-    prompt_tools.place_text_encoders(args, pipeline, device)
+    vae = load_vae(VAE, flag, path, args, device, encodes, decodes, "fp32", **where)
+    pipeline = load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
+    teacher_print = make_base(args, pipeline, "transformer", device)
+    place_text_encoders(args, pipeline, device)
 
     @torch.no_grad()
     def encode_prompts(prompts):
@@ -501,9 +501,9 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
     guided = max(scales) > 1
     if args.rank:
-        student, fake_score = lora_tools.adapted_twins(weight_tools.fill(transformer, device), args)
+        student, fake_score = adapted_twins(materialize(transformer, device), args)
     else:
-        student = weight_tools.open_start(TRANSFORMER, args, "transformer")
+        student = initial_student(TRANSFORMER, args, "transformer")
         fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
@@ -511,26 +511,26 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[P
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
-    config = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
-    parts = Parts(
+    config = config_of(VAE, flag, path, "vae", args.revision)
+    models = TrainingModels(
         teacher=runtime.frozen_role("teacher", transformer, teacher_print),  # first: its twins take its shards
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
         predict=partial(sd3_predict, schedule, encode_prompts([""]) if guided else None),
         encode_prompts=encode_prompts,
-        real_latents=partial(vae_tools.real_latents, vae),
-        latent_shape=vae_tools.latent_shape_of(config, args.resolution),
+        real_latents=partial(real_latents, vae),
+        latent_shape=latent_shape_of(config, args.resolution),
     )
     if args.gan_weight > 0:
-        parts.discriminator, parts.vision_features, parts.text_features = load_discriminator(args, runtime)
-        parts.real_pictures, parts.decode = partial(vae_tools.real_pictures, vae), partial(vae_tools.decode, vae)
-        parts.gan_weight_at = schedule.descending_sigma_squared
-    return parts, pipeline
+        models.discriminator, models.vision_features, models.text_features = load_discriminator(args, runtime)
+        models.real_images, models.decode = partial(real_images, vae), partial(decode, vae)
+        models.omega = schedule.descending_sigma_squared
+    return models, pipeline
 
 
 def teacher_call(args, transformer) -> dict:
-    """What of the stock call is different where the teacher draws validation pictures with its many steps."""
+    """What of the stock call is different where the teacher draws validation images with its many steps."""
     steps, guidance = args.teacher_num_inference_steps, args.teacher_guidance_scale
     return {"num_inference_steps": steps, "guidance_scale": guidance, "sigmas": None}
 
@@ -543,52 +543,52 @@ def main(argv=None):
     args = parse_args(argv)
     rows = check_args(args)
     if args.dry_run is not None:
-        return dry_run_tools.report(args, make_schedule, load_parts, train_iteration)
-    checkpoint = checkpoint_tools.find_checkpoint(args)
-    state = checkpoint_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
+        return report(args, make_schedule, load_parts, train_iteration)
+    checkpoint = find_checkpoint(args)
+    state = read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     runtime = Runtime(args)
     runtime.start_trackers("senseflow")
     schedule, scheduler, call = make_schedule(args, runtime.device)
     components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
-    parts, pipeline = load_parts(args, runtime, schedule)
-    parts.encode_prompts = prompt_tools.encode_small_set(args, rows, pipeline, parts.encode_prompts, runtime.device)
-    prints = checkpoint_tools.fingerprints_of(parts)
+    models, pipeline = load_parts(args, runtime, schedule)
+    models.encode_prompts = encode_small_set(args, rows, pipeline, models.encode_prompts, runtime.device)
+    fingerprints = fingerprints_of(models)
     if checkpoint:
-        checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
+        compare_with_checkpoint(checkpoint, state, args, fingerprints, runtime.trained)
         for role in runtime.trained:
             role.load(checkpoint)
     if runtime.accelerator.is_main_process:
-        checkpoint_tools.clear_leftovers(args.output_dir)
-        checkpoint_tools.check_disk(args, runtime.trained)
+        clear_leftovers(args.output_dir)
+        check_disk(args, runtime.trained)
     iteration, samples_seen = state["iteration"], state["samples_seen"]
     runtime.saved = iteration
     rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
-    wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
+    wanted = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
     loader = make_dataloader(args, rows, rank, world_size, iteration, samples_seen, wanted)
     per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
     logger.info(f"anchors {', '.join(f'{t:.1f}' for t in schedule.anchors)}; {per_iteration} samples per iteration")
 
     def save() -> None:
-        record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
-        usage = partial(pipeline_tools.write_usage, record=record, components=components, signals=validation.signals)
-        checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
+        record = student_config(args, schedule, call, iteration, fingerprints)
+        usage = partial(write_student_config, record=record, components=components, signals=validation.signals)
+        save_checkpoint(runtime, iteration, samples_seen, fingerprints, usage)
 
-    validation = validation_tools.Validation(runtime, args, pipeline, parts.student.subfolder)
+    validation = Validation(runtime, args, pipeline, models.student.subfolder)
     if args.validation_prompts:
-        validation.draw(parts.teacher, pipeline.scheduler, call | teacher_call(args, parts.teacher.module), iteration)
+        validation.draw(models.teacher, pipeline.scheduler, call | teacher_call(args, models.teacher.module), iteration)
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
-    metrics = Metrics(runtime, parts.student, per_iteration, progress)
-    panel: dict[str, torch.Tensor] = {}
+    metrics = Metrics(runtime, models.student, per_iteration, progress)
+    debug_latents: dict[str, torch.Tensor] = {}
     for batches in metrics.batches(loader, args.max_train_steps - iteration):
-        values, new_panel = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
-        panel = new_panel or panel
+        values, new_debug_latents = train_iteration(iteration, batches, models, schedule, args, runtime.device)
+        debug_latents = new_debug_latents or debug_latents
         iteration, samples_seen = iteration + 1, samples_seen + per_iteration
         metrics.push(iteration, values)
         if args.validation_prompts and iteration % args.validation_steps == 0:
-            validation.draw(parts.student, scheduler, call, iteration)
-            if panel:
-                runtime.log_picture("panel/" + " ".join(panel), validation_tools.draw_panel(pipeline.vae, panel), iteration)
+            validation.draw(models.student, scheduler, call, iteration)
+            if debug_latents:
+                runtime.log_image("panel/" + " ".join(debug_latents), decode_debug_latents(pipeline.vae, debug_latents), iteration)
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
             save()
@@ -596,11 +596,11 @@ def main(argv=None):
     if metrics.ended_by and runtime.saved < iteration:
         save()
     progress.close()
-    checkpoint_tools.check_finished(runtime, metrics, iteration)
-    record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
-    pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
+    check_finished(runtime, metrics, iteration)
+    record = student_config(args, schedule, call, iteration, fingerprints)
+    export(runtime, args, PIPELINE, models.student, components, record)
     runtime.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    args_tools.run_script(main)
+    run_script(main)

@@ -7,7 +7,7 @@
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --mixed_precision bf16 --gradient_checkpointing
 
 `train_iteration` is the algorithm, in the paper's order. It speaks of four roles (student, teacher, fake_score, discriminator);
-what stands behind a role is senseflow_roles' business, the formulas are senseflow_utils'. What `# Copied from` marks is the
+what stands behind a role is senseflow.training.roles' business, the formulas are senseflow_utils'. What `# Copied from` marks is the
 same in every script, and a test keeps it so. With `--method dmd2` (Yin et al., 2024, arXiv 2405.14867) a classifier on the fake
 score's mid-block stands in for the discriminator; the lines marked dmd2 are its.
 """
@@ -31,24 +31,24 @@ transformers.utils.logging.get_logger("bitsandbytes").setLevel("ERROR")
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
-import senseflow_args as args_tools
-import senseflow_checkpoints as checkpoint_tools
-import senseflow_dry_run as dry_run_tools
-import senseflow_hub as hub_tools
-import senseflow_lora as lora_tools
-import senseflow_pipeline as pipeline_tools
-import senseflow_prompts as prompt_tools
-import senseflow_vae as vae_tools
-import senseflow_validation as validation_tools
-import senseflow_weights as weight_tools
-from senseflow_args import Parser, UserError
-from senseflow_data import check_data_args, check_latents, load_rows, make_dataloader
-from senseflow_discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
-from senseflow_roles import Role
-from senseflow_runtime import Metrics, Runtime
+from senseflow.arguments import DTYPES, HelpFormatter, LR_SCHEDULERS, check_common_args, complete_args, fill_in, run_script
+from senseflow.training.checkpoints import check_disk, check_finished, clear_leftovers, compare_with_checkpoint, find_checkpoint, fingerprint, fingerprints_of, read_state, save_checkpoint
+from senseflow.memory.report import report
+from senseflow.models.hub import check_compatible, check_pipeline, config_of, load_network, load_pipeline
+from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
+from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
+from senseflow.models.text_encoders import encode_small_set, place_text_encoders
+from senseflow.models.vae import decode, latent_shape_of, load_vae, real_latents, real_images, vae_scale_of
+from senseflow.training.validation import Validation, decode_debug_latents
+from senseflow.models.weights import materialize, from_pretrained_meta, initial_student
+from senseflow.arguments import Parser, UserError
+from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.models.discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
+from senseflow.training.roles import Role
+from senseflow.training.runtime import Metrics, Runtime
 from senseflow_utils import (
     DDPMSchedule,
-    Draws,
+    StatelessRNG,
     Guidance,
     Prediction,
     Schedule,
@@ -74,7 +74,7 @@ LORA_LAYERS = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 c
 LORA_LAYERS += ["downsamplers.0.conv", "upsamplers.0.conv"]  # as diffusers' LCM-LoRA
 ANCHORS = [999, 749, 499, 249]
 
-# What `--method` decides where a flag does not, and the flags that it has no use for (as senseflow_args.UNUSED).
+# What `--method` decides where a flag does not, and the flags that it has no use for (as senseflow.arguments.UNUSED).
 PRESETS = {
     "senseflow": {
         "ida_decay": 1.0,
@@ -97,7 +97,7 @@ PRESETS = {
         "backward_simulation_prob": 1.0,
     },
 }
-UNUSED = (
+INACTIVE_FLAGS = (
     (lambda args: args.method == "senseflow", "--method senseflow", ("classifier_weight",)),
     (lambda args: args.method == "dmd2", "--method dmd2",
      ("ida_decay", "isg_weight", "isg_margin", "isg_guidance_scale", "learning_rate_disc",
@@ -112,11 +112,11 @@ UNUSED = (
 # ---------------------------------------------------------------------------------------------------------------------
 # Copied from train_senseflow_flux.Parts but for lines marked dmd2
 @dataclass
-class Parts:
+class TrainingModels:
     """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning.
 
     A condition is what prompts become: a tuple of tensors (B, ...), of the same shapes throughout a run but for B. Text of
-    variable length is padded to one, with a mask (senseflow_prompts.pad_condition).
+    variable length is padded to one, with a mask (senseflow.models.text_encoders.pad_condition).
     """
 
     student: Role
@@ -126,94 +126,94 @@ class Parts:
     predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
     encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
-    latent_shape: tuple[int, ...]  # of one x0 (senseflow_vae.latent_shape_of)
-    real_pictures: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> pictures in [-1, 1]
-    decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> pictures in [-1, 1], with gradient
-    vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # pictures -> maps of the frozen network, with gradient
+    latent_shape: tuple[int, ...]  # of one x0 (senseflow.models.vae.latent_shape_of)
+    real_images: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> images in [-1, 1]
+    decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> images in [-1, 1], with gradient
+    vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # images -> maps of the frozen network, with gradient
     text_features: Optional[Callable[[Sequence[str]], torch.Tensor]] = None  # prompts -> (B, T) for the discriminator
-    gan_weight_at: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
+    omega: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
     # (role, x0, draws, slots, name, condition) -> logits (B,); None but with --method dmd2  # dmd2
     classify: Optional[Callable[..., torch.Tensor]] = None  # dmd2
 
 
 # Copied from train_senseflow_flux.simulated_steps
-def simulated_steps(draws: Draws, probability: float, anchors: int) -> Optional[int]:
+def num_simulated_steps(rng: StatelessRNG, probability: float, anchors: int) -> Optional[int]:
     """How many anchors backward simulation runs through in this iteration; None: it noises real latents. Same on all ranks."""
-    if draws.shared_uniform("simulate") < probability:
-        return draws.shared_integer("simulated_steps", anchors)
+    if rng.shared_uniform("simulate") < probability:
+        return rng.shared_integer("simulated_steps", anchors)
     return None
 
 
-# Copied from train_senseflow_flux.needs_pictures
-def needs_pictures(seed: int, gan_weight: float, probability: float, iteration: int) -> bool:
-    """Whether an iteration looks at real pictures at all; where not, none is read from the disk."""
-    return gan_weight > 0 or simulated_steps(Draws(seed, iteration), probability, 1) is None
+# Copied from train_senseflow_flux.needs_images
+def needs_images(seed: int, gan_weight: float, probability: float, iteration: int) -> bool:
+    """Whether an iteration looks at real images at all; where not, none is read from the disk."""
+    return gan_weight > 0 or num_simulated_steps(StatelessRNG(seed, iteration), probability, 1) is None
 
 
 # Copied from train_senseflow_flux.student_input
-def student_input(parts: Parts, schedule: Schedule, draws: Draws, batch: dict, condition, args):
+def student_input(models: TrainingModels, schedule: Schedule, rng: StatelessRNG, batch: dict, condition, args):
     """Step 1: x_t (B, ...) and the index (B,) of its anchor, without gradient."""
-    slots, num_anchors = batch["slots"], len(schedule.anchors)
-    noise = draws.normal("input_noise", slots, parts.latent_shape)
-    steps = simulated_steps(draws, args.backward_simulation_prob, num_anchors)
+    sample_indices, num_anchors = batch["sample_indices"], len(schedule.anchors)
+    noise = rng.normal("input_noise", sample_indices, models.latent_shape)
+    steps = num_simulated_steps(rng, args.backward_simulation_prob, num_anchors)
     if steps is not None:
-        predict = partial(parts.predict, parts.student, condition=condition)
-        x_t = backward_simulation(predict, schedule, args.sampler, draws, slots, noise, steps)
-        return x_t, torch.full((len(slots),), steps, device=noise.device)
+        predict = partial(models.predict, models.student, condition=condition)
+        x_t = backward_simulation(predict, schedule, args.sampler, rng, sample_indices, noise, steps)
+        return x_t, torch.full((len(sample_indices),), steps, device=noise.device)
     # On the host: a sample that draws the top anchor starts from pure noise, as a sampler does, and is not encoded.
-    index = Draws(draws.seed, draws.iteration).integers("anchor", slots, 0, num_anchors - 1)
+    index = StatelessRNG(rng.seed, rng.iteration).integers("anchor", sample_indices, 0, num_anchors - 1)
     rows = index.nonzero().flatten()
     if len(rows) > 0:
-        x0 = parts.real_latents(batch, rows, draws)
+        x0 = models.real_latents(batch, rows, rng)
         noise[rows] = schedule.add_noise(x0, noise[rows], schedule.anchors[index[rows].to(noise.device)])
     return noise, index.to(noise.device)
 
 
 # Copied from train_senseflow_flux.student_losses
-def student_losses(parts: Parts, schedule: Schedule, draws: Draws, slots, x_t, t, t_next, prediction, condition, args):
+def student_losses(models: TrainingModels, schedule: Schedule, rng: StatelessRNG, sample_indices, x_t, t, t_next, prediction, condition, args):
     """Step 3, without the adversarial term: ({name: loss}, {name: latents of the panel that people look at})."""
-    predict, student_x0 = parts.predict, prediction.x0
-    losses, panel = {}, {"student_x0": student_x0}
+    predict, student_x0 = models.predict, prediction.x0
+    losses, debug_latents = {}, {"student_x0": student_x0}
 
     # L_DMD: both scores look at the noised x0 of the student.
-    t_dmd = schedule.draw_dmd_timesteps(draws, slots)
+    t_dmd = schedule.draw_dmd_timesteps(rng, sample_indices)
     with torch.no_grad():
-        noised = schedule.add_noise(student_x0, draws.normal("dmd_noise", slots, student_x0.shape[1:]), t_dmd)
-        guidance = draw_guidance(draws, "dmd_guidance", slots, args.dmd_guidance_scale)
-        panel["fake_x0"] = predict(parts.fake_score, noised, t_dmd, condition).x0
-        panel["teacher_x0"] = predict(parts.teacher, noised, t_dmd, condition, guidance).x0
-    losses["dmd_loss"], found = dmd_loss(student_x0, panel["fake_x0"], panel["teacher_x0"])
+        noised = schedule.add_noise(student_x0, rng.normal("dmd_noise", sample_indices, student_x0.shape[1:]), t_dmd)
+        guidance = draw_guidance(rng, "dmd_guidance", sample_indices, args.dmd_guidance_scale)
+        debug_latents["fake_x0"] = predict(models.fake_score, noised, t_dmd, condition).x0
+        debug_latents["teacher_x0"] = predict(models.teacher, noised, t_dmd, condition, guidance).x0
+    losses["dmd_loss"], found = dmd_loss(student_x0, debug_latents["fake_x0"], debug_latents["teacher_x0"])
     losses |= found
 
     # L_ISG: the student's own step should end where teacher, then student arrive over an intermediate timestep.
     if args.isg_weight > 0:
-        t_mid = schedule.draw_mid_timesteps(draws, slots, t, t_next, args.isg_margin)
-        guidance = draw_guidance(draws, "isg_guidance", slots, args.isg_guidance_scale)
-        guided = partial(predict, parts.teacher, condition=condition, guidance=guidance)
-        unguided = partial(predict, parts.student, condition=condition)
-        panel["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
-        panel["isg_direct"] = schedule.step(prediction, t_next)
-        losses["isg_loss"] = isg_loss(panel["isg_direct"], panel["isg_target"])
-    return losses, {name: tensor.detach() for name, tensor in panel.items()}
+        t_mid = schedule.draw_mid_timesteps(rng, sample_indices, t, t_next, args.isg_margin)
+        guidance = draw_guidance(rng, "isg_guidance", sample_indices, args.isg_guidance_scale)
+        guided = partial(predict, models.teacher, condition=condition, guidance=guidance)
+        unguided = partial(predict, models.student, condition=condition)
+        debug_latents["isg_target"] = isg_target(guided, unguided, schedule, x_t, t, t_mid, t_next)
+        debug_latents["isg_direct"] = schedule.step(prediction, t_next)
+        losses["isg_loss"] = isg_loss(debug_latents["isg_direct"], debug_latents["isg_target"])
+    return losses, {name: tensor.detach() for name, tensor in debug_latents.items()}
 
 
 # Copied from train_senseflow_flux.train_iteration but for lines marked dmd2
-def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule: Schedule, args, device):
+def train_iteration(iteration: int, batches: list[dict], models: TrainingModels, schedule: Schedule, args, device):
     """One iteration of SenseFlow over the micro-batches of one global batch (paper, algorithm 1).
 
     Args:
         iteration: from 0; the student learns in every `args.ttur_ratio`-th.
-        batches: `gradient_accumulation_steps` micro-batches of senseflow_batches.PromptPictureLoader.
+        batches: `gradient_accumulation_steps` micro-batches of senseflow.data.loader.PromptImageLoader.
     Returns:
         ({name: device scalar}, {name: latents (B, ...) that people look at, from the last micro-batch of a student's turn}).
     """
-    student, fake_score, discriminator = parts.student, parts.fake_score, parts.discriminator
-    draws = Draws(args.seed, iteration, device)
-    student_turn = (iteration + 1) % args.ttur_ratio == 0
+    student, fake_score, discriminator = models.student, models.fake_score, models.discriminator
+    rng = StatelessRNG(args.seed, iteration, device)
+    update_student = (iteration + 1) % args.ttur_ratio == 0
     totals: dict[str, torch.Tensor] = {}
-    panel: dict[str, torch.Tensor] = {}
-    drawn = []  # what the student drew, for the fake score to learn
-    reals = []  # what the classifier should tell it from: latents of real pictures  # dmd2
+    debug_latents: dict[str, torch.Tensor] = {}
+    student_samples = []  # what the student drew, for the fake score to learn
+    reals = []  # what the classifier should tell it from: latents of real images  # dmd2
 
     def record(values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
@@ -221,28 +221,28 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
 
     for batch in batches:
         # 1. The student's input: its own first steps from noise (backward simulation), or noised real latents.
-        slots = batch["slots"]
+        sample_indices = batch["sample_indices"]
         with torch.no_grad():
-            condition = parts.encode_prompts(batch["prompts"])
-            if parts.classify is not None:  # dmd2
-                x0 = parts.real_latents(batch, torch.arange(len(slots)), draws)  # dmd2
+            condition = models.encode_prompts(batch["prompts"])
+            if models.classify is not None:  # dmd2
+                x0 = models.real_latents(batch, torch.arange(len(sample_indices)), rng)  # dmd2
                 batch = {**batch, "latents": x0}  # encoded once, whoever else wants them  # dmd2
                 reals.append(x0)  # dmd2
-            x_t, index = student_input(parts, schedule, draws, batch, condition, args)
-            t, t_next = schedule.anchors[index], schedule.nexts[index]
+            x_t, index = student_input(models, schedule, rng, batch, condition, args)
+            t, t_next = schedule.anchors[index], schedule.next_timesteps[index]
             if discriminator is not None:
-                real, text, omega = parts.real_pictures(batch), parts.text_features(batch["prompts"]), parts.gan_weight_at(t)
-                reference = parts.vision_features(real)
+                real, text, omega = models.real_images(batch), models.text_features(batch["prompts"]), models.omega(t)
+                reference = models.vision_features(real)
 
         # 2. What the student makes of it; with gradient on its turn only.
-        with student.turn() if student_turn else torch.no_grad():
-            prediction = parts.predict(student, x_t, t, condition)
+        with student.turn() if update_student else torch.no_grad():
+            prediction = models.predict(student, x_t, t, condition)
             if discriminator is not None:
-                fake = parts.vision_features(diff_augment(parts.decode(prediction.x0), draws, slots, "fake"))
+                fake = models.vision_features(diff_augment(models.decode(prediction.x0), rng, sample_indices, "fake"))
 
             # 3. The student's losses, on its turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
-            if student_turn:
-                losses, panel = student_losses(parts, schedule, draws, slots, x_t, t, t_next, prediction, condition, args)
+            if update_student:
+                losses, debug_latents = student_losses(models, schedule, rng, sample_indices, x_t, t, t_next, prediction, condition, args)
                 loss = losses["dmd_loss"]
                 if "isg_loss" in losses:
                     loss = loss + args.isg_weight * losses["isg_loss"]
@@ -250,19 +250,19 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
                     (logits,) = discriminator((fake,), reference, text)
                     losses["adversarial_loss"] = adversarial_loss(logits, omega)
                     loss = loss + args.gan_weight * losses["adversarial_loss"]
-                if parts.classify is not None:  # dmd2
-                    logits = parts.classify(fake_score, prediction.x0, draws, slots, "student", condition)  # dmd2
+                if models.classify is not None:  # dmd2
+                    logits = models.classify(fake_score, prediction.x0, rng, sample_indices, "student", condition)  # dmd2
                     losses["adversarial_loss"] = non_saturating_loss(logits)  # dmd2
                     loss = loss + args.gan_weight * losses["adversarial_loss"]  # dmd2
                 student.backward(loss)
                 record(losses)
-        drawn.append((slots, prediction.x0.detach(), condition))
+        student_samples.append((sample_indices, prediction.x0.detach(), condition))
 
-        # 4. The discriminator's turn, which shares the student's decoded picture and its features: hinge loss.
+        # 4. The discriminator's turn, which shares the student's decoded image and its features: hinge loss.
         if discriminator is not None:
             fake = [features.detach() for features in fake]
             with torch.no_grad():
-                real = parts.vision_features(diff_augment(real, draws, slots, "real"))
+                real = models.vision_features(diff_augment(real, rng, sample_indices, "real"))
             with discriminator.turn():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)
@@ -270,22 +270,22 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
             record({"discriminator_loss": loss, "real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()})
 
     # 5. The student's step, then implicit distribution alignment, before the fake score learns.
-    if student_turn:
+    if update_student:
         totals["student_grad_norm"], totals["signal/update_ratio"] = student.measured_step()
         if args.ida_decay < 1:
-            fake_score.align_with(student, args.ida_decay)
+            fake_score.ida_update_from(student, args.ida_decay)
 
     # 6. The fake score's turn: it learns to denoise what the student drew before its step.
-    for slots, x0, condition in drawn:
-        t = schedule.draw_fake_timesteps(draws, slots)
-        noise = draws.normal("fake_noise", slots, x0.shape[1:])
+    for sample_indices, x0, condition in student_samples:
+        t = schedule.draw_fake_timesteps(rng, sample_indices)
+        noise = rng.normal("fake_noise", sample_indices, x0.shape[1:])
         with fake_score.turn():
-            output = parts.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
+            output = models.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise))
             record({"fake_loss": loss})
-            if parts.classify is not None:  # dmd2
-                real_logits = parts.classify(fake_score, reals.pop(0), draws, slots, "real", condition)  # dmd2
-                fake_logits = parts.classify(fake_score, x0, draws, slots, "fake", condition)  # dmd2
+            if models.classify is not None:  # dmd2
+                real_logits = models.classify(fake_score, reals.pop(0), rng, sample_indices, "real", condition)  # dmd2
+                fake_logits = models.classify(fake_score, x0, rng, sample_indices, "fake", condition)  # dmd2
                 classifier_loss = logistic_loss(real_logits, fake_logits)  # dmd2
                 record({"classifier_loss": classifier_loss})  # dmd2
                 record({"real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()})  # dmd2
@@ -294,7 +294,7 @@ def train_iteration(iteration: int, batches: list[dict], parts: Parts, schedule:
     totals["fake_score_grad_norm"] = fake_score.step()
     if discriminator is not None:
         totals["discriminator_grad_norm"] = discriminator.step()
-    return totals, panel
+    return totals, debug_latents
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,22 +367,22 @@ def middle_size(unet: UNET, latent_size: int) -> int:
     return latent_size
 
 
-def classify(schedule: Schedule, role: Role, x0, draws: Draws, slots, name: str, condition) -> torch.Tensor:
+def classify(schedule: Schedule, role: Role, x0, rng: StatelessRNG, sample_indices, name: str, condition) -> torch.Tensor:
     """The classifier's logits (B,) on x0 (B, C, H, W), noised to uniform timesteps of the whole table; gradient flows to x0."""
-    t = schedule.table[draws.integers(f"{name}_classifier_timestep", slots, 0, len(schedule.table) - 1)]
-    x_t = schedule.add_noise(x0, draws.normal(f"{name}_classifier_noise", slots, x0.shape[1:]), t)
+    t = schedule.table[rng.integers(f"{name}_classifier_timestep", sample_indices, 0, len(schedule.table) - 1)]
+    x_t = schedule.add_noise(x0, rng.normal(f"{name}_classifier_noise", sample_indices, x0.shape[1:]), t)
     return role(**sdxl_inputs(role, x_t, t, condition), classify=True)
 
 
 def make_schedule(args, device) -> tuple[DDPMSchedule, LCMScheduler, dict]:
     """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
     path, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-    config = hub_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False)
+    config = config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False)
     teacher = DDPMScheduler.from_config(config)
     num_timesteps, steps = teacher.config.num_train_timesteps, len(args.anchors)
     ranges = {"dmd_range": (round(0.02 * num_timesteps), round(0.98 * num_timesteps)), "fake_range": (0, num_timesteps - 1)}
     schedule = DDPMSchedule(teacher.alphas_cumprod, torch.arange(num_timesteps), args.anchors, device=device, **ranges)
-    pipeline_tools.check_anchors(args, schedule)
+    check_anchors(args, schedule)
     betas = {name: teacher.config[name] for name in ("beta_start", "beta_end", "beta_schedule", "trained_betas")}
     scheduler = LCMScheduler(num_train_timesteps=num_timesteps, original_inference_steps=steps, **betas)
     call = {"num_inference_steps": steps, "guidance_scale": 0.0, "height": args.resolution, "width": args.resolution}
@@ -398,7 +398,7 @@ def make_schedule(args, device) -> tuple[DDPMSchedule, LCMScheduler, dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # fmt: off
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=args_tools.HelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help=f"the teacher: a {PIPELINE.__name__}, Hub id or folder")
@@ -408,13 +408,13 @@ def parse_args(argv=None):
     add("--student_model_name_or_path",
         help=f"warm start of student and fake score: {UNET.__name__} or {PIPELINE.__name__}; with --rank an adapter of that rank")
 
-    lora_tools.add_lora_arguments(parser, LORA_LAYERS)
+    add_lora_arguments(parser, LORA_LAYERS)
 
     add = parser.add_argument_group("data: exactly one of the first five").add_argument
     add("--dataset_json", help='{"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the file')
     add("--dataset_name", help="Hub id, or whatever datasets.load_dataset takes")
-    add("--train_data_dir", help="folder of pictures; captions in metadata.{jsonl,csv,parquet} or a .txt each, one a line")
-    add("--prompts_file", help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no picture is needed then")
+    add("--train_data_dir", help="folder of images; captions in metadata.{jsonl,csv,parquet} or a .txt each, one a line")
+    add("--prompts_file", help="one prompt a line; needs --gan_weight 0 --backward_simulation_prob 1, no image is needed then")
     add("--dataset_lmdb", help="a folder with DMD2's LMDB of VAE latents and prompts, or of several; needs lmdb")
     add("--dataset_config_name", help="of --dataset_name")
     add("--image_column", default="image", help="of --dataset_name and --train_data_dir (datasets' imagefolder)")
@@ -422,10 +422,10 @@ def parse_args(argv=None):
     add("--streaming", action="store_true", help="read --dataset_name as a stream, without a copy on the disk; a folder needs none")
     add("--resolution", type=int, default=1024,
         help="px, a multiple of 8 (SDXL): the shorter side, then a square crop (release, SDXL)")
-    add("--center_crop", action="store_true", help="crop the centre instead of a random square")
-    add("--random_flip", action="store_true", help="flip half of the pictures horizontally")
+    add("--center_crop", action="store_true", help="crop the center instead of a random square")
+    add("--random_flip", action="store_true", help="flip half of the images horizontally")
     add("--max_train_samples", type=int, help="use the first so many rows; of a stream, so many")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures, per rank (diffusers)")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read images, per rank (diffusers)")
 
     add = parser.add_argument_group("senseflow").add_argument
     add("--method", choices=list(PRESETS), default="senseflow",
@@ -456,20 +456,20 @@ def parse_args(argv=None):
     add("--discriminator_backbone", help="a DINOv2, Hub id or folder (method: facebook/dinov2-large / none; release, SDXL)")
     add("--discriminator_layers", type=int, nargs="+",
         help="its blocks whose output is looked at (default: 2 5 8 10 14 19 23 of 24, the same depths of any other; release, SDXL)")
-    add("--discriminator_resolution", type=int, help="px, to which pictures are scaled for it (default: none; release, SDXL)")
+    add("--discriminator_resolution", type=int, help="px, to which images are scaled for it (default: none; release, SDXL)")
     add("--discriminator_text_encoder", help="a CLIP with projection (method: openai/clip-vit-large-patch14 / none; release, SDXL)")
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--train_batch_size", type=int, default=1, help="pictures per process and micro-batch (release, SDXL)")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--train_batch_size", type=int, default=1, help="images per process and micro-batch (release, SDXL)")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per iteration (release, SDXL)")
     add("--max_train_steps", type=int, default=18000,
-        help="iterations = fake-score updates, of 8 pictures in the paper (paper, SDXL)")
+        help="iterations = fake-score updates, of 8 images in the paper (paper, SDXL)")
     add("--learning_rate", type=float, default=1e-6, help="of the student (release, SDXL; seven times that with --rank)")
     add("--learning_rate_fake", type=float, help="of the fake score (default: --learning_rate; with --rank five sevenths of it)")
     add("--learning_rate_disc", type=float, help="of the discriminator (default: --learning_rate; with --rank a seventh of it)")
-    add("--lr_scheduler", default="constant", choices=args_tools.LR_SCHEDULERS, help="as in diffusers (release, SDXL)")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="as in diffusers (release, SDXL)")
     add("--lr_warmup_steps", type=int, default=0, help="in iterations (release, SDXL)")
-    add("--lr_warmup_start", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
+    add("--lr_warmup_start_factor", type=float, default=0.0, help="fraction of the rate that the warm-up starts from (diffusers)")
     add("--adam_beta1", type=float, default=0.9, help="(release, SDXL)")
     add("--adam_beta2", type=float, default=0.999, help="(release, SDXL)")
     add("--adam_epsilon", type=float, default=1e-8, help="(release, SDXL)")
@@ -495,7 +495,7 @@ def parse_args(argv=None):
     add("--checkpointing_steps", type=int, default=3000, help="iterations (release, SDXL)")
     add("--checkpoints_total_limit", type=int, help="keep the newest so many")
     add("--resume_from_checkpoint", help='a checkpoint folder, the name of one in --output_dir, or "latest"')
-    add("--export_dtype", choices=list(args_tools.DTYPES), default="bf16", help="of the saved pipeline (ours)")
+    add("--export_dtype", choices=list(DTYPES), default="bf16", help="of the saved pipeline (ours)")
 
     add = parser.add_argument_group("logging and validation").add_argument
     add("--report_to", default="tensorboard", help="a tracker of accelerate, or none (diffusers)")
@@ -504,12 +504,12 @@ def parse_args(argv=None):
     add("--validation_steps", type=int, default=500, help="iterations (ours)")
     add("--num_validation_images", type=int, default=1, help="per prompt (ours)")
     add("--teacher_num_inference_steps", type=int, default=50,
-        help="of the teacher's validation pictures (StableDiffusionXLPipeline's default)")
+        help="of the teacher's validation images (StableDiffusionXLPipeline's default)")
     add("--teacher_guidance_scale", type=float, default=5.0,
-        help="of the teacher's validation pictures (StableDiffusionXLPipeline's default)")
+        help="of the teacher's validation images (StableDiffusionXLPipeline's default)")
     parser.set_defaults(sampler="stochastic")  # what LCMScheduler does
     args = parser.parse_args(argv)
-    return args_tools.complete_args(args_tools.fill_in(args, PRESETS[args.method]))
+    return complete_args(fill_in(args, PRESETS[args.method]))
 # fmt: on
 
 
@@ -526,26 +526,26 @@ def check_levels(flag: str, path: str, scheduler: dict) -> None:
 
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
-    args_tools.check_common_args(args, UNUSED)
+    check_common_args(args, INACTIVE_FLAGS)
     checked = check_data_args(args)
     if any(t != int(t) or t > 999 for t in args.anchors):
         shown = " ".join(f"{t:g}" for t in args.anchors)
         raise UserError(f"--anchors {shown}: SDXL has integer timesteps up to 999", exit_code=2)
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    args.revision = hub_tools.check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
-    vae = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
+    args.revision = check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
+    vae = config_of(VAE, flag, path, "vae", args.revision)
     if args.pretrained_vae_model_name_or_path:
         vae_flag, vae_path = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
         names = ("latent_channels", "block_out_channels", "latents_mean", "latents_std")
-        hub_tools.check_alike(vae_flag, vae_path, VAE, "vae", vae, names, args.variant)
-    check_levels(flag, path, hub_tools.config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False))
-    unet = hub_tools.config_of(UNET, flag, path, "unet", args.revision)
-    lora_tools.check_lora_args(args, UNET, unet, LORA_LAYERS)
+        check_compatible(vae_flag, vae_path, VAE, "vae", vae, names, args.variant)
+    check_levels(flag, path, config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False))
+    unet = config_of(UNET, flag, path, "unet", args.revision)
+    check_lora_args(args, UNET, unet, LORA_LAYERS)
     if args.student_model_name_or_path and not args.rank:
         names = ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim")
         names += ("time_cond_proj_dim", "mid_block_type")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        hub_tools.check_alike(start_flag, start, UNET, "unet", unet, names, args.variant)
+        check_compatible(start_flag, start, UNET, "unet", unet, names, args.variant)
     if args.gan_weight > 0 and args.method == "dmd2" and unet.get("mid_block_type", "") is None:
         message = f"{flag} {path}: its UNet has no mid-block for --method dmd2's classifier; give --gan_weight 0 or another teacher"
         raise UserError(message, exit_code=2)
@@ -553,10 +553,10 @@ def check_args(args):
         raise UserError("--classifier_weight 0: the classifier would never learn; give --gan_weight 0 to do without", exit_code=2)
     if args.gan_weight > 0 and args.method == "senseflow":
         check_discriminator_args(args)
-    pipeline_tools.check_resolution(args, vae_tools.vae_scale_of(vae))
+    check_resolution(args, vae_scale_of(vae))
     make_schedule(args, "cpu")
     rows = load_rows(args, checked)
-    check_latents(args, rows, vae_tools.latent_shape_of(vae, args.resolution))
+    check_latents(args, rows, latent_shape_of(vae, args.resolution))
     return rows
 
 
@@ -576,24 +576,24 @@ def own_vae(args) -> dict:
     if not args.pretrained_vae_model_name_or_path:
         return {}
     flag, path, where = vae_source(args)
-    return {"vae": hub_tools.load_network(VAE, flag, path, "vae", **where)}
+    return {"vae": load_network(VAE, flag, path, "vae", **where)}
 
 
-def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, PIPELINE]:
+def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[TrainingModels, PIPELINE]:
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
     flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
     source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
-    unet = weight_tools.open_network(UNET, flag, path, "unet", **source)
+    unet = from_pretrained_meta(UNET, flag, path, "unet", **source)
     dmd2 = args.method == "dmd2" and args.gan_weight > 0
     encodes = (args.backward_simulation_prob < 1 or dmd2) and not args.dataset_lmdb
     decodes = (args.gan_weight > 0 and not dmd2) or bool(args.validation_prompts)
     vae_flag, vae_path, where = vae_source(args)
-    vae = vae_tools.load_vae(VAE, vae_flag, vae_path, args, device, encodes, decodes, "fp32", **where)
-    pipeline = hub_tools.load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
-    teacher_print = lora_tools.make_base(args, pipeline, "unet", device)
-    prompt_tools.place_text_encoders(args, pipeline, device)
+    vae = load_vae(VAE, vae_flag, vae_path, args, device, encodes, decodes, "fp32", **where)
+    pipeline = load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
+    teacher_print = make_base(args, pipeline, "unet", device)
+    place_text_encoders(args, pipeline, device)
     size = (args.resolution, args.resolution)
-    time_ids = torch.tensor([[*size, 0, 0, *size]], device=device, dtype=runtime.weight_dtype)  # whole pictures, as a stock call
+    time_ids = torch.tensor([[*size, 0, 0, *size]], device=device, dtype=runtime.weight_dtype)  # whole images, as a stock call
 
     @torch.no_grad()
     def encode_prompts(prompts):
@@ -601,9 +601,9 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
         return embeds, pooled, time_ids.expand(len(prompts), -1)
 
     if args.rank:
-        student, fake_score = lora_tools.adapted_twins(weight_tools.fill(unet, device), args)
+        student, fake_score = adapted_twins(materialize(unet, device), args)
     else:
-        student = weight_tools.open_start(UNET, args, "unet")
+        student = initial_student(UNET, args, "unet")
         fake_score = copy.deepcopy(student)
     for network in (unet, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
@@ -611,32 +611,32 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Parts, P
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
-    config = hub_tools.config_of(VAE, flag, path, "vae", args.revision)
-    latent_shape = vae_tools.latent_shape_of(config, args.resolution)
+    config = config_of(VAE, flag, path, "vae", args.revision)
+    latent_shape = latent_shape_of(config, args.resolution)
     if dmd2:
         classifier = LatentClassifier(student.config.block_out_channels[-1], middle_size(student, latent_shape[-1]))
         fake_score = Score(fake_score, classifier)
-    parts = Parts(
+    models = TrainingModels(
         teacher=runtime.frozen_role("teacher", unet, teacher_print),  # first: its twins take its shards
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="unet"),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
         predict=partial(sdxl_predict, schedule),
         encode_prompts=encode_prompts,
-        real_latents=partial(vae_tools.real_latents, vae),
+        real_latents=partial(real_latents, vae),
         latent_shape=latent_shape,
     )
     if dmd2:
-        parts.classify = partial(classify, schedule)
+        models.classify = partial(classify, schedule)
     elif args.gan_weight > 0:
-        parts.discriminator, parts.vision_features, parts.text_features = load_discriminator(args, runtime)
-        parts.real_pictures, parts.decode = partial(vae_tools.real_pictures, vae), partial(vae_tools.decode, vae)
-        parts.gan_weight_at = lambda t: schedule.levels(t)[0].float()
-    return parts, pipeline
+        models.discriminator, models.vision_features, models.text_features = load_discriminator(args, runtime)
+        models.real_images, models.decode = partial(real_images, vae), partial(decode, vae)
+        models.omega = lambda t: schedule.levels(t)[0].float()
+    return models, pipeline
 
 
 def teacher_call(args, unet) -> dict:
-    """What of the stock call is different where the teacher draws validation pictures with its many steps."""
+    """What of the stock call is different where the teacher draws validation images with its many steps."""
     steps, guidance = args.teacher_num_inference_steps, args.teacher_guidance_scale
     return {"num_inference_steps": steps, "guidance_scale": guidance, "timesteps": None}
 
@@ -649,54 +649,54 @@ def main(argv=None):
     args = parse_args(argv)
     rows = check_args(args)
     if args.dry_run is not None:
-        return dry_run_tools.report(args, make_schedule, load_parts, train_iteration)
-    checkpoint = checkpoint_tools.find_checkpoint(args)
-    state = checkpoint_tools.read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
+        return report(args, make_schedule, load_parts, train_iteration)
+    checkpoint = find_checkpoint(args)
+    state = read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     runtime = Runtime(args)
     runtime.start_trackers("senseflow")
     schedule, scheduler, call = make_schedule(args, runtime.device)
     components = {"scheduler": scheduler}  # what of the saved pipeline is not the teacher's, besides the student
     components |= own_vae(args)  # vae
-    parts, pipeline = load_parts(args, runtime, schedule)
-    parts.encode_prompts = prompt_tools.encode_small_set(args, rows, pipeline, parts.encode_prompts, runtime.device)
-    prints = checkpoint_tools.fingerprints_of(parts)
-    prints["vae"] = checkpoint_tools.fingerprint(components["vae"]) if "vae" in components else "the teacher's"  # vae
+    models, pipeline = load_parts(args, runtime, schedule)
+    models.encode_prompts = encode_small_set(args, rows, pipeline, models.encode_prompts, runtime.device)
+    fingerprints = fingerprints_of(models)
+    fingerprints["vae"] = fingerprint(components["vae"]) if "vae" in components else "the teacher's"  # vae
     if checkpoint:
-        checkpoint_tools.compare_with_checkpoint(checkpoint, state, args, prints, runtime.trained)
+        compare_with_checkpoint(checkpoint, state, args, fingerprints, runtime.trained)
         for role in runtime.trained:
             role.load(checkpoint)
     if runtime.accelerator.is_main_process:
-        checkpoint_tools.clear_leftovers(args.output_dir)
-        checkpoint_tools.check_disk(args, runtime.trained)
+        clear_leftovers(args.output_dir)
+        check_disk(args, runtime.trained)
     iteration, samples_seen = state["iteration"], state["samples_seen"]
     runtime.saved = iteration
     rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
-    wanted = partial(needs_pictures, args.seed, args.gan_weight, args.backward_simulation_prob)
+    wanted = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
     loader = make_dataloader(args, rows, rank, world_size, iteration, samples_seen, wanted)
     per_iteration = args.train_batch_size * args.gradient_accumulation_steps * world_size
     logger.info(f"anchors {', '.join(f'{t:.1f}' for t in schedule.anchors)}; {per_iteration} samples per iteration")
 
     def save() -> None:
-        record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
-        usage = partial(pipeline_tools.write_usage, record=record, components=components, signals=validation.signals)
-        checkpoint_tools.save_checkpoint(runtime, iteration, samples_seen, prints, usage)
+        record = student_config(args, schedule, call, iteration, fingerprints)
+        usage = partial(write_student_config, record=record, components=components, signals=validation.signals)
+        save_checkpoint(runtime, iteration, samples_seen, fingerprints, usage)
 
-    validation = validation_tools.Validation(runtime, args, pipeline, parts.student.subfolder)
+    validation = Validation(runtime, args, pipeline, models.student.subfolder)
     if args.validation_prompts:
-        validation.draw(parts.teacher, pipeline.scheduler, call | teacher_call(args, parts.teacher.module), iteration)
+        validation.draw(models.teacher, pipeline.scheduler, call | teacher_call(args, models.teacher.module), iteration)
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
-    metrics = Metrics(runtime, parts.student, per_iteration, progress)
-    panel: dict[str, torch.Tensor] = {}
+    metrics = Metrics(runtime, models.student, per_iteration, progress)
+    debug_latents: dict[str, torch.Tensor] = {}
     for batches in metrics.batches(loader, args.max_train_steps - iteration):
-        values, new_panel = train_iteration(iteration, batches, parts, schedule, args, runtime.device)
-        panel = new_panel or panel
+        values, new_debug_latents = train_iteration(iteration, batches, models, schedule, args, runtime.device)
+        debug_latents = new_debug_latents or debug_latents
         iteration, samples_seen = iteration + 1, samples_seen + per_iteration
         metrics.push(iteration, values)
         if args.validation_prompts and iteration % args.validation_steps == 0:
-            validation.draw(parts.student, scheduler, call, iteration)
-            if panel:
-                runtime.log_picture("panel/" + " ".join(panel), validation_tools.draw_panel(pipeline.vae, panel), iteration)
+            validation.draw(models.student, scheduler, call, iteration)
+            if debug_latents:
+                runtime.log_image("panel/" + " ".join(debug_latents), decode_debug_latents(pipeline.vae, debug_latents), iteration)
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
             save()
@@ -704,11 +704,11 @@ def main(argv=None):
     if metrics.ended_by and runtime.saved < iteration:
         save()
     progress.close()
-    checkpoint_tools.check_finished(runtime, metrics, iteration)
-    record = pipeline_tools.usage_record(args, schedule, call, iteration, prints)
-    pipeline_tools.export(runtime, args, PIPELINE, parts.student, components, record)
+    check_finished(runtime, metrics, iteration)
+    record = student_config(args, schedule, call, iteration, fingerprints)
+    export(runtime, args, PIPELINE, models.student, components, record)
     runtime.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    args_tools.run_script(main)
+    run_script(main)

@@ -22,8 +22,8 @@ import torch
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
-import senseflow_discriminator
-from senseflow_discriminator import Discriminator
+from senseflow.models import discriminator
+from senseflow.models.discriminator import Discriminator
 from tiny_pipelines import write_discriminator, write_flux, write_sd3, write_sdxl
 
 
@@ -176,7 +176,7 @@ def random_weights(device=None):
             return Discriminator(*args)
 
     with (
-        mock.patch.object(senseflow_discriminator, "Discriminator", heads),
+        mock.patch.object(discriminator, "Discriminator", heads),
         mock.patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)),
         mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)),
     ):

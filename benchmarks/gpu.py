@@ -54,7 +54,7 @@ TTUR = 2  # a student's turn every second iteration; the table says what that ma
 GIB, WARM_UP = 2**30, 2
 
 
-class Watch:
+class SignalMonitor:
     """Seconds of named parts, by CUDA events where there is a GPU; nothing waits until `seconds` is asked for."""
 
     def __init__(self):
@@ -80,7 +80,7 @@ class Watch:
         return {name: [start.elapsed_time(end) / 1000 for start, end in spans] for name, spans in self.spans.items()}
 
 
-def watched(owner, name: str, watch: Watch, label) -> None:
+def watched(owner, name: str, watch: SignalMonitor, label) -> None:
     """Has every call of `owner.name` timed under `label`, a text or a function of the call's first argument."""
     function = getattr(owner, name)
 
@@ -92,7 +92,7 @@ def watched(owner, name: str, watch: Watch, label) -> None:
 
 
 def write_data(folder: Path, resolution: int) -> Path:
-    """Eight pictures of noise and their prompts."""
+    """Eight images of noise and their prompts."""
     import numpy as np
     from PIL import Image
 
@@ -148,10 +148,10 @@ def run_case(case: str, folder: Path, tiny: bool, iterations: int, gib: Optional
     """One case from its arguments to its last iteration, with `gib` GiB of the GPU's memory or all of it."""
     name, command = command_of(case, folder, tiny, iterations)
     script = importlib.import_module(name)
-    from senseflow_discriminator import VisionFeatures
-    from senseflow_roles import Role
+    from senseflow.models.discriminator import VisionFeatures
+    from senseflow.training.roles import Role
 
-    watch, gpu = Watch(), torch.cuda.is_available()
+    watch, gpu = SignalMonitor(), torch.cuda.is_available()
     if gpu and gib:
         torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     result = {"case": case, "device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
@@ -193,8 +193,8 @@ def run_case(case: str, folder: Path, tiny: bool, iterations: int, gib: Optional
     seconds = watch.seconds()
     for number, (student, warm, counted, first, numbers) in enumerate(rows):
         last = rows[number + 1][3] if number + 1 < len(rows) else {}
-        parts = {label: sum(times[first.get(label, 0) : last.get(label, len(times))]) for label, times in seconds.items()}
-        kept = {"student": student, "timed": not warm and not counted, "seconds": parts.pop("iteration"), "parts": parts}
+        models = {label: sum(times[first.get(label, 0) : last.get(label, len(times))]) for label, times in seconds.items()}
+        kept = {"student": student, "timed": not warm and not counted, "seconds": models.pop("iteration"), "models": models}
         result["iterations"].append(kept | {"values": {label: float(value) for label, value in numbers.items()}})
     return result
 
@@ -227,7 +227,7 @@ def timed(function, repeat: int = 10) -> float:
     """Seconds of one call, the mean of some after three."""
     for _ in range(3):
         function()
-    watch = Watch()
+    watch = SignalMonitor()
     with watch.part("all"):
         for _ in range(repeat):
             function()
@@ -350,8 +350,8 @@ def report(output: Path) -> str:
             continue
         timed = [row for row in result["iterations"] if row["timed"]]
         cells = []
-        for part in sorted({part for row in timed for part in row["parts"]}):
-            both = [mean([row["parts"].get(part, 0) for row in timed if row["student"] == turn]) for turn in (False, True)]
+        for part in sorted({part for row in timed for part in row["models"]}):
+            both = [mean([row["models"].get(part, 0) for row in timed if row["student"] == turn]) for turn in (False, True)]
             cells.append(f"{part} {both[0]:.2f} / {both[1]:.2f}")
         lines.append(f"- {case}: {'; '.join(cells)}")
     if operators.get("attention"):

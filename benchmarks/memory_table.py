@@ -5,7 +5,7 @@
     python benchmarks/memory_table.py                             # all; about a minute a row and core
     python benchmarks/memory_table.py --teachers sdxl --rows full
 
-1024 px, a picture per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, everything else as the
+1024 px, a image per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, everything else as the
 scripts have it. What has been traced is kept in benchmarks/out/memory.json; delete there what should be traced again.
 """
 
@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 import full_size
 from gpu import launched_under, write_data
 
-from senseflow_dry_run import CARDS, USABLE
+from senseflow.memory.report import CARDS, USABLE
 
 
 OUT = ROOT / "benchmarks" / "out" / "memory.json"

@@ -26,7 +26,7 @@ ITERATIONS, SKIPPED = 15, 5  # in two of the ten that are timed the student lear
 
 
 def write_networks(folder: Path, size: str) -> None:
-    """A random FLUX pipeline of this size, a tiny discriminator's networks, and a data set of 8 pictures."""
+    """A random FLUX pipeline of this size, a tiny discriminator's networks, and a data set of 8 images."""
     import numpy as np
     from diffusers import FluxTransformer2DModel
     from PIL import Image
@@ -41,8 +41,8 @@ def write_networks(folder: Path, size: str) -> None:
         network = FluxTransformer2DModel.from_config({**config, **SIZES[size], "axes_dims_rope": axes})
         network.save_pretrained(folder / "teacher" / "transformer")
     for i in range(8):
-        picture = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / f"{i}.png")
+        image = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"{i}.png")
     names = [str(i) for i in range(8)]
     rows = {"keys": names, "image_paths": [f"{i}.png" for i in range(8)], "prompts": names}
     (folder / "data.json").write_text(json.dumps(rows))

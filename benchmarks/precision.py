@@ -26,16 +26,16 @@ from torch.utils._pytree import tree_map
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from senseflow_args import quiet_libraries
-from senseflow_runtime import Runtime
-from senseflow_utils import Draws, backward_simulation, dmd_loss
+from senseflow.arguments import quiet_libraries
+from senseflow.training.runtime import Runtime
+from senseflow_utils import StatelessRNG, backward_simulation, dmd_loss
 from tiny_pipelines import write_sd3
 
 
 OUT = benchmark.OUT.parent / "precision"
 LEVELS = (20, 100, 250, 500, 750, 900, 980)  # t'
 CAPTIONS = all_captions()[::2]  # a sample each
-DRAWS, SLOTS = Draws(0, 0), range(len(CAPTIONS))
+DRAWS, SLOTS = StatelessRNG(0, 0), range(len(CAPTIONS))
 # Of SD 3.5: (noise on the fake score's weights, in units of each tensor's root mean square; guidance).
 PERTURBED = ((0.003, 5.0), (0.003, 1.0), (0.01, 1.0), (0.03, 1.0))
 # name: (precision of the teacher, of the fake score). "autocast" has fp32 weights, "bf16" has not.
@@ -48,7 +48,7 @@ CASES = {
 
 
 class FrozenRole:
-    """What a prediction needs of a senseflow_roles.Role, in the precision "fp32", "bf16" or "autocast"."""
+    """What a prediction needs of a senseflow.training.roles.Role, in the precision "fp32", "bf16" or "autocast"."""
 
     def __init__(self, module, precision):
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -74,52 +74,52 @@ def load(script, teacher, settings, iterations=0):
     args = script.parse_args(arguments)
     script.check_args(args)  # completes them, too
     schedule = script.make_schedule(args, "cpu")[0]
-    parts = script.load_parts(args, Runtime(args), schedule)[0]
-    for role in (parts.student, parts.fake_score) if iterations else ():
+    models = script.load_parts(args, Runtime(args), schedule)[0]
+    for role in (models.student, models.fake_score) if iterations else ():
         role.load(run / f"checkpoint-{iterations}")
-    return args, schedule, parts
+    return args, schedule, models
 
 
 @torch.no_grad()
-def rollouts(args, schedule, parts, precision):
+def rollouts(args, schedule, models, precision):
     """(x_t at the last anchor, x0 of every anchor [anchors, B, ...]) of the student's own rollouts in this precision."""
-    predict = partial(parts.predict, FrozenRole(parts.student.module, precision), condition=parts.encode_prompts(CAPTIONS))
-    noise, x0 = DRAWS.normal("input_noise", SLOTS, parts.latent_shape), []
+    predict = partial(models.predict, FrozenRole(models.student.module, precision), condition=models.encode_prompts(CAPTIONS))
+    noise, x0 = DRAWS.normal("input_noise", SLOTS, models.latent_shape), []
     for steps, anchor in enumerate(schedule.anchors):
         x_t = backward_simulation(predict, schedule, args.sampler, DRAWS, SLOTS, noise, steps)
         x0.append(predict(x_t, anchor.expand(len(SLOTS))).x0)
     return x_t, torch.stack(x0)
 
 
-def gradients(schedule, parts, precisions, x0, guidance):
+def gradients(schedule, models, precisions, x0, guidance):
     """L_DMD's gradient at the student's x0 for every one of LEVELS, flat [B, numbers], both scores in these precisions."""
-    teacher, fake = FrozenRole(parts.teacher.module, precisions[0]), FrozenRole(parts.fake_score.module, precisions[1])
-    condition, scales = parts.encode_prompts(CAPTIONS), torch.full((len(SLOTS),), guidance)
+    teacher, fake = FrozenRole(models.teacher.module, precisions[0]), FrozenRole(models.fake_score.module, precisions[1])
+    condition, scales = models.encode_prompts(CAPTIONS), torch.full((len(SLOTS),), guidance)
     x0, found = x0.clone().requires_grad_(), []
     for wanted in LEVELS:
         t = schedule.table[(schedule.table - wanted).abs().argmin()].expand(len(SLOTS))
         with torch.no_grad():
-            noised = schedule.add_noise(x0, DRAWS.normal("dmd_noise", SLOTS, parts.latent_shape), t)
-            fake_x0 = parts.predict(fake, noised, t, condition).x0
-            teacher_x0 = parts.predict(teacher, noised, t, condition, scales).x0
+            noised = schedule.add_noise(x0, DRAWS.normal("dmd_noise", SLOTS, models.latent_shape), t)
+            fake_x0 = models.predict(fake, noised, t, condition).x0
+            teacher_x0 = models.predict(teacher, noised, t, condition, scales).x0
         found.append(torch.autograd.grad(dmd_loss(x0, fake_x0, teacher_x0)[0] * x0.numel(), x0)[0].flatten(1))
     return found
 
 
-def report_gradients(name, args, schedule, parts, guidance):
+def report_gradients(name, args, schedule, models, guidance):
     """Prints the rows of one teacher and guidance: cosines with the gradient in fp32, and that one's root mean square."""
-    every, index = rollouts(args, schedule, parts, "fp32")[1], torch.arange(len(SLOTS))
+    every, index = rollouts(args, schedule, models, "fp32")[1], torch.arange(len(SLOTS))
     x0 = every[index % len(every), index]  # of the anchors in turn
-    exact = gradients(schedule, parts, ("fp32", "fp32"), x0, guidance)
+    exact = gradients(schedule, models, ("fp32", "fp32"), x0, guidance)
     for case, precisions in CASES.items():
-        cosines = list(map(torch.cosine_similarity, gradients(schedule, parts, precisions, x0, guidance), exact))
+        cosines = list(map(torch.cosine_similarity, gradients(schedule, models, precisions, x0, guidance), exact))
         cells = [f"{cosine.mean():.4f}" for cosine in cosines] + [f"{torch.cat(cosines).min():.4f}"]
         print(f"| {name} | {torch.stack(exact).square().mean().sqrt():.3f} | {case} | " + " | ".join(cells) + " |", flush=True)
 
 
-def report_rollouts(name, args, schedule, parts):
+def report_rollouts(name, args, schedule, models):
     """Prints one row: relative error of the student's rollouts against fp32."""
-    exact, *others = (rollouts(args, schedule, parts, precision) for precision in ("fp32", "autocast", "bf16"))
+    exact, *others = (rollouts(args, schedule, models, precision) for precision in ("fp32", "autocast", "bf16"))
     pairs = [pair for x_t, x0 in others for pair in ((x_t, exact[0]), (x0[-1], exact[1][-1]))]
     print(f"| {name} | " + " | ".join(f"{(a - b).norm() / b.norm():.2%}" for a, b in pairs) + " |")
 

@@ -6,7 +6,7 @@
     OMP_NUM_THREADS=1 python benchmarks/sdxl.py --stage grid    # the teacher, and how good it is at few steps
 
 The teacher is a UNet that predicts epsilon in the latents of the demo's VAE, trained with 10 % of the conditions at zero. A
-student is trained by train_senseflow_sdxl.py and its pictures are drawn by infer.py; demo/measure.py judges them all.
+student is trained by train_senseflow_sdxl.py and its images are drawn by infer.py; demo/measure.py judges them all.
 
 Whatever stands in benchmarks/out/sdxl is not made again; delete there what should be.
 """
@@ -38,7 +38,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from make_teacher import Stage, draw_pool, to_pixels
-from measure import load_judge, load_pictures, measure
+from measure import load_judge, load_images, measure
 from run import flags
 from scenes import RESOLUTION, all_captions, sample_scenes
 from tqdm import tqdm
@@ -81,8 +81,8 @@ FEW = {
     2: [(1, "ddim trailing", 1.5), (1, "ddim trailing", 2.0), (2, "ddim trailing", 1.0)],
     4: [(2, "ddim trailing", 1.5), (2, "ddim trailing", 2.0), (4, "ddim trailing", 1.0)],
 }
-PER_CAPTION = 6  # x 96 captions = 576 pictures a row
-PICTURE_SEED, OTHER_PICTURE_SEED = 0, 1_000_000  # picture i is drawn with seed + i: far enough apart to share none
+PER_CAPTION = 6  # x 96 captions = 576 images a row
+IMAGE_SEED, OTHER_IMAGE_SEED = 0, 1_000_000  # image i is drawn with seed + i: far enough apart to share none
 
 STUDENT = {
     "max_train_steps": 300,
@@ -97,7 +97,7 @@ STUDENT = {
     "adam_beta2": 0.99,
     "ttur_ratio": 3,
     "isg_weight": 0.2,
-    "gan_weight": 0,  # as in the demo: pictures this simple need no discriminator
+    "gan_weight": 0,  # as in the demo: images this simple need no discriminator
     "backward_simulation_prob": 1.0,
     "dmd_guidance_scale": 2.0,
     "isg_guidance_scale": 2.0,
@@ -171,11 +171,11 @@ def encode_pool(vae):
     """
     path = OUT / "latents.pt"
     if not path.exists():
-        pictures, captions = draw_pool(TRAINING)
+        images, captions = draw_pool(TRAINING)
         generator = torch.Generator().manual_seed(TRAINING.seed)
         latents = [
             vae.encode(to_pixels(batch, TRAINING.device)).latent_dist.sample(generator)
-            for batch in tqdm(pictures.split(250), desc="latents")
+            for batch in tqdm(images.split(250), desc="latents")
         ]
         torch.save({"latents": torch.cat(latents), "captions": captions}, path)
     pool = torch.load(path, weights_only=True)
@@ -193,7 +193,7 @@ def encode_captions(pipeline):
 def train_unet(pipeline, latents, captions):
     """Epsilon prediction at uniform timesteps of SDXL's table. Every draw of a step comes from (seed, step)."""
     embeds, pooled = encode_captions(pipeline)
-    time_ids = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION])  # what a stock call says of a whole picture
+    time_ids = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION])  # what a stock call says of a whole image
     time_ids = time_ids.float().expand(TRAINING.batch_size, -1)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
 
@@ -226,23 +226,23 @@ def make_teacher():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def sample(pipeline, steps, scheduler, guidance, per_caption, seed, batch_size=96):
-    """Pictures of all captions, uint8 [N, 64, 64, 3], by stock calls; picture i is drawn with seed + i, as infer.py does."""
+    """Images of all captions, uint8 [N, 64, 64, 3], by stock calls; image i is drawn with seed + i, as infer.py does."""
     pipeline.scheduler = SCHEDULERS[scheduler](EulerDiscreteScheduler.load_config(TEACHER, subfolder="scheduler"))
     pipeline.set_progress_bar_config(disable=True)
-    captions, pictures = all_captions() * per_caption, []
+    captions, images = all_captions() * per_caption, []
     for start in range(0, len(captions), batch_size):
         batch = captions[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
         settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": RESOLUTION, "width": RESOLUTION}
-        pictures += pipeline(batch, generator=generators, **settings).images
-    return np.stack([np.asarray(picture) for picture in pictures])
+        images += pipeline(batch, generator=generators, **settings).images
+    return np.stack([np.asarray(image) for image in images])
 
 
-def teacher_pictures(name, *settings):
+def teacher_images(name, *settings):
     """`sample(teacher, *settings)`, kept as a file."""
     path = OUT / f"{name}.npy"
     if not path.exists():
@@ -263,27 +263,27 @@ def scan_teacher():
     judge, per_caption = load_the_judge(), 2
     captions, pipeline = all_captions() * per_caption, StableDiffusionXLPipeline.from_pretrained(TEACHER)
     pool = {}
-    for caption, picture in sample_scenes(len(captions), seed=99):
-        pool.setdefault(caption, []).append(np.asarray(picture))
+    for caption, image in sample_scenes(len(captions), seed=99):
+        pool.setdefault(caption, []).append(np.asarray(image))
     clean = np.stack([pool[caption].pop() for caption in captions])
 
     def line(references, settings, seed):
-        pictures, (steps, scheduler, guidance) = sample(pipeline, *settings, per_caption, seed), settings
-        results = {kind: measure(judge, pictures, captions, reference) for kind, reference in references.items()}
+        images, (steps, scheduler, guidance) = sample(pipeline, *settings, per_caption, seed), settings
+        results = {kind: measure(judge, images, captions, reference) for kind, reference in references.items()}
         numbers = "  ".join(f"fd to {kind} {result['fd']:6.2f}" for kind, result in results.items())
         print(f"{steps:2d} steps  {scheduler:14}  guidance {guidance:.2f}  {numbers}  ", end="")
         result = next(iter(results.values()))
         print(f"captions right {result['accuracy']:.3f}  diversity {result['diversity']:.2f}", flush=True)
 
-    print(f"many steps, against clean scenes, {len(captions)} pictures")
+    print(f"many steps, against clean scenes, {len(captions)} images")
     for (steps, scheduler, _), guidance in itertools.product(MANY.values(), (1.0, 1.5, 2.0, 3.0)):
-        line({"clean": clean}, (steps, scheduler, guidance), PICTURE_SEED)
+        line({"clean": clean}, (steps, scheduler, guidance), IMAGE_SEED)
     print("against the teacher at many steps; first with other seeds")
-    references = {kind: sample(pipeline, *settings, per_caption, PICTURE_SEED) for kind, settings in MANY.items()}
+    references = {kind: sample(pipeline, *settings, per_caption, IMAGE_SEED) for kind, settings in MANY.items()}
     for settings in MANY.values():
-        line(references, settings, OTHER_PICTURE_SEED)
+        line(references, settings, OTHER_IMAGE_SEED)
     for settings in itertools.product((1, 2, 4), SCHEDULERS, (1.0, 1.5, 2.0, 3.0)):
-        line(references, settings, PICTURE_SEED)
+        line(references, settings, IMAGE_SEED)
 
 
 def call(name, command):
@@ -296,13 +296,13 @@ def call(name, command):
 
 
 def make_student(variant, seed):
-    """Trains a student, unless it stands, and draws its pictures, unless they stand; returns them, uint8 [N, 64, 64, 3]."""
+    """Trains a student, unless it stands, and draws its images, unless they stand; returns them, uint8 [N, 64, 64, 3]."""
     name = f"student-{variant}-{seed}"
     captions = all_captions() * PER_CAPTION
     prompts, prompts_to_draw = OUT / "prompts.txt", OUT / "prompts_to_draw.txt"
     prompts.write_text("\n".join(all_captions()) + "\n")
     prompts_to_draw.write_text("\n".join(captions) + "\n")
-    student, pictures = OUT / name, OUT / f"{name}-pictures"
+    student, images = OUT / name, OUT / f"{name}-images"
     if not (student / "senseflow.json").exists():
         start = time.monotonic()
         command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -312,9 +312,9 @@ def make_student(variant, seed):
         call(name, command)
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     # infer.py draws what is missing, and nothing where nothing is.
-    command = [sys.executable, ROOT / "infer.py", "--model", student, "--output_dir", pictures, "--device", "cpu"]
-    call(f"{name}-pictures", command + ["--prompts_file", prompts_to_draw, "--batch_size", 96, "--seed", PICTURE_SEED])
-    return load_pictures(pictures, len(captions))
+    command = [sys.executable, ROOT / "infer.py", "--model", student, "--output_dir", images, "--device", "cpu"]
+    call(f"{name}-images", command + ["--prompts_file", prompts_to_draw, "--batch_size", 96, "--seed", IMAGE_SEED])
+    return load_images(images, len(captions))
 
 
 def report(variants, seeds):
@@ -322,19 +322,19 @@ def report(variants, seeds):
     judge, captions = load_the_judge(), all_captions() * PER_CAPTION
     forwards = {variant: len((STUDENT | VARIANTS[variant])["anchors"]) for variant in variants}
 
-    def teacher(*settings, seed=PICTURE_SEED):
-        return teacher_pictures("-".join(map(str, (*settings, seed))).replace(" ", "_"), *settings, PER_CAPTION, seed)
+    def teacher(*settings, seed=IMAGE_SEED):
+        return teacher_images("-".join(map(str, (*settings, seed))).replace(" ", "_"), *settings, PER_CAPTION, seed)
 
     references = {kind: teacher(*settings) for kind, settings in MANY.items()}
     results = {}
 
-    def row(name, count, pictures):
-        against = {kind: measure(judge, pictures, captions, reference) for kind, reference in references.items()}
+    def row(name, count, images):
+        against = {kind: measure(judge, images, captions, reference) for kind, reference in references.items()}
         results[name] = against["ODE"] | {"forwards": count, "fd": {kind: found["fd"] for kind, found in against.items()}}
 
     for kind, settings in MANY.items():
         row(f"teacher, {kind}", 2 * settings[0], references[kind])
-        row(f"teacher, {kind}, other seeds", 2 * settings[0], teacher(*settings, seed=OTHER_PICTURE_SEED))
+        row(f"teacher, {kind}, other seeds", 2 * settings[0], teacher(*settings, seed=OTHER_IMAGE_SEED))
     for count in sorted(set(forwards.values())):
         for settings in FEW[count]:
             row(f"teacher, {settings[0]} step{'s'[: settings[0] > 1]}, guidance {settings[2]:g}", count, teacher(*settings))

@@ -4,9 +4,9 @@
 
     python benchmarks/toy.py --seeds 3
 
-The iteration is the training script's own (`train_iteration`), with its losses, schedules, roles, optimisers and draws; this
-file brings only the teacher, two small MLPs and the ruler. A "picture" is a set of independent vectors of one class, so that
-the normaliser of L_DMD is a mean over many numbers, as it is over an image, and few draws feed many vectors. Distances between
+The iteration is the training script's own (`train_iteration`), with its losses, schedules, roles, optimizers and draws; this
+file brings only the teacher, two small MLPs and the ruler. A "image" is a set of independent vectors of one class, so that
+the normalizer of L_DMD is a mean over many numbers, as it is over an image, and few draws feed many vectors. Distances between
 samples are energy distances, so that the student's start (the undistilled network at 4 steps) and the floor (exact samples
 against exact samples) have one unit.
 """
@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from diffusers import DDPMScheduler
 
-from senseflow_roles import Role
-from senseflow_runtime import Runtime
-from senseflow_utils import SAMPLERS, DDPMSchedule, Draws, FlowSchedule, Prediction, Schedule, backward_simulation, guide
-from train_senseflow_flux import Parts, train_iteration
+from senseflow.training.roles import Role
+from senseflow.training.runtime import Runtime
+from senseflow_utils import SAMPLERS, DDPMSchedule, StatelessRNG, FlowSchedule, Prediction, Schedule, backward_simulation, guide
+from train_senseflow_flux import TrainingModels, train_iteration
 
 
 EMPTY = -1  # the empty prompt, as a class
-POINTS = 8  # vectors in a picture
+POINTS = 8  # vectors in a image
 FAMILIES = ("flow", "epsilon")
 ANCHORS = {"flow": (1000.0, 904.5, 759.5, 512.8), "epsilon": (999.0, 749.0, 499.0, 249.0)}
 
@@ -55,7 +55,7 @@ def make_schedule(family: str, anchors: Optional[tuple] = None) -> Schedule:
 class Mixture(torch.nn.Module):
     """Isotropic Gaussians N(means[k], spread^2), mode k in class `classes[k]`; called, it is the exact network of its family.
 
-    A picture is POINTS independent vectors of its class, x0 (B, POINTS, D).
+    A image is POINTS independent vectors of its class, x0 (B, POINTS, D).
 
     Args:
         means: (K, D); the modes of a class weigh the same, and so do the classes.
@@ -138,7 +138,7 @@ class MLP(torch.nn.Module):
 
 
 def start_from(teacher: Mixture, width: int = 128, steps: int = 1000, batch: int = 64, seed: int = 0) -> MLP:
-    """A network that has learnt the teacher's outputs: what student and fake score start from, as from a teacher's weights."""
+    """A network that has learned the teacher's outputs: what student and fake score start from, as from a teacher's weights."""
     schedule = teacher.schedule
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -181,7 +181,7 @@ def make_args(**changes) -> SimpleNamespace:
         "learning_rate_fake": 1e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 0,
-        "lr_warmup_start": 0.0,
+        "lr_warmup_start_factor": 0.0,
         "adam_beta1": 0.0,
         "adam_beta2": 0.99,
         "adam_epsilon": 1e-8,
@@ -210,41 +210,41 @@ def toy_predict(schedule: Schedule, role: Role, x_t, t, condition, guidance=None
     return schedule.as_prediction(x_t, output, t)
 
 
-def make_parts(args, teacher: Mixture, network: torch.nn.Module) -> Parts:
-    """Roles of a Runtime, and the toy's prompts ("0", "1", ...) and pictures (exact samples, no VAE)."""
+def make_parts(args, teacher: Mixture, network: torch.nn.Module) -> TrainingModels:
+    """Roles of a Runtime, and the toy's prompts ("0", "1", ...) and images (exact samples, no VAE)."""
     runtime = Runtime(args)
-    return Parts(
+    return TrainingModels(
         student=runtime.trained_role("student", copy.deepcopy(network), args.learning_rate, args.ttur_ratio),
         teacher=runtime.frozen_role("teacher", teacher),
         fake_score=runtime.trained_role("fake_score", copy.deepcopy(network), args.learning_rate_fake),
         discriminator=None,
         predict=partial(toy_predict, teacher.schedule),
         encode_prompts=lambda prompts: torch.tensor([int(prompt) for prompt in prompts]),
-        real_latents=lambda batch, rows, draws: batch["pixel_values"][rows],
+        real_latents=lambda batch, rows, rng: batch["pixel_values"][rows],
         latent_shape=teacher.shape,
     )
 
 
 def make_batch(args, teacher: Mixture, iteration: int) -> dict:
-    """As a senseflow_batches.PromptPictureLoader's: slots, prompts and real pictures, a class per slot."""
-    generator = Draws(args.seed, iteration).generator("data")
+    """As a senseflow.data.loader.PromptImageLoader's: slots, prompts and real images, a class per slot."""
+    generator = StatelessRNG(args.seed, iteration).generator("data")
     condition = torch.randint(teacher.num_classes, (args.train_batch_size,), generator=generator)
     return {
-        "slots": list(range(args.train_batch_size)),
+        "sample_indices": list(range(args.train_batch_size)),
         "prompts": [str(c) for c in condition.tolist()],
         "pixel_values": teacher.sample(condition, generator),
     }
 
 
-def distil(args, teacher: Mixture, network: torch.nn.Module, watch: Optional[Callable] = None) -> Parts:
+def distil(args, teacher: Mixture, network: torch.nn.Module, watch: Optional[Callable] = None) -> TrainingModels:
     """Runs `args.max_train_steps` iterations; `watch(iteration, parts, values)` looks on after each."""
-    parts = make_parts(args, teacher, network)
+    models = make_parts(args, teacher, network)
     for iteration in range(args.max_train_steps):
         batch = make_batch(args, teacher, iteration)
-        values, _ = train_iteration(iteration, [batch], parts, teacher.schedule, args, "cpu")
+        values, _ = train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
         if watch:
-            watch(iteration + 1, parts, values)
-    return parts
+            watch(iteration + 1, models, values)
+    return models
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,15 +253,15 @@ def distil(args, teacher: Mixture, network: torch.nn.Module, watch: Optional[Cal
 @torch.no_grad()
 def few_step_samples(network, teacher: Mixture, condition: torch.Tensor, sampler: str, seed: int) -> torch.Tensor:
     """x0 (B, POINTS, D) of a student at its anchors, by the path that backward simulation takes, and the last prediction."""
-    schedule, slots = teacher.schedule, range(len(condition))
-    draws, last = Draws(seed, 0), len(schedule.anchors) - 1
+    schedule, sample_indices = teacher.schedule, range(len(condition))
+    rng, last = StatelessRNG(seed, 0), len(schedule.anchors) - 1
 
     def predict(x_t, t):
         return schedule.as_prediction(x_t, network(x_t, t, condition), t)
 
-    noise = draws.normal("input_noise", slots, teacher.shape)
-    x_t = backward_simulation(predict, schedule, sampler, draws, slots, noise, last)
-    return predict(x_t, schedule.anchors[last].expand(len(slots))).x0
+    noise = rng.normal("input_noise", sample_indices, teacher.shape)
+    x_t = backward_simulation(predict, schedule, sampler, rng, sample_indices, noise, last)
+    return predict(x_t, schedule.anchors[last].expand(len(sample_indices))).x0
 
 
 def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -292,10 +292,10 @@ def measure(samples: torch.Tensor, condition: torch.Tensor, teacher: Mixture, ex
 class Ruler:
     """Exact samples to measure against, the floor among them, and the undistilled start."""
 
-    def __init__(self, teacher: Mixture, network: torch.nn.Module, sampler: str = "stochastic", pictures: int = 500):
+    def __init__(self, teacher: Mixture, network: torch.nn.Module, sampler: str = "stochastic", images: int = 500):
         generator = torch.Generator().manual_seed(1234)
         self.teacher, self.sampler = teacher, sampler
-        self.condition = torch.arange(pictures) % teacher.num_classes
+        self.condition = torch.arange(images) % teacher.num_classes
         self.exact = teacher.sample(self.condition, generator)
         self.floor = measure(teacher.sample(self.condition, generator), self.condition, teacher, self.exact)
         self.start = self(network)
@@ -337,15 +337,15 @@ def run_settings(family: str, seed: int, iterations: int, every: int) -> dict:
         args = make_args(seed=seed, max_train_steps=iterations, **flags)
         ruler, curve = rulers[args.sampler], [(0, rulers[args.sampler].start["distance"])]
 
-        def watch(iteration, parts, values, ruler=ruler, curve=curve):
+        def watch(iteration, models, values, ruler=ruler, curve=curve):
             if iteration % every == 0:
-                curve.append((iteration, ruler(parts.student.module)["distance"]))
+                curve.append((iteration, ruler(models.student.module)["distance"]))
 
         since = time.process_time()
-        parts = distil(args, teacher, network, watch)
+        models = distil(args, teacher, network, watch)
         seconds = time.process_time() - since
-        found = ruler(parts.student.module)
-        results[name] = {"curve": curve, "found": found, "seconds": seconds, "student": parts.student.module}
+        found = ruler(models.student.module)
+        results[name] = {"curve": curve, "found": found, "seconds": seconds, "student": models.student.module}
         print(f"{family}, seed {seed}, {name}: distance {found['distance']:.4f}, {found['closed']:.1%} closed", file=sys.stderr)
     return results
 

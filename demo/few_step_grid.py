@@ -1,7 +1,7 @@
 """The teacher at few steps, over guidance and schedule shift: how good is the baseline the student is compared with?
 
     python demo/few_step_grid.py --steps 2 3 4 --guidance 1 1.5 2 3 --shift 1 2 3
-    python demo/few_step_grid.py --steps --base_quantization 8bit 4bit    # at 28 steps, what quantisation does to it
+    python demo/few_step_grid.py --steps --base_quantization 8bit 4bit    # at 28 steps, what quantization does to it
 
 Prints one line a setting: Frechet distance to the teacher at 28 steps, captions right, diversity.
 """
@@ -20,18 +20,18 @@ from scenes import RESOLUTION, all_captions
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from senseflow_quantization import BACKENDS, quantize
+from senseflow.models.quantization import BACKENDS, quantize_network
 
 
 @torch.no_grad()
 def sample(pipeline, captions, steps, guidance, shift, seed, batch_size=120):
-    """Pictures of `captions` as uint8 [N, 64, 64, 3]; picture i's noise comes from (seed, i)."""
+    """Images of `captions` as uint8 [N, 64, 64, 3]; image i's noise comes from (seed, i)."""
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
+    images = []
     for start in range(0, len(captions), batch_size):
         batch = captions[start : start + batch_size]
-        pictures += pipeline(
+        images += pipeline(
             batch,
             height=RESOLUTION,
             width=RESOLUTION,
@@ -40,7 +40,7 @@ def sample(pipeline, captions, steps, guidance, shift, seed, batch_size=120):
             max_sequence_length=MAX_SEQUENCE_LENGTH,
             generator=[torch.Generator().manual_seed(seed * 100_000 + start + index) for index in range(len(batch))],
         ).images
-    return np.stack([np.asarray(picture) for picture in pictures])
+    return np.stack([np.asarray(image) for image in images])
 
 
 def main():
@@ -51,17 +51,17 @@ def main():
     parser.add_argument("--shift", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--reference_guidance", type=float, default=2.0, help="of the teacher at 28 steps")
     parser.add_argument("--base_quantization", choices=BACKENDS, nargs="*", default=[], help="also the teacher so, at 28 steps")
-    parser.add_argument("--pictures_per_caption", type=int, default=4, help="at least 2, for the diversity")
+    parser.add_argument("--images_per_caption", type=int, default=4, help="at least 2, for the diversity")
     args = parser.parse_args()
 
     judge = load_judge(OUT / "judge.pt")
     pipeline = FluxPipeline.from_pretrained(args.model)
-    captions = all_captions() * args.pictures_per_caption
+    captions = all_captions() * args.images_per_caption
     reference = sample(pipeline, captions, 28, args.reference_guidance, 1.0, seed=1)
 
     def report(steps, guidance, shift, seed):
-        pictures = sample(pipeline, captions, steps, guidance, shift, seed)
-        result = measure(judge, pictures, captions, reference)
+        images = sample(pipeline, captions, steps, guidance, shift, seed)
+        result = measure(judge, images, captions, reference)
         print(
             f"steps {steps:2d}  guidance {guidance:.2f}  shift {shift:.2f}  fd {result['fd']:7.2f}  "
             f"captions right {result['accuracy']:.3f}  diversity {result['diversity']:.2f}",
@@ -74,7 +74,7 @@ def main():
     for bits in args.base_quantization:
         print(f"the teacher at 28 steps, the same seeds, in {bits}")
         pipeline.transformer = FluxTransformer2DModel.from_pretrained(args.model, subfolder="transformer")
-        quantize(pipeline.transformer, bits, "cpu")
+        quantize_network(pipeline.transformer, bits, "cpu")
         report(28, args.reference_guidance, 1.0, seed=1)
     pipeline.transformer = whole
     for steps, guidance, shift in itertools.product(args.steps, args.guidance, args.shift):

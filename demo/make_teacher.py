@@ -8,8 +8,8 @@ Four stages, each resumed from its last checkpoint when the command is run again
     vae      the autoencoder on fresh scenes; then its latents of a pool of scenes, once
     flow     flow matching with caption dropout; the guidance embedder is at zero and contributes nothing
     guidance guidance distillation: the network learns, for g in [1, 5], v("") + g (v(caption) - v("")) of stage `flow`,
-             as FLUX.1-dev learnt it
-    decoder  the VAE's decoder alone, on the latents that the transformer was trained on: sharper pictures
+             as FLUX.1-dev learned it
+    decoder  the VAE's decoder alone, on the latents that the transformer was trained on: sharper images
 
 Every draw of a step comes from (seed, stage, step), so a resumed run is the same run.
 """
@@ -136,56 +136,56 @@ class Stage:
 
 
 def draw_pool(args):
-    """The pool of scenes as (pictures uint8 [N, 64, 64, 3], caption index int64 [N])."""
+    """The pool of scenes as (images uint8 [N, 64, 64, 3], caption index int64 [N])."""
     index_of = {caption: index for index, caption in enumerate(all_captions())}
-    pictures, captions = [], []
-    for caption, picture in tqdm(sample_scenes(args.pool_size, args.seed), total=args.pool_size, desc="scenes"):
-        pictures.append(np.asarray(picture))
+    images, captions = [], []
+    for caption, image in tqdm(sample_scenes(args.pool_size, args.seed), total=args.pool_size, desc="scenes"):
+        images.append(np.asarray(image))
         captions.append(index_of[caption])
-    return torch.from_numpy(np.stack(pictures)), torch.tensor(captions)
+    return torch.from_numpy(np.stack(images)), torch.tensor(captions)
 
 
-def to_pixels(pictures, device):
+def to_pixels(images, device):
     """uint8 [B, 64, 64, 3] -> float [B, 3, 64, 64] in [-1, 1]."""
-    return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_vae(vae, pictures, args):
+def train_vae(vae, images, args):
     """Stage `vae`: encoder and decoder together."""
     stage = Stage("vae", vae, args.vae_steps, args.vae_learning_rate, args)
 
     def loss_of(step):
         generator = step_generator(args.seed, "vae", step)
-        rows = torch.randint(len(pictures), (args.vae_batch_size,), generator=generator)
-        pixels = to_pixels(pictures[rows], args.device)
+        rows = torch.randint(len(images), (args.vae_batch_size,), generator=generator)
+        pixels = to_pixels(images[rows], args.device)
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        return picture_loss(decoded, pixels) + args.kl_weight * posterior.kl().sum() / noise.numel()
+        return image_loss(decoded, pixels) + args.kl_weight * posterior.kl().sum() / noise.numel()
 
     stage.run(loss_of)
 
 
-def train_decoder(vae, pictures, latents, args):
-    """Stage `decoder`: the decoder goes on alone, from the pool's raw latents [N, 8, 8, 8] to its pictures."""
+def train_decoder(vae, images, latents, args):
+    """Stage `decoder`: the decoder goes on alone, from the pool's raw latents [N, 8, 8, 8] to its images."""
     vae.decoder.requires_grad_(True)
     stage = Stage("decoder", vae.decoder, args.decoder_steps, args.vae_learning_rate, args)
 
     def loss_of(step):
-        rows = torch.randint(len(pictures), (args.vae_batch_size,), generator=step_generator(args.seed, "decoder", step))
-        return picture_loss(vae.decode(latents[rows]).sample, to_pixels(pictures[rows], args.device))
+        rows = torch.randint(len(images), (args.vae_batch_size,), generator=step_generator(args.seed, "decoder", step))
+        return image_loss(vae.decode(latents[rows]).sample, to_pixels(images[rows], args.device))
 
     stage.run(loss_of)
 
 
-def picture_loss(decoded, pixels):
+def image_loss(decoded, pixels):
     """L1 keeps edges sharp; alone it leaves small objects grey for thousands of steps, which the square does not."""
     error = decoded - pixels
     return error.abs().mean() + 4 * error.square().mean()
 
 
 @torch.no_grad()
-def encode_pool(vae, pictures, args):
+def encode_pool(vae, images, args):
     """Raw latents of the pool, float [N, 8, 8, 8], one posterior sample each; sets the VAE's shift and scaling factors."""
     path = args.work_dir / f"latents_{args.vae_steps}_{args.pool_size}.pt"
     if path.exists():
@@ -193,8 +193,8 @@ def encode_pool(vae, pictures, args):
     else:
         generator = step_generator(args.seed, "vae", args.vae_steps)
         latents = []
-        for rows in tqdm(torch.arange(len(pictures)).split(256), desc="latents"):
-            posterior = vae.encode(to_pixels(pictures[rows], args.device)).latent_dist
+        for rows in tqdm(torch.arange(len(images)).split(256), desc="latents"):
+            posterior = vae.encode(to_pixels(images[rows], args.device)).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
             latents.append(posterior.mean + posterior.std * noise)
         latents = torch.cat(latents)
@@ -204,7 +204,7 @@ def encode_pool(vae, pictures, args):
 
 
 def pack(latents, vae):
-    """Raw latents [N, 8, 8, 8] -> what the transformer sees: normalised and packed, [N, 16, 32]."""
+    """Raw latents [N, 8, 8, 8] -> what the transformer sees: normalized and packed, [N, 16, 32]."""
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
@@ -294,10 +294,10 @@ def main():
     vae = build_vae().to(args.device)
     flow = build_transformer().to(args.device)
     tokenizer, text_encoder, tokenizer_2, text_encoder_2 = build_text_encoders()
-    pictures, captions = draw_pool(args)
+    images, captions = draw_pool(args)
 
-    train_vae(vae, pictures, args)
-    latents = encode_pool(vae, pictures, args)
+    train_vae(vae, images, args)
+    latents = encode_pool(vae, images, args)
     if args.max_stage == "vae":
         return
 
@@ -319,7 +319,7 @@ def main():
 
     train_guidance(transformer, flow, velocity, packed, captions, args)
     if args.max_stage == "decoder":
-        train_decoder(vae, pictures, latents, args)
+        train_decoder(vae, images, latents, args)
     pipeline.save_pretrained(args.output_dir)
     # What infer.py should call it with: FLUX's own 512 text tokens and 1024 px make no sense here.
     usage = {"pipeline_call": {"height": RESOLUTION, "width": RESOLUTION, "max_sequence_length": MAX_SEQUENCE_LENGTH}}

@@ -1,6 +1,6 @@
-"""What the demo measures on a folder of pictures: Frechet distance, captions right, diversity within a caption.
+"""What the demo measures on a folder of images: Frechet distance, captions right, diversity within a caption.
 
-    python demo/measure.py --prompts_file demo/out/prompts.txt --reference DIR --pictures DIR [DIR ...]
+    python demo/measure.py --prompts_file demo/out/prompts.txt --reference DIR --images DIR [DIR ...]
 
 The judge is a small ResNet trained on clean scenes, from scratch; the distillation never sees it.
 """
@@ -19,7 +19,7 @@ from transformers import ResNetConfig, ResNetModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import senseflow_metrics
+from senseflow.evaluation import metrics
 
 
 FEATURES = 64
@@ -28,7 +28,7 @@ OUT = Path(__file__).resolve().parent / "out"
 
 
 class Judge(torch.nn.Module):
-    """A ResNet with one classification head per attribute, and features that also tell how the picture looks.
+    """A ResNet with one classification head per attribute, and features that also tell how the image looks.
 
     The features must give back an 8 x 8 thumbnail as well as the attributes. Without that they would hold the
     caption and nothing else, and the Frechet distance would not see what the caption leaves open.
@@ -51,16 +51,16 @@ class Judge(torch.nn.Module):
         return self.attributes(F.relu(features)).split([len(names) for names in ATTRIBUTES.values()], dim=1)
 
 
-def to_pixels(pictures):
+def to_pixels(images):
     """uint8 array [N, 64, 64, 3] -> float tensor [N, 3, 64, 64] in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_judge(scenes=12000, epochs=4, batch_size=64, learning_rate=3e-3, seed=1234):
     """Train a `Judge` on `scenes` clean scenes; well under a minute on one core."""
     torch.manual_seed(seed)
-    captions, pictures = zip(*sample_scenes(scenes, seed))
-    pixels = to_pixels(np.stack([np.asarray(picture) for picture in pictures]))
+    captions, images = zip(*sample_scenes(scenes, seed))
+    pixels = to_pixels(np.stack([np.asarray(image) for image in images]))
     labels = torch.tensor([labels_of(caption) for caption in captions])
     judge = Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate)
@@ -93,42 +93,42 @@ def load_judge(path):
     return judge
 
 
-def load_pictures(folder, count):
-    """The pictures 0000.png ... of a folder as uint8 [count, 64, 64, 3]."""
-    pictures = [Image.open(Path(folder) / f"{index:04d}.png").convert("RGB") for index in range(count)]
-    return np.stack([np.asarray(picture) for picture in pictures])
+def load_images(folder, count):
+    """The images 0000.png ... of a folder as uint8 [count, 64, 64, 3]."""
+    images = [Image.open(Path(folder) / f"{index:04d}.png").convert("RGB") for index in range(count)]
+    return np.stack([np.asarray(image) for image in images])
 
 
-def extract(judge, pictures):
+def extract(judge, images):
     """uint8 [N, 64, 64, 3] -> (features [N, 64] float64, predicted class index per attribute [N, 3])."""
-    features = torch.cat([judge.features(batch) for batch in to_pixels(pictures).split(250)])
+    features = torch.cat([judge.features(batch) for batch in to_pixels(images).split(250)])
     classes = torch.stack([logits.argmax(1) for logits in judge.logits(features)], dim=1)
     return features.double(), classes
 
 
 def accuracy(classes, captions):
-    """Share of pictures of which the judge reads EVERY attribute as the caption names it."""
+    """Share of images of which the judge reads EVERY attribute as the caption names it."""
     wanted = torch.tensor([labels_of(caption) for caption in captions])
     return (classes == wanted).all(1).double().mean().item()
 
 
-def spread(pictures, captions):
-    """Spread within a caption, one number per background: tr(C^1/2) of the pictures' thumbnails about their caption's mean.
+def spread(images, captions):
+    """Spread within a caption, one number per background: tr(C^1/2) of the images' thumbnails about their caption's mean.
 
     C is the within-caption covariance of 16 x 16 thumbnails (pixels in [0, 1]). Its trace would not do: stripes that
     all run in one direction but start anywhere have as much variance as stripes in all directions, only in fewer
     dimensions. The sum of the standard deviations along C's axes sees both.
 
     Args:
-        pictures: uint8 array [N, 64, 64, 3].
+        images: uint8 array [N, 64, 64, 3].
         captions: N captions, each at least twice.
 
     Returns:
         dict background -> float.
     """
     side = RESOLUTION // THUMBNAIL
-    thumbnails = pictures.reshape(len(pictures), THUMBNAIL, side, THUMBNAIL, side, 3).mean((2, 4)) / 255
-    thumbnails = torch.from_numpy(thumbnails.reshape(len(pictures), -1))
+    thumbnails = images.reshape(len(images), THUMBNAIL, side, THUMBNAIL, side, 3).mean((2, 4)) / 255
+    thumbnails = torch.from_numpy(thumbnails.reshape(len(images), -1))
     rows_of = {}
     for row, caption in enumerate(captions):
         rows_of.setdefault(caption, []).append(row)
@@ -147,14 +147,14 @@ def diversity(spread_of_these, spread_of_reference):
     return sum(ratios) / len(ratios)
 
 
-def measure(judge, pictures, captions, reference):
-    """fd, accuracy, diversity, diversity_by_background and feature_diversity of `pictures` against the pictures `reference`."""
-    features, classes = extract(judge, pictures)
-    these, theirs = spread(pictures, captions), spread(reference, captions)
+def measure(judge, images, captions, reference):
+    """fd, accuracy, diversity, diversity_by_background and feature_diversity of `images` against the images `reference`."""
+    features, classes = extract(judge, images)
+    these, theirs = spread(images, captions), spread(reference, captions)
     reference_features = extract(judge, reference)[0]
-    apart = [senseflow_metrics.diversity(found, captions).mean().item() for found in (features, reference_features)]
+    apart = [metrics.diversity(found, captions).mean().item() for found in (features, reference_features)]
     return {
-        "fd": senseflow_metrics.frechet_distance(features, reference_features),
+        "fd": metrics.frechet_distance(features, reference_features),
         "accuracy": accuracy(classes, captions),
         "diversity": diversity(these, theirs),
         "diversity_by_background": {name: these[name] / theirs[name] for name in these},
@@ -165,15 +165,15 @@ def measure(judge, pictures, captions, reference):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts_file", type=Path, required=True, help="the captions, one a line")
-    parser.add_argument("--reference", type=Path, required=True, help="folder of the pictures to compare with")
-    parser.add_argument("--pictures", type=Path, nargs="+", required=True, help="folders to measure")
+    parser.add_argument("--reference", type=Path, required=True, help="folder of the images to compare with")
+    parser.add_argument("--images", type=Path, nargs="+", required=True, help="folders to measure")
     parser.add_argument("--judge", type=Path, default=OUT / "judge.pt", help="trained and stored here if missing")
     args = parser.parse_args()
     captions = args.prompts_file.read_text().splitlines()
     judge = load_judge(args.judge)
-    reference = load_pictures(args.reference, len(captions))
-    for folder in args.pictures:
-        print(folder, json.dumps(measure(judge, load_pictures(folder, len(captions)), captions, reference)))
+    reference = load_images(args.reference, len(captions))
+    for folder in args.images:
+        print(folder, json.dumps(measure(judge, load_images(folder, len(captions)), captions, reference)))
 
 
 if __name__ == "__main__":

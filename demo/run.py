@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from comparison import draw_comparison
 from components import MAX_SEQUENCE_LENGTH
-from measure import load_judge, load_pictures, measure
+from measure import load_judge, load_images, measure
 from scenes import RESOLUTION, all_captions, sample_scenes
 
 
@@ -35,14 +35,14 @@ OUT = HERE / "out"
 TEACHER = HERE / "teacher"
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
-PICTURES_PER_CAPTION = 12  # x 96 captions = 1152 pictures a row of the report
+IMAGES_PER_CAPTION = 12  # x 96 captions = 1152 images a row of the report
 SCENES_TO_TRAIN_ON = 960
 TEACHER_STEPS = 28
 TEACHER_GUIDANCE = 2.0
 # The teacher's best guidance at a few steps, and its best shift at two, found by few_step_grid.py; README.md has the table.
 TEACHER_FEW_GUIDANCE, TEACHER_FEW_SHIFT = {1: 1.5, 2: 2.0}, 3.0
-# infer.py draws picture i with seed + i: far enough apart to share none.
-PICTURE_SEED, OTHER_PICTURE_SEED = 0, 1_000_000
+# infer.py draws image i with seed + i: far enough apart to share none.
+IMAGE_SEED, OTHER_IMAGE_SEED = 0, 1_000_000
 
 COMMON_FLAGS = {
     "max_train_steps": 500,
@@ -56,7 +56,7 @@ COMMON_FLAGS = {
     "adam_beta2": 0.99,
     "ttur_ratio": 3,
     "isg_margin": 100,  # t_mid near the middle of its segment, where one more step of the teacher's helps most
-    "gan_weight": 0,  # pictures this simple need no discriminator, and it would cost more than all the rest
+    "gan_weight": 0,  # images this simple need no discriminator, and it would cost more than all the rest
     "backward_simulation_prob": 1.0,
     "dmd_guidance_scale": 1.7,  # a guided score belongs to a narrower distribution than guidance draws
     "isg_guidance_scale": TEACHER_GUIDANCE,
@@ -151,13 +151,13 @@ def flags(values):
 
 
 def write_data(folder):
-    """The training scenes as `--dataset_json` wants them: data.json and the pictures it names."""
-    (folder / "pictures").mkdir(parents=True)
+    """The training scenes as `--dataset_json` wants them: data.json and the images it names."""
+    (folder / "images").mkdir(parents=True)
     table = {"keys": [], "image_paths": [], "prompts": []}
-    for index, (caption, picture) in enumerate(sample_scenes(SCENES_TO_TRAIN_ON, seed=7)):
-        picture.save(folder / "pictures" / f"{index:04d}.png")
+    for index, (caption, image) in enumerate(sample_scenes(SCENES_TO_TRAIN_ON, seed=7)):
+        image.save(folder / "images" / f"{index:04d}.png")
         table["keys"].append(f"{index:04d}")
-        table["image_paths"].append(f"pictures/{index:04d}.png")
+        table["image_paths"].append(f"images/{index:04d}.png")
         table["prompts"].append(caption)
     (folder / "data.json").write_text(json.dumps(table))
 
@@ -169,8 +169,8 @@ def write_shifted_teacher(folder):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": TEACHER_FEW_SHIFT}, indent=2) + "\n")
 
 
-def seconds_a_picture(model, steps, times=7):
-    """Median of the seconds that a stock call takes for one picture, on half of the cores."""
+def seconds_a_image(model, steps, times=7):
+    """Median of the seconds that a stock call takes for one image, on half of the cores."""
     from diffusers import FluxPipeline
 
     pipeline = FluxPipeline.from_pretrained(model)
@@ -192,7 +192,7 @@ class Demo:
         self.stages = Stages(OUT / "stamps")
         self.logs = OUT / "logs"
         self.logs.mkdir(exist_ok=True)
-        self.captions = all_captions() * PICTURES_PER_CAPTION
+        self.captions = all_captions() * IMAGES_PER_CAPTION
         self.prompts_file = OUT / "prompts.txt"
         self.prompts_file.write_text("\n".join(self.captions) + "\n")
         self.seconds = {}
@@ -212,8 +212,8 @@ class Demo:
         )
 
     def sample(self, name, model, steps, seed, guidance=None):
-        """Draw one picture per line of the prompts file with infer.py; Euler steps."""
-        folder = OUT / "pictures" / name
+        """Draw one image per line of the prompts file with infer.py; Euler steps."""
+        folder = OUT / "images" / name
         settings = {
             "prompts_file": str(self.prompts_file),
             "batch_size": 100,
@@ -237,26 +237,26 @@ class Demo:
 
     def student_lane(self):
         self.train()
-        self.sample("student", OUT / "student", self.steps, PICTURE_SEED)
+        self.sample("student", OUT / "student", self.steps, IMAGE_SEED)
         shifted = OUT / "teacher_shifted"
         self.stages.run("teacher_shifted", [TEACHER, TEACHER_FEW_SHIFT], shifted, lambda: write_shifted_teacher(shifted))
-        self.sample("teacher_few", shifted, self.steps, PICTURE_SEED, TEACHER_FEW_GUIDANCE[self.steps])
+        self.sample("teacher_few", shifted, self.steps, IMAGE_SEED, TEACHER_FEW_GUIDANCE[self.steps])
 
     def teacher_lane(self):
         judge = OUT / "judge.pt"
         inputs = [HERE / "scenes.py", HERE / "measure.py"]
         self.stages.run("judge", inputs, judge, lambda: load_judge(judge))
-        self.sample("teacher_28", TEACHER, TEACHER_STEPS, PICTURE_SEED, TEACHER_GUIDANCE)
-        self.sample("floor", TEACHER, TEACHER_STEPS, OTHER_PICTURE_SEED, TEACHER_GUIDANCE)
+        self.sample("teacher_28", TEACHER, TEACHER_STEPS, IMAGE_SEED, TEACHER_GUIDANCE)
+        self.sample("floor", TEACHER, TEACHER_STEPS, OTHER_IMAGE_SEED, TEACHER_GUIDANCE)
 
     def report(self):
-        """Measure all pictures; writes report.json and comparison.png and returns the report."""
+        """Measure all images; writes report.json and comparison.png and returns the report."""
         judge = load_judge(OUT / "judge.pt")
         rows = {"floor": TEACHER_STEPS, "teacher_28": TEACHER_STEPS, "teacher_few": self.steps, "student": self.steps}
-        pictures = {name: load_pictures(OUT / "pictures" / name, len(self.captions)) for name in rows}
+        images = {name: load_images(OUT / "images" / name, len(self.captions)) for name in rows}
         report = {}
         for name, forwards in rows.items():
-            report[name] = measure(judge, pictures[name], self.captions, pictures["teacher_28"])
+            report[name] = measure(judge, images[name], self.captions, images["teacher_28"])
             report[name] |= {"forwards": forwards, "seconds": round(self.seconds[name], 1)}
         few, floor = report["teacher_few"]["fd"], report["floor"]["fd"]
         report["gap_closed"] = (few - report["student"]["fd"]) / (few - floor)
@@ -267,21 +267,21 @@ class Demo:
         few = "1 step" if self.steps == 1 else f"{self.steps} steps"
         labels = {"teacher_28": f"teacher\n{TEACHER_STEPS} steps", "teacher_few": f"teacher\n{few}", "student": f"student\n{few}"}
         for name, label in labels.items():
-            report[name]["seconds_a_picture"] = seconds_a_picture(OUT / "student" if name == "student" else TEACHER, rows[name])
-            labels[name] = f"{label}\n{report[name]['seconds_a_picture']:.2f} s"
+            report[name]["seconds_a_image"] = seconds_a_image(OUT / "student" if name == "student" else TEACHER, rows[name])
+            labels[name] = f"{label}\n{report[name]['seconds_a_image']:.2f} s"
         columns = np.linspace(3, len(all_captions()) - 4, 9).astype(int)
         draw_comparison(
-            {label: pictures[name][columns] for name, label in labels.items()},
+            {label: images[name][columns] for name, label in labels.items()},
             [self.captions[column] for column in columns],
         ).save(OUT / "comparison.png")
         return report
 
 
 def print_report(report):
-    print(f"\n{'':12} {'FD':>8} {'captions right':>15} {'diversity':>10} {'forwards':>9} {'s a picture':>12}")
+    print(f"\n{'':12} {'FD':>8} {'captions right':>15} {'diversity':>10} {'forwards':>9} {'s a image':>12}")
     for name in ("floor", "teacher_28", "teacher_few", "student"):
         row = report[name]
-        seconds = f"{row['seconds_a_picture']:.2f}" if "seconds_a_picture" in row else ""
+        seconds = f"{row['seconds_a_image']:.2f}" if "seconds_a_image" in row else ""
         print(f"{name:12} {row['fd']:8.2f} {row['accuracy']:15.3f} {row['diversity']:10.2f} {row['forwards']:9d} {seconds:>12}")
     few = report["student"]["forwards"]
     print(f"\nThe student closes {report['gap_closed']:.0%} of the distance between {few} and 28 of the teacher's steps.")
@@ -292,7 +292,7 @@ def print_report(report):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, choices=sorted(TRAINING_FLAGS), default=1, help="of the student")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the distillation; the pictures keep theirs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the distillation; the images keep theirs")
     args = parser.parse_args()
 
     start = time.monotonic()

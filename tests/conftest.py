@@ -14,14 +14,14 @@ import pytest  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from senseflow_hub import look_up  # noqa: E402
+from senseflow.models.hub import resolve_repo  # noqa: E402
 from tiny_pipelines import write_discriminator, write_flux  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def a_fresh_look_at_the_hub():
     """Each test is a process of its own to the Hub's repositories, which a process sees at one commit."""
-    look_up.cache_clear()
+    resolve_repo.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def vision(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A dataset JSON of 12 pictures of different sizes."""
+    """A dataset JSON of 12 images of different sizes."""
     path = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     colours = ["red", "green", "blue", "yellow", "black", "white"]
@@ -57,7 +57,7 @@ def data(tmp_path_factory):
     for i in range(12):
         Image.fromarray(rng.integers(0, 255, (70 + i, 90 - i, 3), dtype=np.uint8)).save(path / f"{i}.png")
         names.append(f"{i}.png")
-        prompts.append(f"a {colours[i % 6]} square number {i}")
+        prompts.append(f"a {colors[i % 6]} square number {i}")
     rows = {"keys": [str(i) for i in range(12)], "image_paths": names, "prompts": prompts}
     (path / "data.json").write_text(json.dumps(rows))
     return path / "data.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-UTILS, ROLES, LORA = "senseflow_utils.py", "senseflow_roles.py", "senseflow_lora.py"
+UTILS, ROLES, LORA = "senseflow_utils.py", "senseflow/training/roles.py", "senseflow/models/lora.py"
 LOOP, SD3, SDXL = "train_senseflow_flux.py", "train_senseflow_sd3.py", "train_senseflow_sdxl.py"
 MATH = "tests/test_math.py"
 HAND = "tests/test_toy.py::test_an_iteration_is_the_one_written_by_hand"
@@ -30,7 +30,7 @@ SD3_CALL = "tests/test_train_sd3.py::test_the_network_is_called_as_the_stock_pip
 FLUX_CALL = "tests/test_train_flux.py::test_the_network_is_called_as_the_stock_pipeline_calls_it"
 SDXL_OMEGA = "tests/test_train_sdxl.py::test_the_discriminators_weight_is_the_roots_of_abar"
 DMD2 = "tests/test_train_sdxl.py::test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn_only"
-SHOWN = "tests/test_train_sdxl.py::test_the_classifier_is_shown_noised_latents_of_student_and_real_pictures"
+SHOWN = "tests/test_train_sdxl.py::test_the_classifier_is_shown_noised_latents_of_student_and_real_images"
 LEAK = "tests/test_loop.py::test_a_frozen_discriminator_does_not_change_the_students_turn"
 AT_ONCE = "tests/test_modes.py::test_one_step_reaches_the_next_forward_unless_its_gradient_is_not_finite"
 STEP = "tests/test_roles.py::test_a_step_is_clipped_and_taken_only_where_its_gradient_is_finite"
@@ -80,17 +80,17 @@ MUTANTS = [  # name, file, test, text, replacement, and so on for what moves
         "noise"),
     # Losses
     ("DMD gradient: sign", UTILS, MATH,
-        "gradient, error = (fake_x0 - teacher_x0) / normaliser",
-        "gradient, error = (teacher_x0 - fake_x0) / normaliser"),
-    ("DMD normaliser dropped", UTILS, MATH,
-        "gradient, error = (fake_x0 - teacher_x0) / normaliser",
+        "gradient, error = (fake_x0 - teacher_x0) / normalizer",
+        "gradient, error = (teacher_x0 - fake_x0) / normalizer"),
+    ("DMD normalizer dropped", UTILS, MATH,
+        "gradient, error = (fake_x0 - teacher_x0) / normalizer",
         "gradient, error = fake_x0 - teacher_x0"),
-    ("DMD normaliser over the batch", UTILS, MATH,
+    ("DMD normalizer over the batch", UTILS, MATH,
         "(x0 - teacher_x0).abs().flatten(1).mean(1).view(",
         "(x0 - teacher_x0).abs().mean().expand(len(x0)).view("),
-    ("DMD normaliser from the fake score", UTILS, MATH,
-        "normaliser = (x0 - teacher_x0)",
-        "normaliser = (x0 - fake_x0)"),
+    ("DMD normalizer from the fake score", UTILS, MATH,
+        "normalizer = (x0 - teacher_x0)",
+        "normalizer = (x0 - fake_x0)"),
     ("DMD: non-finite gradients pass", UTILS, MATH,
         "torch.where(finite, x, torch.zeros_like(x)) for x",
         "x for x"),
@@ -110,8 +110,8 @@ MUTANTS = [  # name, file, test, text, replacement, and so on for what moves
         "F.relu(1 - real_logits.float()).mean(1) + F.relu(1 + fake",
         "F.relu(1 + real_logits.float()).mean(1) + F.relu(1 - fake"),
     ("hinge: omega forgotten", UTILS, MATH,
-        "return (weight * per_picture).mean()",
-        "return per_picture.mean()"),
+        "return (weight * per_image).mean()",
+        "return per_image.mean()"),
     ("DMD2: the student runs from the classifier", UTILS, MATH,
         "F.softplus(-fake_logits.float()).mean()\n\n\ndef logistic",
         "F.softplus(fake_logits.float()).mean()\n\n\ndef logistic"),

@@ -43,7 +43,7 @@ def recorded_steps(pipeline, **call) -> list[tuple[torch.Tensor, torch.Tensor, t
 
 @torch.no_grad()
 def assert_called_as_stock(
-    parts,
+    models,
     schedule: Schedule,
     pipeline,
     call: dict,
@@ -64,14 +64,14 @@ def assert_called_as_stock(
         steps = recorded_steps(pipeline, prompt=list(prompts), **call | texts)
         visited = torch.stack([timestep.double() for _, timestep, _ in steps])
         torch.testing.assert_close(visited, schedule.anchors, rtol=0, atol=1e-2)
-        condition = parts.encode_prompts(tuple(prompts))
+        condition = models.encode_prompts(tuple(prompts))
         assert all(len(part) == len(prompts) for part in condition)
         guidance = None if scale is None else Guidance(torch.full((len(prompts),), scale), scale > 1)
         for sample, timestep, wanted in steps:
             x_t, t = as_x0(sample).float(), timestep.double().expand(len(prompts))
-            assert x_t.shape[1:] == parts.latent_shape
-            output = parts.predict(parts.teacher, x_t, t, condition, guidance).output
+            assert x_t.shape[1:] == models.latent_shape
+            output = models.predict(models.teacher, x_t, t, condition, guidance).output
             torch.testing.assert_close(output, as_x0(wanted).float(), rtol=1e-4, atol=1e-4)
             if len(prompts) > 1:  # none of this would be seen in a network that does not look
-                swapped = parts.predict(parts.teacher, x_t, t, tuple(part.flip(0) for part in condition), guidance).output
+                swapped = models.predict(models.teacher, x_t, t, tuple(part.flip(0) for part in condition), guidance).output
                 assert (swapped - output).abs().mean() > 1e-3

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from scripts import ROOT
+from helpers import ROOT
 
 
 def test_what_a_gpu_would_be_asked(tmp_path):

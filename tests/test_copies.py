@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from scripts import ROOT
-from senseflow_args import Parser
+from helpers import ROOT
+from senseflow.arguments import Parser
 
 
 SCRIPTS = ("train_senseflow_flux", "train_senseflow_sd3", "train_senseflow_sdxl")
@@ -78,7 +78,7 @@ def parsers(monkeypatch) -> dict[str, dict]:
 
 def test_flags_mean_the_same_everywhere_and_each_is_read(monkeypatch):
     modules = "".join(path.read_text() for path in ROOT.glob("senseflow_*.py"))
-    arguments = (ROOT / "senseflow_args.py").read_text()
+    arguments = (ROOT / "senseflow/arguments.py").read_text()
     checks = arguments[arguments.index("def check_common_args") :]
     modules = modules.replace(checks, "")  # to be checked is not to be used
     found = parsers(monkeypatch)

@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""infer.py: its pictures are those of the stock pipeline, and depend on the index and the seed alone."""
+"""infer.py: its images are those of the stock pipeline, and depend on the index and the seed alone."""
 
 import functools
 import json
@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import infer
-import senseflow_hub as hub_tools
-import senseflow_models as model_tools
-from scripts import assert_same_image, launch
-from senseflow_args import UserError
+from senseflow.models import hub as hub_module
+from senseflow import inference
+from helpers import assert_same_image, launch
+from senseflow.arguments import UserError
 from tiny_pipelines import cache_repository, only_variant, write_flux, write_sd3, write_sdxl
 
 
@@ -153,20 +153,20 @@ def refusal(*argv, exit_code=2) -> str:
 
 
 @pytest.fixture(scope="module")
-def drawn(models, tmp_path_factory):
+def student_samples(models, tmp_path_factory):
     """Every prompt by the student, one at a time."""
     out = tmp_path_factory.mktemp("drawn")
     run(models, out)
     return out
 
 
-def test_names_and_metadata(models, drawn):
-    assert sorted(path.name for path in drawn.iterdir()) == [*(f"{idx:04d}.png" for idx in LINES), "metadata.jsonl"]
-    first = records(drawn)[1]
+def test_names_and_metadata(models, student_samples):
+    assert sorted(path.name for path in student_samples.iterdir()) == [*(f"{idx:04d}.png" for idx in LINES), "metadata.jsonl"]
+    first = records(student_samples)[1]
     expected = {name: CALL[name] for name in infer.CALL_FLAGS} | {"sampler": "stochastic", "dtype": "float32"}
     expected |= {"file_name": "0002.png", "idx": 2, "prompt": PROMPTS[2], "seed": 42, "model": str(models / "student")}
     assert {name: first[name] for name in expected} == expected
-    assert [record["idx"] for record in records(drawn)] == LINES
+    assert [record["idx"] for record in records(student_samples)] == LINES
 
 
 @pytest.mark.parametrize("sampler", ["euler", "stochastic"])
@@ -177,31 +177,31 @@ def test_equals_the_stock_pipeline(models, tmp_path, sampler):
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=sampler == "stochastic")
     pipeline.save_pretrained(out)
     write_senseflow(out, sampler=sampler)
-    infer.main(["--model", str(out), "--prompt", "a red circle", "--output_dir", str(tmp_path / "pictures"), "--seed", "9"])
+    infer.main(["--model", str(out), "--prompt", "a red circle", "--output_dir", str(tmp_path / "images"), "--seed", "9"])
 
     stock = DiffusionPipeline.from_pretrained(out)
     generator = torch.Generator().manual_seed(9)
     if sampler == "stochastic":
         stock.scheduler.step = functools.partial(stock.scheduler.step, generator=generator)
-    picture = stock("a red circle", generator=generator, **CALL).images[0]
-    assert_same_image(pixels(tmp_path / "pictures/0000.png"), np.asarray(picture))
+    image = stock("a red circle", generator=generator, **CALL).images[0]
+    assert_same_image(pixels(tmp_path / "images/0000.png"), np.asarray(image))
 
 
-def test_sampler_flag_overrides(models, drawn, tmp_path):
+def test_sampler_flag_overrides(models, student_samples, tmp_path):
     run(models, tmp_path, "--sampler", "euler", "--num_prompts", 1)
     stock = DiffusionPipeline.from_pretrained(models / "student")
     stock.scheduler = FlowMatchEulerDiscreteScheduler.from_config(stock.scheduler.config, stochastic_sampling=False)
-    picture = stock(PROMPTS[0], generator=torch.Generator().manual_seed(42), **CALL).images[0]
-    assert_same_image(pixels(tmp_path / "0000.png"), np.asarray(picture))
-    assert not np.array_equal(pixels(tmp_path / "0000.png"), pixels(drawn / "0000.png"))
+    image = stock(PROMPTS[0], generator=torch.Generator().manual_seed(42), **CALL).images[0]
+    assert_same_image(pixels(tmp_path / "0000.png"), np.asarray(image))
+    assert not np.array_equal(pixels(tmp_path / "0000.png"), pixels(student_samples / "0000.png"))
 
 
-def test_batch_and_start_do_not_change_a_picture(models, drawn, tmp_path):
+def test_batch_and_start_do_not_change_a_image(models, student_samples, tmp_path):
     run(models, tmp_path, "--start_idx", 1, "--num_prompts", 4, "--batch_size", 3)
     assert [record["idx"] for record in records(tmp_path)] == [2, 3, 4]
     for idx in (2, 3, 4):
-        assert_same_image(pixels(tmp_path / f"{idx:04d}.png"), pixels(drawn / f"{idx:04d}.png"))
-    assert np.abs(pixels(drawn / "0002.png") - pixels(drawn / "0003.png")).max() > 1
+        assert_same_image(pixels(tmp_path / f"{idx:04d}.png"), pixels(student_samples / f"{idx:04d}.png"))
+    assert np.abs(pixels(student_samples / "0002.png") - pixels(student_samples / "0003.png")).max() > 1
 
 
 def returns_zero(sample=None, *args, hidden_states=None, **kwargs):
@@ -211,10 +211,10 @@ def returns_zero(sample=None, *args, hidden_states=None, **kwargs):
 @pytest.mark.parametrize("name, released", [("student", None), ("sd3", "sd35-large"), ("sdxl", "sdxl")])
 def test_noise_depends_on_the_seed_alone(models, name, released):
     """Exactly, initial and stochastic: with a network that returns 0 the last latents are made of noise only."""
-    model = model_tools.find_model(str(models / name))
+    model = inference.find_model(str(models / name))
     if released:
-        model_tools.set_released(released, model)
-    pipeline = model_tools.load_pipeline(model, "stochastic", torch.device("cpu"), torch.float32)
+        inference.set_released(released, model)
+    pipeline = inference.load_model_pipeline(model, "stochastic", torch.device("cpu"), torch.float32)
     getattr(pipeline, model.network).forward = returns_zero
     steps = []
     keep = {"callback_on_step_end": lambda pipeline, i, t, kwargs: steps.append(kwargs["latents"]) or {}}
@@ -226,36 +226,36 @@ def test_noise_depends_on_the_seed_alone(models, name, released):
     assert all(torch.equal(a[2], b[0]) and not torch.equal(a[1], a[2]) for a, b in zip(together, steps))
 
 
-def test_rerun_draws_what_is_missing(models, drawn, tmp_path, monkeypatch):
+def test_rerun_draws_what_is_missing(models, student_samples, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    shutil.copytree(drawn, out)
+    shutil.copytree(student_samples, out)
     before = {idx: os.stat(out / f"{idx:04d}.png").st_mtime_ns for idx in LINES}
     (out / "0003.png").unlink()
     lines = (out / "metadata.jsonl").read_text().splitlines(keepends=True)
-    # As a kill leaves it: picture 5 is there and its line is cut.
+    # As a kill leaves it: image 5 is there and its line is cut.
     (out / "metadata.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
     run(models, out)
     after = {idx: os.stat(out / f"{idx:04d}.png").st_mtime_ns for idx in LINES}
     assert [idx for idx in LINES if after[idx] != before[idx]] == [3, 5]
     assert sorted(record["idx"] for record in records(out)) == LINES
-    assert all(np.array_equal(pixels(out / f"{idx:04d}.png"), pixels(drawn / f"{idx:04d}.png")) for idx in LINES)
+    assert all(np.array_equal(pixels(out / f"{idx:04d}.png"), pixels(student_samples / f"{idx:04d}.png")) for idx in LINES)
     # Nothing is missing: no weight is loaded.
-    monkeypatch.setattr(model_tools, "load_pipeline", None)
+    monkeypatch.setattr(inference, "load_model_pipeline", None)
     run(models, out)
 
 
-def test_processes_share_the_prompts_out(models, drawn, tmp_path):
-    """Under a launcher, over a folder that a kill has left; the pictures and their lines are those of one process."""
+def test_processes_share_the_prompts_out(models, student_samples, tmp_path):
+    """Under a launcher, over a folder that a kill has left; the images and their lines are those of one process."""
     out = tmp_path / "out"
-    shutil.copytree(drawn, out)
+    shutil.copytree(student_samples, out)
     lines = (out / "metadata.jsonl").read_text().splitlines(keepends=True)
     (out / "metadata.jsonl").write_text(lines[0] + lines[1][:20])
     arguments = ["--model", str(models / "student"), "--prompts_file", str(models / "prompts.txt"), "--output_dir", str(out)]
     launch("infer.py", [*arguments, "--seed", "42", "--dtype", "fp32", "--grid"], processes=2)
     key = itemgetter("idx")
-    assert sorted(records(out), key=key) == sorted(records(drawn), key=key)
+    assert sorted(records(out), key=key) == sorted(records(student_samples), key=key)
     for idx in LINES:
-        assert_same_image(pixels(out / f"{idx:04d}.png"), pixels(drawn / f"{idx:04d}.png"))
+        assert_same_image(pixels(out / f"{idx:04d}.png"), pixels(student_samples / f"{idx:04d}.png"))
     assert (out / "grid.png").exists()
 
 
@@ -275,14 +275,14 @@ def test_a_failed_batch_keeps_what_was_drawn(models, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [["--seed", 43], ["--sampler", "euler"], ["--height", 32], ["--dtype", "float16"]])
-def test_other_settings_are_refused(models, drawn, flags):
+def test_other_settings_are_refused(models, student_samples, flags):
     with pytest.raises(UserError, match="--output_dir.*was drawn with " + flags[0][2:]) as caught:
-        run(models, drawn, *flags)
+        run(models, student_samples, *flags)
     assert caught.value.exit_code == 2
 
 
-def test_other_prompts_and_weights_are_refused(models, drawn, tmp_path):
-    common = ["--output_dir", drawn]
+def test_other_prompts_and_weights_are_refused(models, student_samples, tmp_path):
+    common = ["--output_dir", student_samples]
     assert "prompt a red circle, not another" in refusal("--model", models / "student", "--prompt", "another", *common)
     shutil.copytree(models / "student", tmp_path / "student")
     retrained = FluxTransformer2DModel.from_pretrained(tmp_path / "student/transformer")
@@ -294,31 +294,31 @@ def test_other_prompts_and_weights_are_refused(models, drawn, tmp_path):
     assert "was drawn with weights" in refusal(*command)
 
 
-def test_checkpoint_folder(models, drawn, tmp_path):
+def test_checkpoint_folder(models, student_samples, tmp_path):
     run(models, tmp_path, "--num_prompts", 3, model="checkpoint-7")
     for idx in (0, 2):
-        assert_same_image(pixels(tmp_path / f"{idx:04d}.png"), pixels(drawn / f"{idx:04d}.png"))
+        assert_same_image(pixels(tmp_path / f"{idx:04d}.png"), pixels(student_samples / f"{idx:04d}.png"))
 
 
 def test_a_model_without_senseflow_json(models, tmp_path, caplog):
     flags = ["--height", 32, "--width", 64, "--num_prompts", 1]
     run(models, tmp_path / "own", *flags, model="teacher")
     stock = DiffusionPipeline.from_pretrained(models / "teacher")
-    picture = stock(PROMPTS[0], generator=torch.Generator().manual_seed(42), height=32, width=64).images[0]
-    assert_same_image(pixels(tmp_path / "own/0000.png"), np.asarray(picture))
+    image = stock(PROMPTS[0], generator=torch.Generator().manual_seed(42), height=32, width=64).images[0]
+    assert_same_image(pixels(tmp_path / "own/0000.png"), np.asarray(image))
     record = records(tmp_path / "own")[0]
     assert (record["num_inference_steps"], record["guidance_scale"], record["sampler"]) == (28, 3.5, "euler")
     run(models, tmp_path / "given", *flags, "--num_inference_steps", 2, "--guidance_scale", 7, model="teacher")
-    picture = stock(
+    image = stock(
         PROMPTS[0], generator=torch.Generator().manual_seed(42), height=32, width=64, num_inference_steps=2, guidance_scale=7.0
     ).images[0]
-    assert_same_image(pixels(tmp_path / "given/0000.png"), np.asarray(picture))
+    assert_same_image(pixels(tmp_path / "given/0000.png"), np.asarray(image))
 
 
 def test_explicit_sigmas_hold_at_the_trained_number_of_steps(models, tmp_path, caplog):
     shutil.copytree(models / "student", tmp_path / "student")
     write_senseflow(tmp_path / "student", pipeline_call=CALL | {"sigmas": [1.0, 0.9, 0.4, 0.1]})
-    model = model_tools.find_model(str(tmp_path / "student"))
+    model = inference.find_model(str(tmp_path / "student"))
     argv = ["--model", str(tmp_path / "student")]
     with caplog.at_level("INFO", logger="infer"):
         assert infer.choose_call(infer.parse_args(argv), model)[0]["sigmas"] == [1.0, 0.9, 0.4, 0.1]
@@ -335,19 +335,19 @@ def test_explicit_sigmas_hold_at_the_trained_number_of_steps(models, tmp_path, c
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtype(models, drawn, tmp_path, dtype):
+def test_dtype(models, student_samples, tmp_path, dtype):
     run(models, tmp_path, "--num_prompts", 1, "--dtype", dtype)
-    difference = np.abs(pixels(tmp_path / "0000.png") - pixels(drawn / "0000.png"))
+    difference = np.abs(pixels(tmp_path / "0000.png") - pixels(student_samples / "0000.png"))
     assert records(tmp_path)[0]["dtype"] == dtype and 0 < difference.max() and difference.mean() < 10
 
 
-def test_dtypes_are_accelerates_words_and_torchs(models, drawn, monkeypatch):
+def test_dtypes_are_accelerates_words_and_torchs(models, student_samples, monkeypatch):
     """A folder drawn with one is complete for the other."""
-    monkeypatch.setattr(model_tools, "load_pipeline", None)
+    monkeypatch.setattr(inference, "load_model_pipeline", None)
     for dtype in ("fp32", "float32"):
-        run(models, drawn, "--dtype", dtype)
+        run(models, student_samples, "--dtype", dtype)
     with pytest.raises(UserError, match="was drawn with dtype float32, not bfloat16"):
-        run(models, drawn, "--dtype", "bf16")
+        run(models, student_samples, "--dtype", "bf16")
 
 
 @pytest.mark.parametrize(
@@ -373,8 +373,8 @@ def test_a_call_is_the_pipelines_own_and_is_recorded(models, tmp_path):
         generator = torch.Generator().manual_seed(42 + idx)
         stock.scheduler = FlowMatchEulerDiscreteScheduler.from_config(stock.scheduler.config)
         stock.scheduler.step = functools.partial(stock.scheduler.step, generator=generator)
-        picture = stock(prompt=PROMPTS[idx], generator=generator, **{**CALL, **asked}).images[0]
-        assert_same_image(pixels(tmp_path / f"{idx:04d}.png"), np.asarray(picture))
+        image = stock(prompt=PROMPTS[idx], generator=generator, **{**CALL, **asked}).images[0]
+        assert_same_image(pixels(tmp_path / f"{idx:04d}.png"), np.asarray(image))
     assert records(tmp_path)[0]["call"] == asked
     run(models, tmp_path, *flags)
     for other in ([], called, ["--call", "true_cfg_scale=2"]):
@@ -404,10 +404,10 @@ def test_a_negative_prompt_holds_for_a_whole_batch(models):
 def test_the_multiple_of_pixels_is_the_trainings(models, tmp_path):
     shutil.copytree(models / "student", tmp_path / "student", ignore=shutil.ignore_patterns("*.safetensors"))
     argv = ["--model", str(tmp_path / "student"), "--height", "48"]
-    infer.choose_call(infer.parse_args(argv), model_tools.find_model(argv[1]))
+    infer.choose_call(infer.parse_args(argv), inference.find_model(argv[1]))
     write_senseflow(tmp_path / "student", pixel_multiple=32)
     with pytest.raises(UserError, match="--height 48: not divisible by 32; 64 is"):
-        infer.choose_call(infer.parse_args(argv), model_tools.find_model(argv[1]))
+        infer.choose_call(infer.parse_args(argv), inference.find_model(argv[1]))
 
 
 MULTIPLES = {  # (pixels, what counts of the VAE's configuration, of the network's)
@@ -428,10 +428,10 @@ MULTIPLES = {  # (pixels, what counts of the VAE's configuration, of the network
 def test_the_multiple_of_pixels_is_read_from_the_configurations(name):
     multiple, vae, network = MULTIPLES[name]
     model = SimpleNamespace(distilled={}, config={"vae": vae, "transformer": network}.get)
-    assert model_tools.pixel_multiple(model) == multiple
+    assert inference.pixel_multiple(model) == multiple
 
 
-def test_a_checkpoint_finds_the_variant_of_its_teacher(models, drawn, tmp_path):
+def test_a_checkpoint_finds_the_variant_of_its_teacher(models, student_samples, tmp_path):
     shutil.copytree(models / "teacher", tmp_path / "teacher")
     only_variant(tmp_path / "teacher")
     shutil.copytree(models / "checkpoint-7", tmp_path / "checkpoint-7")
@@ -443,7 +443,7 @@ def test_a_checkpoint_finds_the_variant_of_its_teacher(models, drawn, tmp_path):
     write_senseflow(tmp_path / "checkpoint-7", teacher=str(tmp_path / "teacher"), teacher_variant="fp16")
     infer.main([str(word) for word in [*command, "--output_dir", tmp_path / "own"]])
     for out in ("flag", "own"):
-        assert_same_image(pixels(tmp_path / out / "0000.png"), pixels(drawn / "0000.png"))
+        assert_same_image(pixels(tmp_path / out / "0000.png"), pixels(student_samples / "0000.png"))
     # A pipeline itself, and a network in the place of its own.
     swap = ["--transformer", tmp_path / "teacher/transformer", "--variant", "fp16"]
     for number, flags in enumerate((["--variant", "fp16"], swap, ["--revision", "main"])):
@@ -460,7 +460,7 @@ def test_a_checkpoint_finds_the_variant_of_its_teacher(models, drawn, tmp_path):
     assert "was drawn with weights" in refusal(*argv, "--output_dir", tmp_path / "both", "--variant", "fp16")
 
 
-def test_a_checkpoint_finds_the_revision_of_its_teacher(models, drawn, tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_finds_the_revision_of_its_teacher(models, student_samples, tmp_path, monkeypatch, caplog):
     """The teacher on the Hub goes on after the run: its other components are not those of the run any more."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     first, second = "01" * 20, "23" * 20
@@ -471,25 +471,25 @@ def test_a_checkpoint_finds_the_revision_of_its_teacher(models, drawn, tmp_path,
     write_senseflow(tmp_path / "checkpoint-7", teacher="some/teacher", teacher_revision=first)
     command = ["--model", tmp_path / "checkpoint-7", "--prompt", PROMPTS[0], "--output_dir"]
     infer.main([str(word) for word in [*command, tmp_path / "own"]])
-    assert_same_image(pixels(tmp_path / "own/0000.png"), pixels(drawn / "0000.png"))
+    assert_same_image(pixels(tmp_path / "own/0000.png"), pixels(student_samples / "0000.png"))
     infer.main([str(word) for word in [*command, tmp_path / "flag", "--revision", "main"]])
-    assert np.abs(pixels(tmp_path / "flag/0000.png") - pixels(drawn / "0000.png")).max() > 1
+    assert np.abs(pixels(tmp_path / "flag/0000.png") - pixels(student_samples / "0000.png")).max() > 1
     assert "was drawn with weights" in refusal(*command, tmp_path / "own", "--revision", second)
     assert "some/teacher: no such folder" in refusal(*command, tmp_path / "none", "--revision", "89" * 20)
     # The student's folder beside the teacher's newest commit is not the pair that was trained, which is said.
-    with caplog.at_level("INFO", logger="senseflow_models"):
+    with caplog.at_level("INFO", logger="senseflow.inference"):
         swap = ["--model", "some/teacher", "--transformer", tmp_path / "checkpoint-7/transformer", *command[2:], tmp_path / "swap"]
         infer.main([str(word) for word in swap])
     assert f"trained from --revision {first} of some/teacher, not {second}" in caplog.text
 
 
-def test_grid(models, drawn, tmp_path):
-    shutil.copytree(drawn, tmp_path / "out")
+def test_grid(models, student_samples, tmp_path):
+    shutil.copytree(student_samples, tmp_path / "out")
     run(models, tmp_path / "out", "--grid")
     grid = pixels(tmp_path / "out/grid.png")
-    assert grid.shape == (2 * 78, 3 * 64, 3)  # 5 pictures, 14 pixels of label
-    assert np.array_equal(grid[:64, 64:128], pixels(drawn / "0002.png"))
-    assert np.array_equal(grid[78:142, 64:128], pixels(drawn / "0005.png"))
+    assert grid.shape == (2 * 78, 3 * 64, 3)  # 5 images, 14 pixels of label
+    assert np.array_equal(grid[:64, 64:128], pixels(student_samples / "0002.png"))
+    assert np.array_equal(grid[78:142, 64:128], pixels(student_samples / "0005.png"))
     assert grid[142:, 64:128].min() < 128, "a label"
 
 
@@ -507,7 +507,7 @@ STUDENT = [
 
 
 @pytest.mark.parametrize("flags", STUDENT, ids=lambda flags: " ".join(flags[-2:]))
-def test_a_swapped_network_draws_as_the_pipeline_saved_with_it(swaps, drawn, tmp_path, monkeypatch, flags):
+def test_a_swapped_network_draws_as_the_pipeline_saved_with_it(swaps, student_samples, tmp_path, monkeypatch, flags):
     """No flag says how the student is called: that, and its scheduler, stand beside the network. The base has other weights in
     its transformer, or none at all, and a guidance embedder that the student's files lack."""
     if "{root}/nothing" in flags and not (swaps / "nothing").exists():
@@ -515,7 +515,7 @@ def test_a_swapped_network_draws_as_the_pipeline_saved_with_it(swaps, drawn, tmp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(swaps / "hub"))
     flags = [flag.format(root=swaps) for flag in flags]
     run(swaps, tmp_path, *flags, "--num_prompts", 1, model="base")
-    assert_same_image(pixels(tmp_path / "0000.png"), pixels(drawn / "0000.png"))
+    assert_same_image(pixels(tmp_path / "0000.png"), pixels(student_samples / "0000.png"))
     record = records(tmp_path)[0]
     assert (record["num_inference_steps"], record["sampler"]) == (4, "stochastic")
     assert record["network"].endswith(("/transformer", ".pth", ".safetensors"))
@@ -526,7 +526,7 @@ def test_a_swapped_network_without_senseflow_json_draws_as_the_base_does(swaps, 
     teacher = load_file(swaps / "teacher/transformer/diffusion_pytorch_model.safetensors")
     torch.save(teacher, tmp_path / "a/b/teacher.pth")
     flags = ["--num_prompts", 1, "--height", 64, "--width", 64, "--num_inference_steps", 2]
-    with caplog.at_level("INFO", logger="senseflow_models"):
+    with caplog.at_level("INFO", logger="senseflow.inference"):
         run(swaps, tmp_path / "own", *flags, model="teacher")
         assert not caplog.records
         run(swaps, tmp_path / "swapped", *flags, "--checkpoint", tmp_path / "a/b/teacher.pth", model="base")
@@ -547,9 +547,9 @@ def test_a_swapped_network_without_senseflow_json_draws_as_the_base_does(swaps, 
 def test_a_state_dict_gives_the_weights_that_a_folder_gives(swaps, dtype):
     def load(*flags):
         args = infer.parse_args(["--model", str(swaps / "base"), *(flag.format(root=swaps) for flag in flags)])
-        model = model_tools.find_model(args.model)
-        model_tools.swap_network(args, model)
-        return model_tools.load_component(model, "transformer", infer.DTYPES[dtype])
+        model = inference.find_model(args.model)
+        inference.swap_network(args, model)
+        return inference.load_component(model, "transformer", infer.DTYPES[dtype])
 
     folder = load(*FOLDER).state_dict()
     assert {tensor.dtype for tensor in folder.values()} == {infer.DTYPES[dtype]}
@@ -566,10 +566,10 @@ def test_a_network_of_the_hub_is_known_by_its_commit(swaps, monkeypatch):
 
     def fingerprint(flags):
         args = infer.parse_args(["--model", str(swaps / "base"), *flags])
-        hub_tools.look_up.cache_clear()  # a process keeps to the commit it has seen first
-        model = model_tools.find_model(args.model)
-        model_tools.swap_network(args, model)
-        return model_tools.fingerprint(model)
+        hub_module.resolve_repo.cache_clear()  # a process keeps to the commit it has seen first
+        model = inference.find_model(args.model)
+        inference.swap_network(args, model)
+        return inference.model_digest(model)
 
     before, commit = fingerprint(STUDENT[2]), (repository / "refs/main").read_text()
     shutil.copytree(repository / "snapshots" / commit, repository / "snapshots" / commit[::-1])
@@ -581,11 +581,11 @@ def test_a_network_of_the_hub_is_known_by_its_commit(swaps, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_a_state_dict_of_another_family(swaps, tmp_path, name):
-    model = model_tools.find_model(str(swaps / name))
+    model = inference.find_model(str(swaps / name))
     weights = load_file(swaps / name / model.network / "diffusion_pytorch_model.safetensors")
     torch.save({"model": {f"module.{key}": tensor for key, tensor in weights.items()}}, tmp_path / "network.pth")
-    model_tools.swap_network(infer.parse_args(["--model", model.name, "--checkpoint", str(tmp_path / "network.pth")]), model)
-    state = model_tools.load_component(model, model.network, torch.float32).state_dict()
+    inference.swap_network(infer.parse_args(["--model", model.name, "--checkpoint", str(tmp_path / "network.pth")]), model)
+    state = inference.load_component(model, model.network, torch.float32).state_dict()
     assert state.keys() == weights.keys() and all(torch.equal(state[key], weights[key]) for key in weights)
 
 
@@ -634,7 +634,7 @@ def test_a_folder_that_lacks_weights_is_refused(swaps, tmp_path):
 def test_released_sets_levels_sampler_guidance_and_text(swaps, tmp_path, monkeypatch, caplog, name, model, levels, text):
     seen = watch(monkeypatch)
     flags = ["--released", name, "--height", 64, "--width", 64, "--num_prompts", 4]
-    with caplog.at_level("INFO", logger="senseflow_models"):
+    with caplog.at_level("INFO", logger="senseflow.inference"):
         run(swaps, tmp_path / "one", *flags, model=model)
     assert ("overrides the senseflow.json" in caplog.text) == (model == "student") and "no network is swapped in" in caplog.text
     np.testing.assert_allclose([t for t, _ in seen], levels * 3, rtol=1e-5)  # of 4 lines one is blank
@@ -646,15 +646,15 @@ def test_released_sets_levels_sampler_guidance_and_text(swaps, tmp_path, monkeyp
     for idx in (0, 2, 3):
         assert_same_image(pixels(tmp_path / f"one/{idx:04d}.png"), pixels(tmp_path / f"three/{idx:04d}.png"))
 
-    # One forward visits the first level; a picture comes of it.
+    # One forward visits the first level; a image comes of it.
     seen.clear()
     run(swaps, tmp_path / "step", *flags[:-1], 1, "--num_inference_steps", 1, model=model)
     np.testing.assert_allclose([t for t, _ in seen], levels[:1], rtol=1e-5)
     assert pixels(tmp_path / "step/0000.png").std() > 1
 
     args = infer.parse_args(["--model", str(swaps / model), "--released", name, "--guidance_scale", "2"])
-    found = model_tools.find_model(args.model)
-    model_tools.set_released(name, found)
+    found = inference.find_model(args.model)
+    inference.set_released(name, found)
     settings = infer.choose_call(args, found)[1]
     assert settings == {"num_inference_steps": 4, "guidance_scale": 2, "height": 1024, "width": 1024, "call": None}
 
@@ -669,9 +669,9 @@ def test_released_with_a_swapped_unet(swaps, tmp_path, monkeypatch):
     unet = DiffusionPipeline.from_pretrained(tmp_path / "other").unet
     stock.register_modules(unet=unet, scheduler=LCMScheduler.from_config(stock.scheduler.config))
     call = {"timesteps": [999, 749, 499, 249], "guidance_scale": 0, "height": 64, "width": 64}  # as DMD2 publishes it
-    picture = stock(PROMPTS[0], generator=torch.Generator().manual_seed(42), **call).images[0]
+    image = stock(PROMPTS[0], generator=torch.Generator().manual_seed(42), **call).images[0]
     assert len(seen) == 4
-    assert_same_image(pixels(tmp_path / "out/0000.png"), np.asarray(picture))
+    assert_same_image(pixels(tmp_path / "out/0000.png"), np.asarray(image))
 
 
 BAD = [
@@ -754,7 +754,7 @@ BAD = [
 def bad_models(swaps):
     """Beside the good models: what can be wrong with one, without any weight."""
     models = swaps
-    for name in ("cut", "list", "call", "sampler", "parts", "class", "lost", "multiple"):
+    for name in ("cut", "list", "call", "sampler", "models", "class", "lost", "multiple"):
         (models / name).mkdir()
         if name != "lost":
             shutil.copy(models / "student/model_index.json", models / name)
@@ -779,7 +779,7 @@ def bad_models(swaps):
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_bad_arguments(bad_models, tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(model_tools, "load_pipeline", None)
+    monkeypatch.setattr(inference, "load_model_pipeline", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(ROOT)
     flags = [flag.format(root=bad_models) for flag in flags]
@@ -794,7 +794,7 @@ def test_a_scheduler_without_the_choice(models, tmp_path):
     os.remove(tmp_path / "student/senseflow.json")
     config = {"_class_name": "FlowMatchLCMScheduler"}
     (tmp_path / "student/scheduler/scheduler_config.json").write_text(json.dumps(config))
-    model = model_tools.find_model(str(tmp_path / "student"))
+    model = inference.find_model(str(tmp_path / "student"))
     assert infer.choose_sampler(None, model) == infer.choose_sampler("stochastic", model) == "stochastic"
     with pytest.raises(UserError, match="--sampler euler: FlowMatchLCMScheduler"):
         infer.choose_sampler("euler", model)

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 
 from senseflow_utils import (
     DDPMSchedule,
-    Draws,
+    StatelessRNG,
     FlowSchedule,
     Prediction,
     adversarial_loss,
@@ -124,35 +124,35 @@ def test_a_step_back_to_the_same_level_changes_nothing():
 
 def test_an_anchor_is_followed_by_the_next_and_the_last_by_the_end():
     assert flow().anchors.tolist() == [1000, 904.5, 759.5, 512.8]
-    assert flow().nexts.tolist() == [904.5, 759.5, 512.8, 0]
-    assert flow(final=3.0).nexts.tolist() == [904.5, 759.5, 512.8, 3]
+    assert flow().next_timesteps.tolist() == [904.5, 759.5, 512.8, 0]
+    assert flow(final=3.0).next_timesteps.tolist() == [904.5, 759.5, 512.8, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Draws of timesteps
 # ---------------------------------------------------------------------------------------------------------------------
 def test_flux_draws_timesteps_logit_normally_from_the_teacher_s_table():
-    draws, slots = Draws(0, 0), range(4000)
-    for name, drawn in (
-        ("dmd_timestep", flow().draw_dmd_timesteps(draws, slots)),
-        ("fake_timestep", flow().draw_fake_timesteps(draws, slots)),
+    rng, sample_indices = StatelessRNG(0, 0), range(4000)
+    for name, student_samples in (
+        ("dmd_timestep", flow().draw_dmd_timesteps(rng, sample_indices)),
+        ("fake_timestep", flow().draw_fake_timesteps(rng, sample_indices)),
     ):
-        u = torch.sigmoid(draws.normal(name, slots))
-        assert torch.equal(drawn, 1000 - torch.floor(1000 * u).double())  # sigma = 1 - floor(1000 u) / 1000
+        u = torch.sigmoid(rng.normal(name, sample_indices))
+        assert torch.equal(student_samples, 1000 - torch.floor(1000 * u).double())  # sigma = 1 - floor(1000 u) / 1000
     # P(sigma > 0.75) = P(z < logit 0.25) = Phi(-log 3)
-    share = (drawn > 750).double().mean().item()
+    share = (student_samples > 750).double().mean().item()
     assert abs(share - 0.5 * (1 + math.erf(-math.log(3) / 2**0.5))) < 0.02
 
 
 def test_a_shifted_table_shows_in_what_is_drawn():
     shifted = FlowSchedule(1000 * 3 * torch.linspace(0.001, 1, 1000) / (1 + 2 * torch.linspace(0.001, 1, 1000)), (1000,))
-    drawn = shifted.draw_dmd_timesteps(Draws(0, 0), range(1000))
-    assert abs(drawn.median().item() - 750) < 15  # the middle of the table is sigma 3 * .5 / (1 + 2 * .5)
+    student_samples = shifted.draw_dmd_timesteps(StatelessRNG(0, 0), range(1000))
+    assert abs(student_samples.median().item() - 750) < 15  # the middle of the table is sigma 3 * .5 / (1 + 2 * .5)
 
 
 def test_sdxl_draws_timesteps_uniformly_both_ends_included():
     schedule = ddpm(dmd_range=(20, 24), fake_range=(0, 2))
-    dmd, fake = schedule.draw_dmd_timesteps(Draws(0, 0), range(600)), schedule.draw_fake_timesteps(Draws(0, 0), range(600))
+    dmd, fake = schedule.draw_dmd_timesteps(StatelessRNG(0, 0), range(600)), schedule.draw_fake_timesteps(StatelessRNG(0, 0), range(600))
     assert torch.unique(dmd).tolist() == [20, 21, 22, 23, 24] and torch.unique(fake).tolist() == [0, 1, 2]
     assert torch.bincount(dmd.long())[20:].min() > 80 and torch.bincount(fake.long()).min() > 150
 
@@ -160,13 +160,13 @@ def test_sdxl_draws_timesteps_uniformly_both_ends_included():
 def test_t_mid_keeps_the_margin_from_both_ends_of_each_sample_s_segment():
     schedule = flow()
     index = torch.arange(2000) % 4
-    t, t_next = schedule.anchors[index], schedule.nexts[index]
-    t_mid = schedule.draw_mid_timesteps(Draws(0, 0), range(2000), t, t_next, 20)
+    t, t_next = schedule.anchors[index], schedule.next_timesteps[index]
+    t_mid = schedule.draw_mid_timesteps(StatelessRNG(0, 0), range(2000), t, t_next, 20)
     assert torch.equal(t_mid, t_mid.round())
     for i, (low, high) in enumerate([(925, 980), (780, 884), (533, 739), (20, 492)]):
         own = t_mid[index == i]
         assert low <= own.min() <= low + 8 and high - 8 <= own.max() <= high
-    assert schedule.draw_mid_timesteps(Draws(0, 0), [0], t[:1], t[:1] - 100, 50).item() == 950  # one left to draw
+    assert schedule.draw_mid_timesteps(StatelessRNG(0, 0), [0], t[:1], t[:1] - 100, 50).item() == 950  # one left to draw
 
 
 def test_a_margin_that_leaves_no_t_mid_is_found():
@@ -209,7 +209,7 @@ def test_backward_simulation_runs_the_first_anchors_in_order(family, sampler, st
         asked.append((t.tolist(), x_t))
         return schedule.as_prediction(x_t, network(x_t), t)
 
-    x_t = backward_simulation(predict, schedule, sampler, Draws(7, 3), [4, 9], noise, steps)
+    x_t = backward_simulation(predict, schedule, sampler, StatelessRNG(7, 3), [4, 9], noise, steps)
     assert not x_t.requires_grad
     assert [t for t, _ in asked] == [[anchor] * 2 for anchor in schedule.anchors[:steps].tolist()]
 
@@ -218,7 +218,7 @@ def test_backward_simulation_runs_the_first_anchors_in_order(family, sampler, st
         torch.testing.assert_close(asked[i][1], expected, rtol=1e-4, atol=1e-4)
         prediction = schedule.as_prediction(expected, network(expected).detach(), schedule.anchors[i].repeat(2))
         alpha, sigma = levels_of(family, schedule.anchors[i + 1].repeat(2))
-        used.append(Draws(7, 3).normal(f"renoise_{i}", [4, 9], SHAPE) if sampler == "stochastic" else prediction.noise)
+        used.append(StatelessRNG(7, 3).normal(f"renoise_{i}", [4, 9], SHAPE) if sampler == "stochastic" else prediction.noise)
         expected = (alpha * prediction.x0 + sigma * used[-1]).float()
     torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-4)
     if sampler == "stochastic":
@@ -350,7 +350,7 @@ def test_the_student_s_adversarial_loss():
 
 
 def test_the_discriminator_s_hinge_loss():
-    """relu before the mean over a picture's logits: real (0, 1), (.5, 2); fake (0, 2), (1, .5)."""
+    """relu before the mean over a image's logits: real (0, 1), (.5, 2); fake (0, 2), (1, .5)."""
     real, fake = REAL.clone().requires_grad_(), FAKE.clone().requires_grad_()
     loss = hinge_loss(real, fake, OMEGA)
     torch.testing.assert_close(loss.item(), (0.25 * (0.5 + 1.0) + 2.0 * (1.25 + 0.75)) / 2)
@@ -370,11 +370,11 @@ def test_ida_moves_the_fake_a_little_and_the_student_not():
 # Random draws
 # ---------------------------------------------------------------------------------------------------------------------
 def test_a_sample_s_draw_depends_on_its_slot_and_not_on_its_company():
-    whole = Draws(3, 8).normal("noise", range(6), SHAPE)
-    apart = Draws(3, 8)
+    whole = StatelessRNG(3, 8).normal("noise", range(6), SHAPE)
+    apart = StatelessRNG(3, 8)
     apart.uniform("something", range(3))
-    parts = torch.cat([apart.normal("noise", [5, 2], SHAPE), apart.normal("noise", [0], SHAPE)])
-    assert torch.equal(parts, whole[[5, 2, 0]])
+    models = torch.cat([apart.normal("noise", [5, 2], SHAPE), apart.normal("noise", [0], SHAPE)])
+    assert torch.equal(models, whole[[5, 2, 0]])
     assert len({row.sum().item() for row in whole}) == 6
 
 
@@ -382,33 +382,33 @@ def test_a_sample_s_draw_depends_on_its_slot_and_not_on_its_company():
 def test_a_draw_is_a_function_of_seed_iteration_and_name(draw):
     def value(seed=1, iteration=2, name="a"):
         rest = {"integers": ([0], 0, 10**6), "shared_uniform": (), "shared_integer": (10**6,)}.get(draw, ([0],))
-        return float(getattr(Draws(seed, iteration), draw)(name, *rest))
+        return float(getattr(StatelessRNG(seed, iteration), draw)(name, *rest))
 
     assert value() == value()
     assert len({value(), value(seed=2), value(iteration=1), value(name="b"), value(seed=2, iteration=1)}) == 5
 
 
 def test_shared_draws_are_in_range_and_differ_from_those_of_the_samples():
-    numbers = [Draws(0, i).shared_integer("steps", 4) for i in range(200)]
+    numbers = [StatelessRNG(0, i).shared_integer("steps", 4) for i in range(200)]
     assert set(numbers) == {0, 1, 2, 3}
-    coins = torch.tensor([Draws(0, i).shared_uniform("coin") for i in range(1000)])
+    coins = torch.tensor([StatelessRNG(0, i).shared_uniform("coin") for i in range(1000)])
     assert 0 <= coins.min() and coins.max() < 1 and abs(coins.mean() - 0.5) < 0.03
-    assert Draws(0, 0).shared_uniform("coin") != Draws(0, 0).uniform("coin", [0]).item()
+    assert StatelessRNG(0, 0).shared_uniform("coin") != StatelessRNG(0, 0).uniform("coin", [0]).item()
 
 
 def test_draws_have_their_distribution_over_slots_and_over_iterations():
-    over_slots = Draws(0, 0).normal("a", range(3000), (4,))
-    over_iterations = torch.cat([Draws(0, i).normal("a", [0], (4,)) for i in range(3000)])
+    over_slots = StatelessRNG(0, 0).normal("a", range(3000), (4,))
+    over_iterations = torch.cat([StatelessRNG(0, i).normal("a", [0], (4,)) for i in range(3000)])
     for numbers in (over_slots, over_iterations):
         torch.testing.assert_close(numbers.mean(0), torch.zeros(4), rtol=0, atol=0.08)
         torch.testing.assert_close(numbers.T.cov(), torch.eye(4), rtol=0, atol=0.1)
-    scales = Draws(0, 0).uniform("scale", range(3000), 1.0, 8.0)
+    scales = StatelessRNG(0, 0).uniform("scale", range(3000), 1.0, 8.0)
     assert scales.min() >= 1 and scales.max() < 8 and abs(scales.mean() - 4.5) < 0.15
 
 
 def test_integers_take_ends_of_each_sample():
     low, high = torch.tensor([0, 10, 5]), torch.tensor([0, 12, 9])
-    rows = torch.stack([Draws(0, i).integers("n", [0, 1, 2], low, high) for i in range(300)])
+    rows = torch.stack([StatelessRNG(0, i).integers("n", [0, 1, 2], low, high) for i in range(300)])
     assert [torch.unique(column).tolist() for column in rows.T] == [[0], [10, 11, 12], [5, 6, 7, 8, 9]]
 
 

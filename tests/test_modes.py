@@ -21,8 +21,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from scripts import ROOT, assert_same, launch, start, states, without
-from senseflow_weights import Weights
+from helpers import ROOT, assert_same, launch, start, states, without
+from senseflow.models.weights import Weights
 from tiny_pipelines import write_sd3, write_sdxl
 
 
@@ -136,7 +136,7 @@ def test_one_step_reaches_the_next_forward_unless_its_gradient_is_not_finite(mod
 
 
 def test_zero3_trains_as_one_where_every_weight_is_parted(everything_parted, trained, flags, tmp_path):
-    """And draws three pictures in two processes meanwhile: a process without a prompt of its own must gather with the other."""
+    """And draws three images in two processes meanwhile: a process without a prompt of its own must gather with the other."""
     arguments = [*flags("flux"), "--train_batch_size", "8", "--output_dir", str(tmp_path)]
     arguments += ["--validation_prompts", "a", "b", "c", "--validation_steps", "6"]
     launch("train_senseflow_flux.py", arguments, 2, "no", everything_parted)

@@ -20,9 +20,9 @@ from benchmarks.toy import (
     start_from,
     train_iteration,
 )
-from senseflow_discriminator import diff_augment
-from senseflow_runtime import Runtime
-from senseflow_utils import Draws
+from senseflow.models.discriminator import diff_augment
+from senseflow.training.runtime import Runtime
+from senseflow_utils import StatelessRNG
 
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
@@ -85,9 +85,9 @@ def test_a_gaussian_is_met_exactly(family, guidance):
         max_train_steps=400, train_batch_size=32, learning_rate=0.03, learning_rate_fake=0.05, dmd_guidance_scale=[guidance] * 2
     )
     start = Affine(teacher)
-    parts = distil(args, teacher, start)
+    models = distil(args, teacher, start)
     condition = torch.arange(2).repeat(500)
-    x0 = few_step_samples(parts.student.module, teacher, condition, "stochastic", seed=5)
+    x0 = few_step_samples(models.student.module, teacher, condition, "stochastic", seed=5)
     empty = torch.full((4,), 0.1)
     for c in range(2):
         own, mean = x0[condition == c].flatten(0, 1), teacher.means[c]
@@ -130,15 +130,15 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     start = Affine(teacher)
     with torch.no_grad():
         start.offset.normal_(generator=torch.Generator().manual_seed(0))
-    iteration = next(i for i in range(99) if Draws(0, i).shared_integer("simulated_steps", 4) == simulated)
-    batch, parts = make_batch(args, teacher, iteration), make_parts(args, teacher, start)
-    values, _ = train_iteration(iteration, [batch], parts, teacher.schedule, args, "cpu")
+    iteration = next(i for i in range(99) if StatelessRNG(0, i).shared_integer("simulated_steps", 4) == simulated)
+    batch, models = make_batch(args, teacher, iteration), make_parts(args, teacher, start)
+    values, _ = train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
 
-    draws, slots, anchors = Draws(0, iteration), range(4), [*ANCHORS["flow"], 0.0]
-    student, fake, condition = copy.deepcopy(start), copy.deepcopy(start), parts.encode_prompts(batch["prompts"])
+    rng, sample_indices, anchors = StatelessRNG(0, iteration), range(4), [*ANCHORS["flow"], 0.0]
+    student, fake, condition = copy.deepcopy(start), copy.deepcopy(start), models.encode_prompts(batch["prompts"])
 
     def normal(name):
-        return draws.normal(name, slots, teacher.shape)
+        return rng.normal(name, sample_indices, teacher.shape)
 
     def sigma(t):
         return (t / 1000).float().view(-1, 1, 1)
@@ -147,7 +147,7 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
         return torch.full((4,), t, dtype=torch.float64)
 
     def guided(x, t, name, scales):
-        w = draws.uniform(name, slots, *scales).view(-1, 1, 1)
+        w = rng.uniform(name, sample_indices, *scales).view(-1, 1, 1)
         empty = teacher(x, t, torch.full_like(condition, -1))
         return empty + w * (teacher(x, t, condition) - empty)
 
@@ -162,13 +162,13 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
 
     with torch.no_grad():
         rows = len(teacher.schedule.table)
-        t_dmd = teacher.schedule.table[rows - 1 - (torch.sigmoid(draws.normal("dmd_timestep", slots)) * rows).long()]
+        t_dmd = teacher.schedule.table[rows - 1 - (torch.sigmoid(rng.normal("dmd_timestep", sample_indices)) * rows).long()]
         noised = (1 - sigma(t_dmd)) * x0 + sigma(t_dmd) * normal("dmd_noise")
         fake_x0 = noised - sigma(t_dmd) * fake(noised, t_dmd, condition)
         teacher_x0 = noised - sigma(t_dmd) * guided(noised, t_dmd, "dmd_guidance", (2.0, 3.0))
         gradient = (fake_x0 - teacher_x0) / (x0 - teacher_x0).abs().mean((1, 2), keepdim=True)
 
-        t_mid = draws.integers("mid_timestep", slots, torch.ceil(t_next + 20), torch.floor(t - 20)).double()
+        t_mid = rng.integers("mid_timestep", sample_indices, torch.ceil(t_next + 20), torch.floor(t - 20)).double()
         x_mid = x + (sigma(t_mid) - sigma(t)) * guided(x, t, "isg_guidance", (1.0, 4.0))
         x_end = x_mid + (sigma(t_next) - sigma(t_mid)) * student(x_mid, t_mid, condition)
     direct = x + (sigma(t_next) - sigma(t)) * velocity
@@ -179,7 +179,7 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     with torch.no_grad():
         for own, other in zip(fake.parameters(), student.parameters()):
             own.copy_(0.9 * own + 0.1 * other)
-    t = teacher.schedule.table[rows - 1 - (torch.sigmoid(draws.normal("fake_timestep", slots)) * rows).long()]
+    t = teacher.schedule.table[rows - 1 - (torch.sigmoid(rng.normal("fake_timestep", sample_indices)) * rows).long()]
     x0, noise = x0.detach(), normal("fake_noise")
     output = fake((1 - sigma(t)) * x0 + sigma(t) * noise, t, condition)
     fake_loss = (output - (noise - x0)).square().mean()
@@ -188,7 +188,7 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     torch.testing.assert_close(values["dmd_loss"], 0.5 * gradient.square().mean(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(values["isg_loss"], isg.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(values["fake_loss"], fake_loss.detach(), rtol=1e-4, atol=1e-6)
-    for role, expected in ((parts.student, student), (parts.fake_score, fake)):
+    for role, expected in ((models.student, student), (models.fake_score, fake)):
         for name, parameter in expected.named_parameters():
             moved = (parameter - start.get_parameter(name)).detach()
             found = (role.module.get_parameter(name) - start.get_parameter(name)).detach()
@@ -198,7 +198,7 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
 
 
 class Critic(torch.nn.Module):
-    """A linear discriminator of pictures, with the call of senseflow_discriminator.Discriminator."""
+    """A linear discriminator of images, with the call of senseflow.models.discriminator.Discriminator."""
 
     def __init__(self):
         super().__init__()
@@ -214,8 +214,8 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
     """What the GAN term adds to the student's step, and the discriminator's own step."""
     teacher = gaussian_teacher("flow", dim=3, anchors=4)
     args = make_args(train_batch_size=4, ttur_ratio=1, gan_weight=2.0, **plain_descent(0.5, 0.8))
-    iteration = next(i for i in range(99) if Draws(0, i).shared_integer("simulated_steps", 4) == 0)
-    draws, slots, start, critic = Draws(0, iteration), range(4), Affine(teacher), Critic()
+    iteration = next(i for i in range(99) if StatelessRNG(0, i).shared_integer("simulated_steps", 4) == 0)
+    rng, sample_indices, start, critic = StatelessRNG(0, iteration), range(4), Affine(teacher), Critic()
 
     def decode(x0):
         return x0.mT.unflatten(2, (2, 4))
@@ -228,24 +228,24 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
     text = torch.tensor([0.5, -0.2, 0.1, 0.4])[:, None]
     moved = {}
     for with_gan in (True, False):
-        parts = make_parts(args, teacher, start)
+        models = make_parts(args, teacher, start)
         if with_gan:
-            parts.discriminator = Runtime(args).trained_role("discriminator", copy.deepcopy(critic), 0.5e6)
-            parts.real_pictures = lambda batch: batch["pixel_values"]
-            parts.decode, parts.vision_features, parts.text_features, parts.gan_weight_at = (
+            models.discriminator = Runtime(args).trained_role("discriminator", copy.deepcopy(critic), 0.5e6)
+            models.real_images = lambda batch: batch["pixel_values"]
+            models.decode, models.vision_features, models.text_features, models.omega = (
                 decode,
                 lambda p: [p],
                 lambda prompts: text,
                 omega,
             )
-            discriminator = parts.discriminator.module
-        train_iteration(iteration, [batch], parts, teacher.schedule, args, "cpu")
-        moved[with_gan] = [p.detach() - q.detach() for p, q in zip(parts.student.module.parameters(), start.parameters())]
+            discriminator = models.discriminator.module
+        train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
+        moved[with_gan] = [p.detach() - q.detach() for p, q in zip(models.student.module.parameters(), start.parameters())]
 
     t = torch.full((4,), 1000.0, dtype=torch.float64)
-    noise, condition = draws.normal("input_noise", slots, teacher.shape), parts.encode_prompts(batch["prompts"])
-    fake = diff_augment(decode(noise - start(noise, t, condition)), draws, slots, "fake")
-    real, reference = diff_augment(batch["pixel_values"], draws, slots, "real"), [batch["pixel_values"]]
+    noise, condition = rng.normal("input_noise", sample_indices, teacher.shape), models.encode_prompts(batch["prompts"])
+    fake = diff_augment(decode(noise - start(noise, t, condition)), rng, sample_indices, "fake")
+    real, reference = diff_augment(batch["pixel_values"], rng, sample_indices, "real"), [batch["pixel_values"]]
 
     (logits,) = critic(([fake],), reference, text)
     adversarial = -2.0 * (omega(t) * logits.mean(1)).mean()
@@ -268,9 +268,9 @@ def test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_eac
     moved = {"student": [], "fake_score": []}
     before = {}
 
-    def watch(iteration, parts, values):
+    def watch(iteration, models, values):
         for name in moved:
-            slope = getattr(parts, name).module.slope.detach().clone()
+            slope = getattr(models, name).module.slope.detach().clone()
             moved[name].append(not torch.equal(before.get(name, torch.full_like(slope, 0.2)), slope))
             before[name] = slope
 
@@ -281,17 +281,17 @@ def test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_eac
 def test_without_simulation_real_latents_are_noised_to_an_anchor_per_sample():
     teacher = gaussian_teacher("epsilon", anchors=4)
     args = make_args(train_batch_size=40, backward_simulation_prob=0.0)
-    parts, batch, asked = make_parts(args, teacher, Affine(teacher)), make_batch(args, teacher, 0), []
-    predict = parts.predict
+    models, batch, asked = make_parts(args, teacher, Affine(teacher)), make_batch(args, teacher, 0), []
+    predict = models.predict
 
     def recording(role, x_t, t, *rest, **kwargs):
         asked.append((role.name, x_t, t))
         return predict(role, x_t, t, *rest, **kwargs)
 
-    parts.predict = recording
-    train_iteration(0, [batch], parts, teacher.schedule, args, "cpu")
+    models.predict = recording
+    train_iteration(0, [batch], models, teacher.schedule, args, "cpu")
     name, x_t, t = asked[0]
-    noise = Draws(0, 0).normal("input_noise", range(40), teacher.shape)
+    noise = StatelessRNG(0, 0).normal("input_noise", range(40), teacher.shape)
     assert name == "student" and set(t.tolist()) == set(ANCHORS["epsilon"])
     expected = teacher.schedule.add_noise(batch["pixel_values"], noise, t)
     expected[t == 999] = noise[t == 999]  # where the sampler starts from pure noise, though abar is not 0
@@ -312,8 +312,8 @@ def test_four_steps_come_near_the_mixture(family):
     network = start_from(teacher)
     ruler = Ruler(teacher, network)
     assert ruler.start["distance"] > 20 * ruler.floor["distance"]
-    parts = distil(make_args(isg_weight=0.5, max_train_steps=700), teacher, network)
-    found = ruler(parts.student.module)
+    models = distil(make_args(isg_weight=0.5, max_train_steps=700), teacher, network)
+    found = ruler(models.student.module)
     assert found["closed"] > 0.8
     assert found["weights"].min() > 0.7 and found["weights"].max() < 1.35
     assert abs(found["spread"] / teacher.spread - 1) < 0.2

@@ -12,10 +12,10 @@ import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
-import senseflow_checkpoints
-import senseflow_hub
+from senseflow.training import checkpoints
+from senseflow.models import hub as hub_module
 import train_senseflow_flux as script
-from scripts import (
+from helpers import (
     ROOT,
     assert_guided_where_asked,
     assert_same,
@@ -24,16 +24,16 @@ from scripts import (
     launch,
     logged,
     missing,
-    picture_of,
+    image_of,
     refused,
     resume_is_the_same_run,
     run_card,
     states,
-    the_cards_call_is_infers_picture,
+    the_cards_call_is_infers_image,
     without,
     without_gan,
 )
-from senseflow_args import UserError
+from senseflow.arguments import UserError
 from stock_call import assert_called_as_stock
 from tiny_pipelines import write_discriminator, write_flux
 
@@ -74,14 +74,14 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     images = events.Tags()["images"]
     assert {"validation/teacher", "validation/student"} <= set(images) and any(name.startswith("panel/") for name in images)
 
-    # The pipeline: a fresh process, the stock call of the card, the levels of training, the picture of infer.py.
+    # The pipeline: a fresh process, the stock call of the card, the levels of training, the image of infer.py.
     record = json.loads((whole / "senseflow.json").read_text())
     assert record["num_inference_steps"] == 4 and record["iteration"] == 4 and record["sampler"] == "stochastic"
-    the_cards_call_is_infers_picture(whole, "sigmas", tmp_path)
+    the_cards_call_is_infers_image(whole, "sigmas", tmp_path)
 
     # A checkpoint is usable as it stands, and the student in it is the one that was exported.
     FluxTransformer2DModel.from_pretrained(whole / "checkpoint-4", subfolder="transformer")
-    assert_same_image(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
+    assert_same_image(image_of(whole / "checkpoint-4", tmp_path / "c"), image_of(whole, tmp_path / "images"))
 
     # Stored state that is of no use is refused.
     write_discriminator(tmp_path / "vision", seed=1)
@@ -104,7 +104,7 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     with pytest.raises(UserError, match="--resume_from_checkpoint") as error:
         script.main([*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--max_train_steps", "6"])
     assert error.value.exit_code == 1
-    monkeypatch.setattr(senseflow_checkpoints.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10))
     with pytest.raises(UserError, match="GiB are free"):
         script.main([*flags, "--output_dir", str(tmp_path / "full")])
 
@@ -129,15 +129,15 @@ def unpacked(latents: torch.Tensor) -> torch.Tensor:
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build, without_embedder):
     run = build()
-    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call | {"guidance_scale": 3.5}, 3.5, unpacked)
-    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, 1.0, unpacked)
+    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call | {"guidance_scale": 3.5}, 3.5, unpacked)
+    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call, 1.0, unpacked)
     run = build(*without_embedder)
     guided = {"true_cfg_scale": 4.0, "negative_prompt": ""}
-    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call | guided, 4.0, unpacked)
-    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, None, unpacked)
+    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call | guided, 4.0, unpacked)
+    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call, None, unpacked)
     run.schedule.anchors -= 1
     with pytest.raises(AssertionError):
-        assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, None, unpacked)
+        assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call, None, unpacked)
 
 
 def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(build, without_embedder):
@@ -319,10 +319,10 @@ def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
 
     for name in ("logs", "logs.old", "checkpoint-2", "checkpoint-2.incomplete", "vae"):
         folder(name)
-    made = senseflow_checkpoints.INCOMPLETE, senseflow_checkpoints.REPLACED
+    made = checkpoints.INCOMPLETE, checkpoints.REPLACED
     for name in (f"checkpoint-4{made[0]}", f"export{made[0]}", f"checkpoint-1{made[1]}", f"vae{made[1]}", f"transformer{made[1]}"):
         folder(name)
-    senseflow_checkpoints.clear_leftovers(str(tmp_path))
+    checkpoints.clear_leftovers(str(tmp_path))
     kept = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
     users = {name: name for name in ("logs", "logs.old", "checkpoint-2", "checkpoint-2.incomplete", "vae")}
     # The transformer had been moved aside and its successor never came; a checkpoint that was being removed does not come back.
@@ -331,9 +331,9 @@ def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
 
 def test_a_fingerprint_is_the_networks_and_not_its_precisions():
     network = torch.nn.Linear(4, 4)
-    print_ = senseflow_hub.fingerprint(network)
-    assert senseflow_hub.fingerprint(copy.deepcopy(network).bfloat16()) == print_
-    assert senseflow_hub.fingerprint(torch.nn.Linear(4, 4)) != print_
+    print_ = hub_module.fingerprint(network)
+    assert hub_module.fingerprint(copy.deepcopy(network).bfloat16()) == print_
+    assert hub_module.fingerprint(torch.nn.Linear(4, 4)) != print_
 
 
 def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch):

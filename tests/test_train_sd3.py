@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 import train_senseflow_sd3 as script
-from scripts import (
+from helpers import (
     assert_guided_where_asked,
     assert_same_image,
     assert_starts_as_the_teacher,
@@ -17,15 +17,15 @@ from scripts import (
     launch,
     logged,
     missing,
-    picture_of,
+    image_of,
     refused,
     resume_is_the_same_run,
     states,
-    the_cards_call_is_infers_picture,
+    the_cards_call_is_infers_image,
     without,
     without_gan,
 )
-from senseflow_utils import Draws
+from senseflow_utils import StatelessRNG
 from stock_call import assert_called_as_stock
 from tiny_pipelines import write_sd3
 
@@ -53,8 +53,8 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path):
     record = json.loads((whole / "senseflow.json").read_text())
     assert record["pipeline_call"]["guidance_scale"] == 1 and record["pipeline_call"]["max_sequence_length"] == 16
     np.testing.assert_allclose(record["sigmas"], [1, 0.9, 0.75, 0.5], atol=1e-6)
-    the_cards_call_is_infers_picture(whole, "sigmas", tmp_path)
-    assert_same_image(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
+    the_cards_call_is_infers_image(whole, "sigmas", tmp_path)
+    assert_same_image(image_of(whole / "checkpoint-4", tmp_path / "c"), image_of(whole, tmp_path / "images"))
     tags = logged(whole).Tags()
     assert {"isg_loss", "adversarial_loss", "dmd_loss", "discriminator_loss"} <= set(tags["scalars"])
     assert {"validation/teacher", "validation/student"} <= set(tags["images"])
@@ -72,7 +72,7 @@ def test_prompts_alone_euler_without_t5_a_warm_start_and_bf16(flags, tmp_path):
     script.main([*flags, "--output_dir", str(first), "--anchors", "1000", "700", "--sampler", "euler", "--preset", "large"])
     record = json.loads((first / "senseflow.json").read_text())
     np.testing.assert_allclose(record["timesteps"], [1000, 700], atol=1e-3)
-    assert record["sampler"] == "euler" and picture_of(first, tmp_path / "pictures").std() > 0
+    assert record["sampler"] == "euler" and image_of(first, tmp_path / "images").std() > 0
 
     # No step is taken: what a warm start gives comes out as it went in.
     start = ["--student_model_name_or_path", str(first), "--learning_rate", "0", "--learning_rate_fake", "1e-3"]
@@ -112,28 +112,28 @@ def build(flags, tmp_path):
 
 def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(flags, tmp_path):
     run = built(script, [*flags, "--output_dir", str(tmp_path), "--report_to", "none"])
-    parts, schedule = run.parts, run.schedule
+    models, schedule = run.models, run.schedule
     shifted = [3 * sigma / (1 + 2 * sigma) for sigma in (1, 0.75, 0.5, 0.25)]
     torch.testing.assert_close(schedule.anchors, 1000 * torch.tensor(shifted, dtype=torch.float64), atol=1e-3, rtol=0)
-    torch.testing.assert_close(parts.gan_weight_at(schedule.anchors), torch.tensor([0, 0.25, 0.5625, 0.81]), atol=2e-3, rtol=0)
+    torch.testing.assert_close(models.omega(schedule.anchors), torch.tensor([0, 0.25, 0.5625, 0.81]), atol=2e-3, rtol=0)
 
     # t_mid: every index in [i(t_next) + margin, i(t) - margin], ends included, seen as the table's level.
-    slots = list(range(4000))
+    sample_indices = list(range(4000))
     index = {anchor: number for anchor, number in zip(schedule.anchors.tolist(), script.ANCHOR_INDICES)} | {0.0: 0}
-    for t, t_next in zip(schedule.anchors, schedule.nexts):
-        drawn = schedule.draw_mid_timesteps(Draws(0, 0), slots, t.expand(4000), t_next.expand(4000), 50)
-        indices = schedule.index_of(drawn)
-        assert torch.equal(schedule.table[indices], drawn)
+    for t, t_next in zip(schedule.anchors, schedule.next_timesteps):
+        student_samples = schedule.draw_mid_timesteps(StatelessRNG(0, 0), sample_indices, t.expand(4000), t_next.expand(4000), 50)
+        indices = schedule.index_of(student_samples)
+        assert torch.equal(schedule.table[indices], student_samples)
         assert indices.min() == index[t_next.item()] + 50 and indices.max() == index[t.item()] - 50
-    drawn = schedule.index_of(schedule.draw_dmd_timesteps(Draws(0, 0), slots))
-    assert 20 <= drawn.min() < 25 and 975 < drawn.max() <= 980
+    student_samples = schedule.index_of(schedule.draw_dmd_timesteps(StatelessRNG(0, 0), sample_indices))
+    assert 20 <= student_samples.min() < 25 and 975 < student_samples.max() <= 980
 
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
     run = build()
-    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call | {"guidance_scale": 4.0}, scale=4.0)
-    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, scale=None)
-    assert_starts_as_the_teacher(run.parts)
+    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call | {"guidance_scale": 4.0}, scale=4.0)
+    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call, scale=None)
+    assert_starts_as_the_teacher(run.models)
 
 
 def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(build):

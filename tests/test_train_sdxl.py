@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
 import train_senseflow_sdxl as script
-from scripts import (
+from helpers import (
     assert_guided_where_asked,
     assert_same,
     assert_same_image,
@@ -18,18 +18,18 @@ from scripts import (
     launch,
     logged,
     missing,
-    picture_of,
+    image_of,
     refused,
     resume_is_the_same_run,
     run_card,
     states,
-    the_cards_call_is_infers_picture,
+    the_cards_call_is_infers_image,
     without,
 )
-from senseflow_args import UserError
-from senseflow_discriminator import LatentClassifier
-from senseflow_roles import Role
-from senseflow_utils import Draws
+from senseflow.arguments import UserError
+from senseflow.models.discriminator import LatentClassifier
+from senseflow.training.roles import Role
+from senseflow_utils import StatelessRNG
 from stock_call import assert_called_as_stock
 from tiny_pipelines import tiny_vae, write_sdxl
 
@@ -64,8 +64,8 @@ def test_each_method_resume_export_and_a_stock_call(method, flags, senseflow, tm
     whole = resume_is_the_same_run(script, flags, tmp_path, "--validation_prompts", "a red square", "--validation_steps", "2")
     record = json.loads((whole / "senseflow.json").read_text())
     assert record["timesteps"] == [999, 749, 499, 249] and "timesteps" not in record["pipeline_call"]
-    the_cards_call_is_infers_picture(whole, "timesteps", tmp_path)
-    assert_same_image(picture_of(whole / "checkpoint-4", tmp_path / "c"), picture_of(whole, tmp_path / "pictures"))
+    the_cards_call_is_infers_image(whole, "timesteps", tmp_path)
+    assert_same_image(image_of(whole / "checkpoint-4", tmp_path / "c"), image_of(whole, tmp_path / "images"))
     tags = logged(whole).Tags()
     own = {"senseflow": {"isg_loss", "discriminator_loss"}, "dmd2": {"classifier_loss"}}
     assert {"dmd_loss", "adversarial_loss", "real_logits", "fake_logits"} | own[method] <= set(tags["scalars"])
@@ -84,12 +84,12 @@ def test_latents_another_vae_other_levels_and_bf16(senseflow, lmdb_of_latents, t
     launch("train_senseflow_sdxl.py", arguments, precision="bf16")
     record = json.loads((out / "senseflow.json").read_text())
     assert record["pipeline_call"]["timesteps"] == [999, 600, 300]
-    the_cards_call_is_infers_picture(out, "timesteps", tmp_path)
+    the_cards_call_is_infers_image(out, "timesteps", tmp_path)
     saved = AutoencoderKL.from_pretrained(out, subfolder="vae")
     assert saved.config.scaling_factor == 0.2
     wanted = AutoencoderKL.from_pretrained(other).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in saved.state_dict().items())
-    assert_same_image(picture_of(out / "checkpoint-4", tmp_path / "c"), picture_of(out, tmp_path / "pictures"))
+    assert_same_image(image_of(out / "checkpoint-4", tmp_path / "c"), image_of(out, tmp_path / "images"))
     with pytest.raises(UserError, match="made with another vae"):
         script.main([*flags, "--output_dir", str(out), "--resume_from_checkpoint", "latest"])
 
@@ -126,9 +126,9 @@ def build(flags, tmp_path):
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
     run = build("--gan_weight", "0")
-    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call | {"guidance_scale": 8.0}, scale=8.0)
-    assert_called_as_stock(run.parts, run.schedule, run.pipeline, run.call, scale=None)
-    assert_starts_as_the_teacher(run.parts)
+    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call | {"guidance_scale": 8.0}, scale=8.0)
+    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call, scale=None)
+    assert_starts_as_the_teacher(run.models)
 
 
 def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(build):
@@ -137,14 +137,14 @@ def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(bu
 
 def test_the_discriminators_weight_is_the_roots_of_abar(senseflow, tmp_path):
     run = built(script, [*senseflow, "--output_dir", str(tmp_path), "--report_to", "none"])
-    omega = run.parts.gan_weight_at(run.schedule.anchors)
+    omega = run.models.omega(run.schedule.anchors)
     torch.testing.assert_close(omega, torch.tensor([0.068, 0.238, 0.527, 0.822]), atol=1e-3, rtol=0)
 
 
 def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn_only(build, monkeypatch):
     run = build("--ttur_ratio", "1", "--gradient_accumulation_steps", "1", "--classifier_weight", "1")
-    parts, args = run.parts, run.args
-    score = parts.fake_score.module
+    models, args = run.models, run.args
+    score = models.fake_score.module
     features, ran = [], {"up": 0, "mid": 0}
 
     def watch(module, inputs, output):
@@ -155,10 +155,10 @@ def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn
     score.unet.up_blocks[0].register_forward_hook(lambda *_: ran.update(up=ran["up"] + 1))
 
     # The features are those of the UNet's own forward.
-    x_t, t = torch.randn(2, *parts.latent_shape), torch.tensor([700.0, 3.0])
+    x_t, t = torch.randn(2, *models.latent_shape), torch.tensor([700.0, 3.0])
     with torch.no_grad():
-        condition = parts.encode_prompts(["a red square", "blue"])
-        inputs = script.sdxl_inputs(parts.fake_score, x_t, t, condition)
+        condition = models.encode_prompts(["a red square", "blue"])
+        inputs = script.sdxl_inputs(models.fake_score, x_t, t, condition)
         score.unet(**inputs)
         torch.testing.assert_close(script.middle(score.unet, **inputs), features[0])
     assert ran == {"up": 1, "mid": 2}
@@ -179,19 +179,19 @@ def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn
     assert any(not torch.equal(a, b) for a, b in zip(head, score.classifier.parameters()))
 
 
-def test_the_classifier_is_shown_noised_latents_of_student_and_real_pictures(build):
+def test_the_classifier_is_shown_noised_latents_of_student_and_real_images(build):
     run = build("--ttur_ratio", "1", "--gradient_accumulation_steps", "1")
-    parts, schedule, args = run.parts, run.schedule, run.args
-    shown, classify = {}, parts.classify
+    models, schedule, args = run.models, run.schedule, run.args
+    shown, classify = {}, models.classify
 
-    def recording(role, x0, draws, slots, name, condition):
+    def recording(role, x0, rng, sample_indices, name, condition):
         shown[name] = x0.detach()
-        return classify(role, x0, draws, slots, name, condition)
+        return classify(role, x0, rng, sample_indices, name, condition)
 
-    parts.classify = recording
+    models.classify = recording
     (_, seen), (batch,) = run.step(0)
     with torch.no_grad():
-        real = parts.real_latents(batch, torch.arange(2), Draws(args.seed, 0))
+        real = models.real_latents(batch, torch.arange(2), StatelessRNG(args.seed, 0))
     torch.testing.assert_close(shown["real"], real)
     assert torch.equal(shown["student"], seen["student_x0"]) and torch.equal(shown["fake"], seen["student_x0"])
 
@@ -201,11 +201,11 @@ def test_the_classifier_is_shown_noised_latents_of_student_and_real_pictures(bui
         told.append((classify, inputs))
 
     role.dtype = torch.float32
-    draws = Draws(0, 5)
-    script.classify(schedule, role, real, draws, [0, 1], "real", (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.zeros(2, 6)))
+    rng = StatelessRNG(0, 5)
+    script.classify(schedule, role, real, rng, [0, 1], "real", (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.zeros(2, 6)))
     ((asked, inputs),) = told
-    t = draws.integers("real_classifier_timestep", [0, 1], 0, 999)
-    noise = draws.normal("real_classifier_noise", [0, 1], real.shape[1:])
+    t = rng.integers("real_classifier_timestep", [0, 1], 0, 999)
+    noise = rng.normal("real_classifier_noise", [0, 1], real.shape[1:])
     assert asked and inputs["timestep"].tolist() == t.tolist()
     torch.testing.assert_close(inputs["sample"], schedule.add_noise(real, noise, t))
 

@@ -43,7 +43,7 @@ from transformers import (
 WORDS = (
     "a an the of on in at and with under over near two three red green blue yellow orange purple pink brown grey black white "
     "dark light small large big old new square circle triangle star ring cat dog bird horse car tree house flower mountain "
-    "river city sky sea man woman child photo painting picture left right above below number"
+    "river city sky sea man woman child photo painting image left right above below number"
 ).split()
 T5_CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 WIDTH = 32
@@ -61,13 +61,13 @@ def clip_tokenizer() -> CLIPTokenizer:
     tokens += byte_letters() + [f"{letter}</w>" for letter in byte_letters()]
     merges = []
     for word in WORDS:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:  # from the left, so that words share their beginnings
-            if (parts[0], parts[1]) not in merges:
-                merges.append((parts[0], parts[1]))
-            parts = [parts[0] + parts[1], *parts[2:]]
-            if parts[0] not in tokens:
-                tokens.append(parts[0])
+        models = [*word[:-1], f"{word[-1]}</w>"]
+        while len(models) > 1:  # from the left, so that words share their beginnings
+            if (models[0], models[1]) not in merges:
+                merges.append((models[0], models[1]))
+            models = [models[0] + models[1], *models[2:]]
+            if models[0] not in tokens:
+                tokens.append(models[0])
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
@@ -94,7 +94,7 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 
 def vivid(module: torch.nn.Module) -> torch.nn.Module:
-    """Larger weights than at initialisation, so that outputs depend visibly on every input."""
+    """Larger weights than at initialization, so that outputs depend visibly on every input."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -1,0 +1,415 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""The vision-foundation-model discriminator of SenseFlow (section 3.4), after StyleGAN-T and ADD.
+
+Three parts, of which only the last learns:
+
+    VisionFeatures    images -> maps of a frozen DINOv2, one per chosen depth
+    TextFeatures      prompts -> embedding of a frozen CLIP text encoder
+    Discriminator     a head per map: features of a image, given those of a reference image and the text -> logits
+
+and DiffAugment, on what is judged, never on the reference.
+"""
+
+import math
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Optional, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, Dinov2Model
+
+from senseflow.arguments import UserError
+from senseflow.models.hub import UNREADABLE, from_hub, hub_error, hub_reason, loading_model, refuse_file, variants_of
+from senseflow_utils import StatelessRNG
+
+
+LAYERS_OF_24 = (2, 5, 8, 10, 14, 19, 23)
+CONDITION_CHANNELS = 64
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen networks
+# ---------------------------------------------------------------------------------------------------------------------
+def default_layers(blocks: int) -> list[int]:
+    """The blocks of a backbone whose output is looked at: those of the release for 24 blocks, the same depths of any other."""
+    return sorted({max(0, round((layer + 1) / 24 * blocks) - 1) for layer in LAYERS_OF_24})
+
+
+def check_discriminator_args(args) -> None:
+    """Looks at the configurations alone, no weights.
+
+    Raises:
+        UserError: exit code 2; a backbone or text encoder that is not there or of another kind, layers that it does not have.
+    """
+    _config("--discriminator_text_encoder", args.discriminator_text_encoder, "CLIP", ("clip", "clip_text_model"))
+    path, layers = args.discriminator_backbone, args.discriminator_layers
+    config = _config("--discriminator_backbone", path, "DINOv2", ("dinov2",))
+    name = "resolution" if args.discriminator_resolution is None else "discriminator_resolution"
+    if getattr(args, name) < config.patch_size:
+        raise UserError(f"--{name} {getattr(args, name)}: below the patch size {config.patch_size} of {path}", exit_code=2)
+    if getattr(args, name) > args.resolution:
+        fix = "lower it, or drop it to look at images as they are"
+        raise UserError(f"--{name} {getattr(args, name)}: above --resolution {args.resolution}: {fix}", exit_code=2)
+    if layers is not None and (layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers):
+        shown = " ".join(map(str, layers))
+        last = config.num_hidden_layers - 1
+        message = f"--discriminator_layers {shown}: must increase and lie in 0..{last}, the blocks of {path}"
+        raise UserError(message, exit_code=2)
+
+
+def _config(flag: str, path: str, kind: str, model_types: Sequence[str]):
+    refuse_file(flag, path, "config.json")
+    try:
+        config = from_hub(AutoConfig.from_pretrained, path)
+    except UNREADABLE as error:
+        reason = f"no such folder, and {hub_reason(error)}" if hub_error(error) else f"no readable config.json; give a {kind}"
+        raise UserError(f"{flag} {path}: {reason}", exit_code=2) from error
+    if config.model_type not in model_types:
+        raise UserError(f"{flag} {path}: is a {config.model_type}, give a {kind}", exit_code=2)
+    if None not in (variants_of(path, None) or {None}):
+        raise UserError(f"{flag} {path}: its weights have a variant in their names; rename them without it", exit_code=2)
+    return config
+
+
+def _refuse_missing(info: dict) -> None:
+    """The libraries fill missing weights with random numbers and only warn; ValueError here."""
+    missing = sorted(set(info["missing_keys"]) - {"embeddings.mask_token"})  # the mask token is for pretraining
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
+
+
+class _Frozen(nn.Module):
+    """A network that stays in eval mode; its owner clears requires_grad once the weights are there."""
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+
+class VisionFeatures(_Frozen):
+    """Maps of a frozen DINOv2, in eval mode whatever `train` says.
+
+    Weights and the residual stream are float32, whatever the precision of the blocks' matrix products (release).
+
+    Args:
+        path: folder or Hub id.
+        layers: increasing block numbers; None for `default_layers`. Blocks above the last are dropped.
+        dtype: of the autocast that it runs under; none for float32.
+        gradient_checkpointing: recompute the blocks in the backward.
+        resolution: the side, in pixels, to which images are scaled; None: they are looked at as they are.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        layers: Optional[Sequence[int]] = None,
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+        resolution: Optional[int] = None,
+    ):
+        super().__init__()
+        self.dtype, self.gradient_checkpointing, self.resolution = dtype, gradient_checkpointing, resolution
+        model, info = from_hub(Dinov2Model.from_pretrained, path, dtype=torch.float32, output_loading_info=True)
+        _refuse_missing(info)
+        self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
+        self.embeddings = model.embeddings
+        self.blocks = model.encoder.layer[: self.layers[-1] + 1]
+        self.channels, self.num_maps = model.config.hidden_size, len(self.layers) + 1
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Maps (B, C, h, w), float32, after the embedding and after each chosen block, without the final norm.
+
+        Each is the patch tokens plus the CLS token. h and w are height and width over the patch size, rounded down.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], at least a patch high and wide; gradient flows back to them.
+        """
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            images = images.float()
+            if self.resolution not in (None, images.shape[-1]):
+                images = F.interpolate(images, size=(self.resolution,) * 2, mode="bilinear", antialias=True)
+            images = ((images + 1) / 2 - self.mean) / self.std
+            patches = self.embeddings.patch_embeddings.projection(images)
+            batch, channels, height, width = patches.shape
+            tokens = patches.flatten(2).transpose(1, 2) + self._positions(height, width)
+            cls = self.embeddings.cls_token + self.embeddings.position_embeddings[:, :1]
+            states = torch.cat([cls.expand(batch, -1, -1), tokens], 1)
+            maps = [states]
+            for number, block in enumerate(self.blocks):
+                states = self._run(block, states)
+                if number in self.layers:
+                    maps.append(states)
+        return [(m[:, 1:] + m[:, :1]).transpose(1, 2).reshape(batch, channels, height, width) for m in maps]
+
+    def _run(self, block: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and states.requires_grad:
+            return checkpoint(block, states, use_reentrant=False, preserve_rng_state=False)  # in eval mode it draws nothing
+        return block(states)
+
+    def _positions(self, height: int, width: int) -> torch.Tensor:
+        # The release interpolates bilinearly, transformers' own code bicubically.
+        positions = self.embeddings.position_embeddings[:, 1:]
+        side = round(positions.shape[1] ** 0.5)
+        grid = positions.transpose(1, 2).reshape(1, -1, side, side)
+        if (height, width) != (side, side):
+            grid = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=False)
+        return grid.flatten(2).transpose(1, 2)
+
+
+class TextFeatures(_Frozen):
+    """The projected, L2-normalized text embedding of a frozen CLIP (folder or Hub id)."""
+
+    def __init__(self, path: str, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.tokenizer = from_hub(AutoTokenizer.from_pretrained, path)
+        self.model, info = from_hub(CLIPTextModelWithProjection.from_pretrained, path, dtype=dtype, output_loading_info=True)
+        _refuse_missing(info)
+        self.channels = self.model.config.projection_dim
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, prompts: list[str]) -> torch.Tensor:
+        """(B, T) float32, of unit length."""
+        length = self.model.config.max_position_embeddings
+        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = tokens.input_ids.to(self.model.device)
+        return F.normalize(self.model(ids).text_embeds.float(), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The heads
+# ---------------------------------------------------------------------------------------------------------------------
+class LocalBatchNorm(nn.Module):
+    """Batch norm over groups of at most `virtual_batch` neighboring samples; no running statistics (StyleGAN-T).
+
+    A group is the largest divisor of the batch that is not above `virtual_batch`; at batch 1 this is an instance norm.
+    """
+
+    def __init__(self, channels: int, virtual_batch: int = 8, eps: float = 1e-5):
+        super().__init__()
+        self.virtual_batch, self.eps = virtual_batch, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> the same."""
+        batch = x.shape[0]
+        size = max(d for d in range(1, min(batch, self.virtual_batch) + 1) if batch % d == 0)
+        groups = x.float().unflatten(0, (batch // size, size))
+        variance, mean = torch.var_mean(groups, dim=(1, 3, 4), keepdim=True, correction=0)
+        x = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(0, 1).to(x.dtype)
+        return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, padding_mode="circular")
+    return spectral_norm(conv, n_power_iterations=1, eps=1e-12)
+
+
+class Block(nn.Sequential):
+    """Spectral-norm convolution, local batch norm, LeakyReLU."""
+
+    def __init__(self, channels: int, kernel: int, virtual_batch: int):
+        super().__init__(_conv(channels, channels, kernel), LocalBatchNorm(channels, virtual_batch), nn.LeakyReLU(0.2))
+
+
+class Residual(Block):
+    """(f(x) + x) / sqrt(2) of a 3x3 block."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (super().forward(x) + x) / 2**0.5
+
+
+class Tower(nn.Sequential):
+    """Maps (B, C, h, w) to 64 channels at an eighth of their sides, rounded up.
+
+    Attributes:
+        gradient_checkpointing: keep the maps alone for the backward, and neither weights, normalized and cast, nor activations.
+    """
+
+    gradient_checkpointing = False
+
+    def __init__(self, channels: int, virtual_batch: int):
+        layers = [Block(channels, 1, virtual_batch)]
+        for stage in range(3):
+            layers.append(_conv(channels, channels, 3, stride=2))
+            if stage < 2:
+                layers.append(Residual(channels, 3, virtual_batch))
+        super().__init__(*layers, _conv(channels, CONDITION_CHANNELS, 1))
+
+    def forward(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
+        """Each of the maps, normalized by itself; weights are normalized once, when the tower runs.
+
+        Args:
+            one: 1, with gradient where the tower learns: FSDP2 frees a tower behind its backward only if an input takes gradient.
+        """
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._contexts}  # it draws nothing
+            return checkpoint(self._run, maps, one, **how)
+        return self._run(maps, one)
+
+    def _run(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
+        with parametrize.cached():
+            self._normalise_weights(one.device.type)
+            return [nn.Sequential.forward(self, features.float()) * one for features in maps]
+
+    def _normalise_weights(self, device_type: str) -> None:
+        """Power iteration and division of every convolution, in float32 under autocast too; kept by `parametrize.cached`."""
+        with torch.autocast(device_type, enabled=False):
+            for module in self.modules():
+                if parametrize.is_parametrized(module):
+                    _ = module.weight
+
+    def _contexts(self) -> tuple:
+        """Of the first run, and of that in the backward, which iterates no further and so finds the same norms."""
+        return nullcontext(), self._as_they_are()
+
+    @contextmanager
+    def _as_they_are(self):
+        norms = [module for module in self.modules() if hasattr(module, "_power_method")]
+        training = [norm.training for norm in norms]
+        for norm in norms:
+            norm.eval()
+        try:
+            yield
+        finally:
+            for norm, learns in zip(norms, training):
+                norm.train(learns)
+
+
+class TextMap(nn.Module):
+    """A linear map with weights N(0, 1), scaled by 1 / sqrt(inputs) when it runs, and no bias to start with."""
+
+    def __init__(self, inputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CONDITION_CHANNELS, inputs))
+        self.bias = nn.Parameter(torch.zeros(CONDITION_CHANNELS))
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return F.linear(text, self.weight / self.weight.shape[1] ** 0.5, self.bias)
+
+
+class Discriminator(nn.Module):
+    """A head per feature map: logits = sum over 64 of cls(features) * (cmap(text) + refmap(reference)) / 8.
+
+    Args:
+        channels: of the maps, and of the heads inside.
+        num_maps: number of heads.
+        text_channels: of the text embedding.
+        virtual_batch: of the local batch norm.
+    """
+
+    _no_split_modules = ("Tower",)  # what is sharded, and gathered, one by one
+
+    def __init__(self, channels: int, num_maps: int, text_channels: int, virtual_batch: int = 8):
+        super().__init__()
+        self.cls = nn.ModuleList(Tower(channels, virtual_batch) for _ in range(num_maps))
+        self.refmap = nn.ModuleList(Tower(channels, virtual_batch) for _ in range(num_maps))
+        self.cmap = nn.ModuleList(TextMap(text_channels) for _ in range(num_maps))
+
+    def forward(
+        self, images: Sequence[Sequence[torch.Tensor]], reference: Sequence[torch.Tensor], text: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits (B, L), float32, of each of `images`; what depends on reference and text alone is computed once.
+
+        Args:
+            images: feature lists of `VisionFeatures`, such as (real, fake); each is normalized by itself. Carry gradient.
+            reference: feature list of the images that the prompts belong to, not augmented.
+            text: (B, T) of `TextFeatures`.
+        """
+        logits = [[] for _ in images]
+        one = torch.ones((), device=text.device, requires_grad=self.training and torch.is_grad_enabled())
+        for head, (cls, refmap, cmap) in enumerate(zip(self.cls, self.refmap, self.cmap)):
+            condition = cmap(text)[:, :, None, None] + refmap(reference[head : head + 1], one)[0]
+            for own, features in zip(logits, cls([features[head] for features in images], one)):
+                scores = (features * condition).float().sum(1) / CONDITION_CHANNELS**0.5
+                own.append(scores.flatten(1))
+        return tuple(torch.cat(own, 1) for own in logits)
+
+
+class LatentClassifier(nn.Sequential):
+    """DMD2's classifier: features (B, C, size, size) of a network's middle -> one logit (B,) a sample; any C and size.
+
+    Convolutions of stride 2 halve the map down to at most 4, one more takes what is left to 1 x 1, then a linear map. At 32, as
+    SDXL has it at 1024 px, these are the four convolutions of kernel 4 of the release. GroupNorm has its 32 groups where each
+    holds 8 channels or more; fewer for narrower networks, which it would silence on a 1 x 1 map.
+    """
+
+    def __init__(self, channels: int, size: int):
+        layers = []
+        while size > 4:
+            layers.append(nn.Conv2d(channels, channels, 4, stride=2, padding=1))
+            size //= 2
+        layers.append(nn.Conv2d(channels, channels, size))
+        norm = partial(nn.GroupNorm, math.gcd(32, max(1, channels // 8)), channels)
+        blocks = [part for layer in layers for part in (layer, norm(), nn.SiLU())]
+        super().__init__(*blocks, nn.Conv2d(channels, 1, 1), nn.Flatten(0))
+
+
+def load_discriminator(args, runtime) -> tuple:
+    """The VFM discriminator and what it looks and reads through; only its heads learn."""
+    with loading_model("--discriminator_backbone", args.discriminator_backbone):
+        how = {"dtype": runtime.weight_dtype, "gradient_checkpointing": args.gradient_checkpointing}
+        how["resolution"] = args.discriminator_resolution
+        vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, **how).to(runtime.device)
+    with loading_model("--discriminator_text_encoder", args.discriminator_text_encoder):
+        text = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)
+    heads = Discriminator(vision.channels, vision.num_maps, text.channels)
+    for tower in (*heads.cls, *heads.refmap):
+        tower.gradient_checkpointing = args.gradient_checkpointing
+    return runtime.trained_role("discriminator", heads, args.learning_rate_disc, half=False), vision, text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiffAugment (Zhao et al., 2020)
+# ---------------------------------------------------------------------------------------------------------------------
+def diff_augment(images: torch.Tensor, rng: StatelessRNG, sample_indices: Sequence[int], name: str) -> torch.Tensor:
+    """Brightness, saturation, contrast, translation, cutout; per sample, differentiable, not clamped.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        name: prefix of the draws, so that real and student's images are augmented independently.
+    """
+
+    def uniform(what: str, low: float, high: float) -> torch.Tensor:
+        return rng.uniform(f"{name}_{what}", sample_indices, low, high).view(-1, 1, 1, 1)
+
+    x = images + uniform("brightness", -0.5, 0.5)
+    mean = x.mean(1, keepdim=True)
+    x = mean + (x - mean) * uniform("saturation", 0, 2)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * uniform("contrast", 0.5, 1.5)
+    return _cutout(_translate(x, rng, sample_indices, name), rng, sample_indices, name)
+
+
+def _translate(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str, ratio: float = 0.125) -> torch.Tensor:
+    """Shifts by up to `ratio` of each side; what comes in is 0."""
+    indices = []
+    for axis, size in (("y", x.shape[2]), ("x", x.shape[3])):
+        reach = int(size * ratio + 0.5)
+        shift = rng.integers(f"{name}_translate_{axis}", sample_indices, -reach, reach)
+        # The image is padded by one pixel of zeros, in which everything beyond its border is looked up.
+        indices.append((torch.arange(1, size + 1, device=x.device) - shift[:, None]).clamp(0, size + 1))
+    rows, columns = indices
+    samples = torch.arange(len(x), device=x.device)[:, None, None]
+    return F.pad(x, [1, 1, 1, 1]).permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _cutout(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str, ratio: float = 0.2) -> torch.Tensor:
+    """Zeroes a rectangle of `ratio` of each side, around a center anywhere in the image."""
+    inside = []
+    for axis, size in (("y", x.shape[2]), ("x", x.shape[3])):
+        side = int(size * ratio + 0.5)
+        first = rng.integers(f"{name}_cutout_{axis}", sample_indices, 0, size - side % 2) - side // 2
+        positions = torch.arange(size, device=x.device)
+        inside.append((positions >= first[:, None]) & (positions < first[:, None] + side))
+    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return x * ~hole

@@ -1,0 +1,210 @@
+"""What the tests of the three scripts have in common: launching one, reading its checkpoints, drawing with its pipeline."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Optional
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import infer
+from senseflow import arguments
+from senseflow.data.sources import make_dataloader
+from senseflow.training.runtime import Runtime
+from senseflow_utils import Guidance
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def states(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every network and optimizer of a checkpoint."""
+    tensors = {}
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        tensors |= {f"{file.parent.name}/{name}": tensor for name, tensor in load_file(file).items()}
+    for file in sorted(checkpoint.glob("*_optimizer-*.pt")):
+        state = torch.load(file, weights_only=True)
+        tensors[f"{file.stem}/steps"] = torch.tensor(state["steps"])
+        for index, moments in state["state"].items():
+            tensors |= {f"{file.stem}/{index}/{name}": tensor for name, tensor in moments.items()}
+    return tensors
+
+
+def assert_same(a: dict, b: dict, **tolerance) -> None:
+    assert a.keys() == b.keys() and len(a) > 100
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], msg=name, **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+def assert_same_image(a: np.ndarray, b: np.ndarray) -> None:
+    """To 1 of 255: another path, batch or thread, or another place in memory, may round a matrix product otherwise."""
+    assert a.shape == b.shape
+    largest = np.abs(a.astype(int) - b.astype(int)).max()
+    assert largest <= 1, f"images differ by up to {largest} of 255"
+
+
+def start(script, arguments, processes: int = 1, precision: str = "no", mode: str = "", *more: str) -> subprocess.Popen:
+    """Launches a script as a user does, under a mode's file of accelerate_configs/, or a file of one's own (its path without
+    .yaml); `more` are flags of `accelerate launch`."""
+    config = ROOT / "accelerate_configs" / f"{mode or ('single' if processes == 1 else 'ddp')}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", str(processes), "--mixed_precision", precision]
+    command += ["--main_process_port", "0", *more, str(ROOT / script), *arguments]  # any free port
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=environment, start_new_session=True)
+
+
+def launch(*args, **kwargs) -> str:
+    """A script as a user launches it (see `start`), to its end; what it says on stderr."""
+    process = start(*args, **kwargs)
+    _, said = process.communicate()
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def resume_is_the_same_run(script, flags, folder: Path, *validation) -> Path:
+    """4 iterations at once, and 2, resume, 2: the same in all tensors. Returns the output folder of the whole run."""
+    whole, halves = folder / "whole", folder / "halves"
+    script.main([*flags, *validation, "--output_dir", str(whole)])
+    script.main([*flags, "--output_dir", str(halves), "--max_train_steps", "2"])
+    script.main([*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"])
+    end = states(whole / "checkpoint-4")
+    assert_same(end, states(halves / "checkpoint-4"))
+    assert any(not torch.equal(tensor, states(whole / "checkpoint-2")[name]) for name, tensor in end.items())
+    return whole
+
+
+def the_cards_call_is_infers_image(model: Path, levels: str, folder: Path, fresh: bool = True) -> None:
+    """The card's few lines, in a fresh process or in this one, visit the record's levels and draw what infer.py draws.
+
+    Args:
+        levels: "sigmas" or "timesteps": what of the scheduler is compared with senseflow.json.
+    """
+    record = json.loads((model / "senseflow.json").read_text())
+    code = (model / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(model))
+    code = code.replace('"a prompt"', '"a red square"').replace(").images", ", generator=g, output_type='np').images")
+    bind = "pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, generator=g)\nimage ="
+    if "XL" in code:
+        bind = "image ="  # this pipeline hands the generator on by itself
+    watch = (
+        "import torch, numpy, functools\ng = torch.Generator().manual_seed(3)\n"
+        + code.replace("image =", bind)
+        + f"\nnumpy.save({str(folder / 'stock.npy')!r}, image)\n"
+        + f"numpy.save({str(folder / 'levels.npy')!r}, pipeline.scheduler.{levels}.numpy())\n"
+    )
+    if fresh:
+        subprocess.run([sys.executable, "-c", watch], check=True, capture_output=True)
+    else:
+        exec(watch, {})
+    np.testing.assert_allclose(np.load(folder / "levels.npy")[: len(record[levels])], record[levels], atol=1e-6)
+    student_samples = image_of(model, folder / "images")
+    assert_same_image(student_samples, (np.load(folder / "stock.npy") * 255).round().astype("uint8"))
+    assert student_samples.std() > 0
+
+
+def run_card(model: Path) -> None:
+    """The model card's code as it is printed, in the precision of the export: it runs, and draws something."""
+    code = (model / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(model))
+    names: dict = {}
+    exec(code, names)
+    assert np.asarray(names["image"]).std() > 0
+
+
+def image_of(model: Path, folder: Path) -> np.ndarray:
+    """What infer.py draws with a model's own settings."""
+    infer.main(["--model", str(model), "--prompt", "a red square", "--seed", "3", "--output_dir", str(folder)])
+    return np.asarray(Image.open(folder / "0000.png"))
+
+
+def logged(output_dir: Path):
+    """The tensorboard events of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {file.parent for file in (output_dir / "logs").rglob("events*")} & set((output_dir / "logs").iterdir())
+    return EventAccumulator(str(folder)).Reload()
+
+
+def refused(script, arguments, code: int, needle: str, capsys) -> None:
+    """The script ends with this exit code and one line on stderr that holds `needle`."""
+    with pytest.raises(SystemExit) as stop:
+        arguments.run_script(lambda: script.main(arguments))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == code and len(lines) == 1 and needle in lines[0], lines
+
+
+def missing(monkeypatch, *packages: str) -> None:
+    """These packages are not installed, as far as checks of arguments can see."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None if name in packages else find(name))
+
+
+def without(flags: list[str], *names: str) -> list[str]:
+    """Flags without some and the values that follow them (any number)."""
+    kept, dropping = [], False
+    for part in flags:
+        dropping = part in names if part.startswith("--") else dropping
+        kept += [] if dropping else [part]
+    return kept
+
+
+def without_gan(flags: list[str]) -> list[str]:
+    """Flags without the adversarial term, and without what then has no use."""
+    return [*without(flags, "--discriminator_backbone", "--discriminator_text_encoder"), "--gan_weight", "0"]
+
+
+def built(script, arguments: list[str]) -> SimpleNamespace:
+    """What `main` makes of these arguments before its loop, with the pipeline's scheduler already that of the student.
+
+    Attributes:
+        args, schedule, call, runtime, parts, pipeline: the script's.
+        step: step(iteration) -> (what `train_iteration` returns, its batches).
+    """
+    args = script.parse_args(arguments)
+    rows = script.check_args(args)
+    schedule, scheduler, call = script.make_schedule(args, "cpu")
+    runtime = Runtime(args)
+    models, pipeline = script.load_parts(args, runtime, schedule)
+    pipeline.register_modules(scheduler=scheduler)
+    data = iter(make_dataloader(args, rows, 0, 1, 0, 0, lambda iteration: True))
+
+    def step(iteration):
+        batches = [next(data) for _ in range(args.gradient_accumulation_steps)]
+        return script.train_iteration(iteration, batches, models, schedule, args, "cpu"), batches
+
+    return SimpleNamespace(args=args, schedule=schedule, call=call, runtime=runtime, models=models, pipeline=pipeline, step=step)
+
+
+@torch.no_grad()
+def assert_starts_as_the_teacher(models, guidance: Optional[Guidance] = None) -> None:
+    """Student and fake score, which are never guided, say what the teacher says at this guidance."""
+    x_t, t = torch.randn(2, *models.latent_shape), torch.tensor([900.0, 500.0])
+    condition = models.encode_prompts(("a red square", "blue"))
+    teacher = models.predict(models.teacher, x_t, t, condition, guidance).x0
+    for role in (models.student, models.fake_score):
+        torch.testing.assert_close(models.predict(role, x_t, t, condition).x0, teacher, atol=2e-5, rtol=1e-5)
+
+
+def assert_guided_where_asked(build) -> None:
+    """The teacher's forwards of a student's turn, in L_DMD and then in L_ISG: twice the batch where that loss guides, and there
+    alone. `build(*flags) -> built(...)` of a script, whose teacher has no guidance embedder."""
+    one_student_turn = ("--ttur_ratio", "1", "--gradient_accumulation_steps", "1", "--isg_weight", "1")
+    for dmd, isg in (("1", "4"), ("4", "1"), ("1", "1")):
+        run = build(*one_student_turn, "--dmd_guidance_scale", dmd, "--isg_guidance_scale", isg)
+        outputs: list[tuple] = []
+        run.models.teacher.module.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output))
+        run.step(0)
+        assert [len(output[0]) for output in outputs] == [
+            run.args.train_batch_size * (2 if float(scale) > 1 else 1) for scale in (dmd, isg)
+        ]

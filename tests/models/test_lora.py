@@ -1,0 +1,552 @@
+"""--rank in the three scripts on tiny pipelines: one frozen base under teacher, student and fake score, and their adapters."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import infer
+import train_senseflow_flux
+import train_senseflow_sd3
+import train_senseflow_sdxl
+from helpers import (
+    assert_same,
+    assert_same_image,
+    built,
+    launch,
+    missing,
+    image_of,
+    refused,
+    resume_is_the_same_run,
+    states,
+    the_cards_call_is_infers_image,
+    without,
+)
+from senseflow.arguments import UserError
+from senseflow.models.lora import FILE
+from senseflow.inference import find_model, load_model_pipeline
+from senseflow.models.quantization import quantization_states
+from senseflow.training.roles import LaunchConfig, Role
+from senseflow_utils import Guidance
+from tiny_pipelines import cache_repository, write_sd3, write_sdxl
+
+
+SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
+NETWORK = {"flux": "transformer", "sd3": "transformer", "sdxl": "unet"}
+QUANTIZED = ["flux 4bit", "sd3 8bit", "sdxl 4bit", "sdxl 8bit"]
+
+
+@pytest.fixture(scope="module")
+def teachers(teacher, tmp_path_factory):
+    """{script: a tiny pipeline}."""
+    found = {"flux": teacher}
+    for name, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
+        found[name] = tmp_path_factory.mktemp(name)
+        write(found[name])
+    return found
+
+
+@pytest.fixture
+def flags(teachers, data, vision, tmp_path):
+    """flags(name, *more) -> arguments of a script with adapters; without `gan=True` the discriminator is off.
+
+    A name may be followed by what the base is quantized to: "flux 4bit".
+    """
+
+    def make(name, *more, gan=False):
+        name, _, quantization = name.partition(" ")
+        more += ("--base_quantization", quantization) if quantization else ()
+        seen = ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+        return [
+            *("--pretrained_model_name_or_path", str(teachers[name]), "--dataset_json", str(data), "--resolution", "64"),
+            *("--rank", "4", "--report_to", "none"),
+            *("--train_batch_size", "2", "--ttur_ratio", "1", "--learning_rate", "1e-3", "--ida_decay", "0.5"),
+            *("--output_dir", str(tmp_path / "out"), "--export_dtype", "fp32"),
+            *(["--max_sequence_length", "16"] if name != "sdxl" else []),
+            *(["--lr_warmup_steps", "0"] if name == "flux" else []),
+            *(seen if gan else ["--gan_weight", "0"]),
+            *more,
+        ]
+
+    return make
+
+
+def own_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a network by the names that they have without adapters; those of adapters are left out."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors if ".lora_" not in name}
+
+
+@torch.no_grad()
+def outputs(run) -> list[torch.Tensor]:
+    """What teacher, student and fake score say; the teacher at the students' guidance where it has an embedder."""
+    models, t = run.models, torch.tensor([900.0, 500.0])
+    x_t = torch.randn(2, *models.latent_shape, generator=torch.Generator().manual_seed(0))
+    condition = models.encode_prompts(("a red square", "blue"))
+    embedded = models.teacher.module.config.get("guidance_embeds")
+    guidance = Guidance(torch.full((2,), run.args.student_guidance_scale), True) if embedded else None
+    teacher = models.predict(models.teacher, x_t, t, condition, guidance).output
+    return [teacher, *(models.predict(role, x_t, t, condition).output for role in (models.student, models.fake_score))]
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, *QUANTIZED])
+def test_three_roles_are_one_base_and_two_adapters(name, flags):
+    run = built(SCRIPTS[name.split()[0]], flags(name, gan=True))
+    models, base = run.models, own_of(run.models.teacher.module)
+    quantized = [key for key, tensor in base.items() if tensor.dtype in (torch.uint8, torch.int8)]
+    assert len(quantized) == (sum(isinstance(m, torch.nn.Linear) for m in models.teacher.module.modules()) if " " in name else 0)
+    start = {key: tensor.clone() for key, tensor in base.items()}
+
+    def assert_one_base():
+        for role in (models.student, models.fake_score):
+            own = own_of(role.module)
+            assert own.keys() == base.keys() and all(own[key] is base[key] for key in base)
+            states = zip(quantization_states(role.module), quantization_states(models.teacher.module), strict=True)
+            assert all(state is other for state, other in states)
+
+    assert_one_base()
+    students, fakes = models.student.parameters, models.fake_score.parameters
+    assert students.keys() == fakes.keys() and len(students) > 20 and all(".lora_" in key for key in students)
+    assert sum(key.endswith("lora_A.default.weight") and tensor.abs().sum() > 0 for key, tensor in students.items()) > 10
+    assert all(torch.equal(students[key], fakes[key]) and students[key] is not fakes[key] for key in students)
+    teacher, student, fake = outputs(run)
+    assert torch.equal(teacher, student) and torch.equal(teacher, fake) and teacher.std() > 0
+    for iteration in range(2):
+        run.step(iteration)
+    assert_one_base()
+    assert (len(quantization_states(models.teacher.module)) > 10) == (" " in name)
+    assert all(torch.equal(base[key], start[key]) for key in base)
+    again, student, fake = outputs(run)
+    assert torch.equal(again, teacher)
+    assert len({tensor.sum().item() for tensor in (teacher, student, fake)}) == 3
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "flux 4bit", "sdxl 8bit"])
+def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_not_change_it(name, flags, monkeypatch):
+    backward, touched, gradients = Role.backward, [], []
+
+    def watched(role, loss):
+        roles = {key: getattr(run.models, key) for key in ("teacher", "student", "fake_score", "discriminator")}
+        assert all(parameter.grad is None for other in roles.values() for parameter in other.module.parameters())
+        backward(role, loss)
+        reached = {key: {n for n, p in other.module.named_parameters() if p.grad is not None} for key, other in roles.items()}
+        touched.append((role.name, {key for key, names in reached.items() if names}))
+        assert reached[role.name] == set(role.parameters)
+        gradients[-1] |= {f"{role.name}/{key}": parameter.grad.clone() for key, parameter in role.parameters.items()}
+        if role.name != "fake_score":  # they step at the end: what is seen next must be the next one's
+            held.append([(parameter, parameter.grad) for parameter in role.parameters.values()])
+            for parameter in role.parameters.values():
+                parameter.grad = None
+
+    step = Role.step
+
+    def stepped(role):
+        for parameter, gradient in held.pop(0) if role.name != "fake_score" else ():
+            parameter.grad = gradient
+        return step(role)
+
+    monkeypatch.setattr(Role, "backward", watched)
+    monkeypatch.setattr(Role, "step", stepped)
+    for more in ((), ("--gradient_checkpointing",)):
+        held = []
+        gradients.append({})
+        run = built(SCRIPTS[name.split()[0]], flags(name, "--isg_weight", "1", *more, gan=True))
+        for role in (run.models.student, run.models.fake_score):  # the gradient of A is zero as long as B is
+            for key, parameter in role.parameters.items():
+                parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key)))
+        run.step(0)
+    assert touched == [(role, {role}) for role in ("student", "discriminator", "fake_score")] * 2
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys()
+    for key in plain:
+        torch.testing.assert_close(plain[key], checkpointed[key], rtol=1e-5, atol=1e-7, msg=key)
+    assert sum(gradient.abs().sum() > 0 for gradient in plain.values()) > 40
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_in_bfloat16_adapters_are_float32_and_the_teacher_computes_as_its_twins(name, flags, bfloat16):
+    run = built(SCRIPTS[name], flags(name, *bfloat16))
+    models = run.models
+    assert {tensor.dtype for tensor in own_of(models.student.module).values()} == {torch.bfloat16}
+    for role in (models.student, models.fake_score):
+        assert {parameter.dtype for parameter in role.parameters.values()} == {torch.float32}
+    under_autocast = []
+    for role in (models.teacher, models.student, models.fake_score):
+        layer = next(module for module in role.module.modules() if isinstance(module, torch.nn.Linear))
+        layer.register_forward_pre_hook(lambda *_: under_autocast.append(torch.is_autocast_enabled("cpu")))
+    teacher, student, fake = outputs(run)
+    assert under_autocast == [True] * 3
+    assert torch.equal(teacher, student) and torch.equal(teacher, fake)
+    (values, _), _ = run.step(0)
+    assert all(value.isfinite() for value in values.values()) and not torch.equal(outputs(run)[1], teacher)
+    assert torch.equal(outputs(run)[0], teacher)
+
+
+def test_ida_moves_a_and_b_of_the_fake_score_towards_the_students(flags):
+    run = built(SCRIPTS["sd3"], flags("sd3", "--learning_rate_fake", "0", "--ida_decay", "0.25"))
+    start = {key: tensor.clone() for key, tensor in run.models.fake_score.parameters.items()}
+    run.step(0)
+    for key, tensor in run.models.fake_score.parameters.items():
+        torch.testing.assert_close(tensor, 0.25 * start[key] + 0.75 * run.models.student.parameters[key])
+    assert any(not torch.equal(start[key], tensor) for key, tensor in run.models.fake_score.parameters.items())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_accumulation_trains_the_same_global_batch_alike(name, flags):
+    results = []
+    for batch, accumulated in (("4", "1"), ("2", "2")):
+        sizes = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulated)
+        run = built(SCRIPTS[name], flags(name, "--adam_epsilon", "1e-3", *sizes))
+        for iteration in range(2):
+            run.step(iteration)
+        results.append((run.models.student.parameters, run.models.fake_score.parameters))
+    for once, twice in zip(*results):
+        torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sdxl 4bit"])
+def test_dmd2_in_two_processes_trains_as_in_one_and_goes_on_where_it_was(name, flags, tmp_path):
+    """The classifier lies over the fake score's adapter: one network runs three times before its backward."""
+    common = without(flags(name), "--gan_weight", "--ida_decay", "--train_batch_size", "--output_dir", "--learning_rate")
+    common += ["--method", "dmd2", "--classifier_weight", "1", "--learning_rate", "1e-2"]
+    common += ["--adam_epsilon", "1e-3", "--max_train_steps", "3", "--checkpointing_steps", "1"]
+    one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
+    train_senseflow_sdxl.main([*common, "--train_batch_size", "4", "--output_dir", str(one)])
+    launch("train_senseflow_sdxl.py", [*common, "--train_batch_size", "2", "--output_dir", str(two)], processes=2)
+    a, b = states(one / "checkpoint-3"), states(two / "checkpoint-3")
+    assert_same(a, b, rtol=0, atol=1e-5)
+    classifier = {key for key in a if key.startswith("fake_score/classifier.")}
+    assert classifier and {key for key in a if key.startswith("fake_score/")} - classifier == {
+        f"fake_score/unet.{key.removeprefix('unet/')}" for key in a if key.startswith("unet/")
+    }
+    assert max(tensor.abs().max() for key, tensor in a.items() if key.startswith("unet/") and "lora_B" in key) > 1e-3
+    shutil.copytree(one / "checkpoint-2", again / "checkpoint-2")
+    resumed = ["--train_batch_size", "4", "--output_dir", str(again), "--resume_from_checkpoint", "latest"]
+    train_senseflow_sdxl.main([*common, *resumed])
+    assert_same(a, states(again / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_image(name, flags, tmp_path):
+    """Alpha is not the rank, and the rate high enough, for both to be seen in a image."""
+    common = without(flags(name, gan=True), "--output_dir", "--ttur_ratio", "--learning_rate")
+    common += ["--ttur_ratio", "2", "--learning_rate", "3e-2", "--learning_rate_disc", "1e-3", "--lora_alpha", "8"]
+    common += ["--max_train_steps", "4", "--checkpointing_steps", "2"]
+    student_samples = ["--validation_prompts", "a red square", "--validation_steps", "2", "--teacher_num_inference_steps", "2"]
+    whole = resume_is_the_same_run(SCRIPTS[name], common, tmp_path, *student_samples)
+    checkpoint, network = whole / "checkpoint-4", NETWORK[name]
+
+    files = {
+        str(path.relative_to(whole)): set(load_file(path))
+        for path in whole.rglob("*.safetensors")
+        if path.models[-3] != "checkpoint-2"
+    }
+    student = files.pop(f"checkpoint-4/{network}/{FILE}")
+    assert student == files.pop(f"checkpoint-4/fake_score/{FILE}") == {key.partition(".")[2] for key in files.pop(FILE)}
+    assert all(re.search(r"\.lora_[AB]\.weight$", key) for key in student)
+    assert files.keys() == {"checkpoint-4/discriminator/model.safetensors"}
+    record = json.loads((whole / "senseflow.json").read_text())
+    assert record["pipeline_call"]["guidance_scale"] == {"flux": 3.5, "sd3": 1.0, "sdxl": 0.0}[name]
+
+    the_cards_call_is_infers_image(whole, "timesteps" if name == "sdxl" else "sigmas", tmp_path, fresh=name == "flux")
+    student_samples = image_of(whole, tmp_path / "images")
+    assert_same_image(image_of(checkpoint, tmp_path / "checkpoint"), student_samples)
+    # A whole pipeline by the README's stock lines; and the student as it was trained, its adapter laid over the teacher's by hand.
+    code = (whole / "README.md").read_text().split("```python\n")[1].split("image =")[0].replace("path/of/this/folder", str(whole))
+    names: dict = {}
+    exec(code, names)
+    pipeline, taught = names["pipeline"], load_file(checkpoint / network / FILE)
+    base = {key: tensor.clone() for key, tensor in own_of(getattr(pipeline, network)).items()}
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "fused")
+    shutil.copy(whole / "senseflow.json", tmp_path / "fused")
+    assert_same_image(image_of(tmp_path / "fused", tmp_path / "of_fused"), student_samples)
+    moved = 0
+    for key, tensor in getattr(pipeline, network).state_dict().items():
+        layer = key.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" in taught:
+            a, b = (taught[f"{layer}.lora_{half}.weight"] for half in "AB")
+            delta = 8 / 4 * (b.flatten(1) @ a.flatten(1)).view_as(tensor)
+            torch.testing.assert_close(tensor, base[key] + delta, rtol=0, atol=1e-5)
+            moved = max(moved, delta.abs().max().item())
+        else:
+            assert torch.equal(tensor, base[key]), key
+    assert moved > 0.01
+
+    if name != "flux":
+        return
+    resumed = ["--output_dir", str(tmp_path / "halves"), "--resume_from_checkpoint", "latest"]
+    for more in (["--rank", "2"], ["--rank", "0"], ["--lora_alpha", "4.0"], ["--lora_layers", "to_q"]):
+        dropped = (more[0], "--lora_alpha") if more == ["--rank", "0"] else (more[0],)
+        with pytest.raises(UserError, match=f"^{' '.join(more)}: {tmp_path}.* was made with"):
+            SCRIPTS[name].main([*without(common, *dropped), *resumed, *more])
+
+
+@pytest.fixture(scope="module")
+def exported(teachers, tmp_path_factory):
+    """The output of a run on a copy of the FLUX teacher, and that copy."""
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(teachers["flux"], folder / "teacher")
+    (folder / "prompts.txt").write_text("a red square\n")
+    train_senseflow_flux.main(
+        [
+            *("--pretrained_model_name_or_path", str(folder / "teacher"), "--prompts_file", str(folder / "prompts.txt")),
+            *("--gan_weight", "0", "--backward_simulation_prob", "1", "--resolution", "64", "--max_sequence_length", "16"),
+            *("--rank", "2", "--max_train_steps", "1", "--output_dir", str(folder / "out"), "--report_to", "none"),
+        ]
+    )
+    return folder
+
+
+def other_weights(folder):
+    path = folder / "teacher/transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "proj_out.weight": weights["proj_out.weight"] + 1}, path)
+
+
+def unknown_layers(folder):
+    weights = load_file(folder / "out" / FILE)
+    save_file({key.replace("0.attn.to_q", "7.attn.to_q"): tensor for key, tensor in weights.items()}, folder / "out" / FILE)
+
+
+def without_alpha(folder):
+    """Alpha is said by the file's metadata alone; without it, alpha is taken to be the rank."""
+    record = json.loads((folder / "out/senseflow.json").read_text())
+    (folder / "out/senseflow.json").write_text(json.dumps(record | {"lora_alpha": 4.0}))
+
+
+@pytest.mark.parametrize(
+    "damage, more, code, needle",
+    [
+        (other_weights, (), 1, "its adapter was trained over other weights than those of "),
+        (unknown_layers, (), 1, f"{FILE} speaks of layers that this network does not have"),
+        (without_alpha, (), 1, "speaks of rank 2 and alpha 2, its senseflow.json of others"),
+        (lambda folder: (folder / "out" / FILE).unlink(), (), 2, f"there is no {FILE}"),
+        (lambda folder: None, ("--transformer", "x"), 2, "is an adapter for its teacher's own transformer"),
+    ],
+)
+def test_an_adapter_is_drawn_with_over_its_own_base_and_whole(damage, more, code, needle, exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "copy")
+    record = json.loads((exported / "out/senseflow.json").read_text())
+    record["teacher"] = str(tmp_path / "copy/teacher")
+    (tmp_path / "copy/out/senseflow.json").write_text(json.dumps(record))
+    arguments = ["--model", str(tmp_path / "copy/out"), "--prompt", "a cat", "--output_dir", str(tmp_path / "images")]
+    infer.main([*arguments, "--dtype", "fp16"])  # whose rounding is not taken for another base
+    capsys.readouterr()
+    damage(tmp_path / "copy")
+    refused(infer, [*arguments[:-1], str(tmp_path / "others"), *more], code, needle, capsys)
+
+
+def write_lora(script: str, teachers: dict, file: Path) -> None:
+    """A LoRA of rank 2 as other people make them: for attention alone, alpha 4, moving every layer."""
+    torch.manual_seed(1)
+    pipeline = SCRIPTS[script].PIPELINE.from_pretrained(teachers[script])
+    network, name = getattr(pipeline, NETWORK[script]), NETWORK[script]
+    network.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers, metadata = get_peft_model_state_dict(network), network.peft_config["default"].to_dict()
+    how = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
+    pipeline.save_lora_weights(file.parent, weight_name=file.name, **how)
+
+
+def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_path, capsys):
+    """Drawn in float32 and float16: the teacher's fingerprint is not that of what is fused, which is another in each."""
+    lora = tmp_path / "style/mine.safetensors"
+    write_lora("sd3", teachers, lora)
+    taught = [*flags("sd3"), "--teacher_lora", str(lora.parent), "--teacher_lora_scale", "0.5"]
+    run, plain = built(SCRIPTS["sd3"], taught), built(SCRIPTS["sd3"], flags("sd3"))
+    teacher, student, fake = outputs(run)
+    assert (
+        torch.equal(teacher, student) and torch.equal(teacher, fake) and not torch.allclose(teacher, outputs(plain)[0], atol=1e-3)
+    )
+    wanted, own = (own_of(built_run.models.teacher.module) for built_run in (plain, run))
+    weights = load_file(lora)
+    for key in wanted:
+        layer = f"transformer.{key.removesuffix('.weight')}"
+        a, b = (weights.get(f"{layer}.lora_{half}.weight") for half in "AB")
+        delta = 0 if a is None else 0.5 * 4 / 2 * b @ a
+        torch.testing.assert_close(own[key], wanted[key] + delta, rtol=0, atol=1e-6)
+
+    out = ["--learning_rate", "3e-2", "--max_train_steps", "2", "--checkpointing_steps", "2"]
+    SCRIPTS["sd3"].main([*without(taught, "--learning_rate"), *out])
+    the_cards_call_is_infers_image(tmp_path / "out", "sigmas", tmp_path, fresh=False)
+    other = ["--teacher_lora_scale", "1", "--resume_from_checkpoint", "latest"]
+    with pytest.raises(UserError, match="made with another teacher"):
+        SCRIPTS["sd3"].main([*without(taught, "--teacher_lora_scale"), *other])
+
+    student_samples = ["--model", str(tmp_path / "out/checkpoint-2"), "--prompt", "a cat", "--output_dir"]
+    infer.main([*student_samples, str(tmp_path / "half"), "--dtype", "fp16"])
+    save_file({key: tensor + 1 for key, tensor in weights.items()}, lora)
+    capsys.readouterr()
+    needle = f"over other weights than those of {teachers['sd3']} with {lora.parent};"
+    refused(infer, [*student_samples, str(tmp_path / "changed")], 1, needle, capsys)
+    write_lora("sdxl", teachers, lora)
+    with pytest.raises(UserError, match=f"^--teacher_lora {lora.parent}: cannot load the weights .*SD3Transformer2DModel"):
+        built(SCRIPTS["sd3"], taught)
+    save_file({"a": torch.ones(1)}, lora.with_name("second.safetensors"))
+    refused(SCRIPTS["sd3"], taught, 2, f"--teacher_lora {lora.parent}: holds 2 .safetensors files", capsys)
+    refused(
+        SCRIPTS["sd3"], [*flags("sd3"), "--teacher_lora", str(tmp_path / "none")], 2, "none: no such file or folder, and ", capsys
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_layers_of_a_teachers_lora_that_have_no_place_are_said(name, flags, teachers, tmp_path, caplog):
+    lora = tmp_path / "mine.safetensors"
+    write_lora(name, teachers, lora)
+    built(SCRIPTS[name], [*flags(name), "--teacher_lora", str(lora)])
+    assert "no place" not in caplog.text
+    weights = load_file(lora)
+    layer = sorted(weights)[0].partition(".lora_")[0]
+    save_file({key.replace(f"{layer}.", f"{layer}_of_another."): tensor for key, tensor in weights.items()}, lora)
+    built(SCRIPTS[name], [*flags(name), "--teacher_lora", str(lora)])
+    whose = f"--teacher_lora {lora}: 1 of its {len(weights) // 2} layers have no place there ({layer.partition('.')[2]}_of_another)"
+    assert whose in caplog.text
+
+
+def test_adapters_come_from_the_hub(exported, flags, teachers, tmp_path, monkeypatch):
+    """Switched off: the cache has it all."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache_repository(tmp_path / "hub", "me/student", exported / "out", "01" * 20)
+    assert np.array_equal(image_of("me/student", tmp_path / "there"), image_of(exported / "out", tmp_path / "here"))
+    write_lora("sd3", teachers, tmp_path / "style/mine.safetensors")
+    cache_repository(tmp_path / "hub", "me/style", tmp_path / "style", "01" * 20)
+    there, here = (
+        outputs(built(SCRIPTS["sd3"], flags("sd3", "--teacher_lora", place))) for place in ("me/style", str(tmp_path / "style"))
+    )
+    assert torch.equal(there[0], here[0])
+
+
+def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, capsys):
+    lora = tmp_path / "start/mine.safetensors"
+    write_lora("sdxl", teachers, lora)
+    start = [*without(flags("sdxl"), "--rank"), "--student_model_name_or_path", str(lora)]
+    fitting = {"--rank": ["2"], "--lora_alpha": ["4"], "--lora_layers": ["to_q", "to_v"]}
+
+    def given(**changes):
+        return [*start, *(word for flag, words in (fitting | changes).items() for word in (flag, *words))]
+
+    run, weights = built(SCRIPTS["sdxl"], given()), load_file(lora)
+    for role in (run.models.student, run.models.fake_score):
+        own = {f"unet.{key.replace('.default', '')}": tensor for key, tensor in role.parameters.items()}
+        assert own.keys() == weights.keys() and all(torch.equal(own[key], weights[key]) for key in own)
+    teacher, student, fake = outputs(run)
+    assert torch.equal(student, fake) and not torch.allclose(student, teacher, atol=1e-3)
+    capsys.readouterr()
+    for changes, needle in (
+        ({"--rank": ["3"]}, "its adapter has rank 2; give --rank 2"),
+        ({"--lora_alpha": ["3"]}, "its adapter has alpha 4, this run's 3; give --lora_alpha 4"),
+        ({"--lora_layers": ["to_q"]}, "its adapter has other layers ("),
+    ):
+        refused(SCRIPTS["sdxl"], given(**changes), 2, f"{lora}: {needle}", capsys)
+
+
+@pytest.mark.parametrize(
+    "name, more, needle",
+    [
+        ("flux", ("--rank", "-1"), "--rank -1: must not be negative"),
+        ("flux", ("--rank", "0", "--lora_alpha", "2"), "--lora_alpha 2: a run without --rank has no use for it"),
+        ("flux", ("--lora_alpha", "0"), "--lora_alpha 0.0: must be above 0"),
+        (
+            "flux",
+            ("--lora_layers", "to_q", "attn.to_kk"),
+            "--lora_layers attn.to_kk: no linear or convolutional layer is called so",
+        ),
+        ("flux", ("--lora_layers", "attn.to_kk"), "there are attn.to_k, "),
+        ("sdxl", ("--lora_layers", r".*attentions\..*"), "also means down_blocks.1.attentions.0, a Transformer2DModel,"),
+        ("sd3", ("--lora_layers", "(to_q"), "--lora_layers (to_q: is no regular expression"),
+        ("sd3", ("--lora_layers", ".*tooo_q"), "--lora_layers .*tooo_q: no linear"),
+        ("sd3", ("--student_model_name_or_path", "x"), "--student_model_name_or_path x: no such file or folder"),
+        (
+            "sd3",
+            ("--student_model_name_or_path", "tests"),
+            "--student_model_name_or_path tests: holds 0 .safetensors files; give a",
+        ),
+        ("flux", ("--student_guidance_scale", "0"), "--student_guidance_scale 0: with --rank"),
+        (
+            "flux",
+            ("--rank", "0", "--base_quantization", "4bit"),
+            "--base_quantization 4bit: a run without --rank has no use for it",
+        ),
+        ("sd3", ("--base_quantization", "4bit", "--teacher_lora", "x"), "--teacher_lora x: stock pipelines fuse none into"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_loads(name, more, needle, flags, capsys):
+    refused(SCRIPTS[name], flags(name, *more), 2, needle, capsys)
+
+
+def test_an_adapter_is_not_written_over(flags, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FILE).touch()
+    refused(SCRIPTS["flux"], flags("flux"), 2, "holds another run: choose an empty folder", capsys)
+
+
+def test_deepspeed_is_refused(flags, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("senseflow.training.runtime.launched", LaunchConfig)
+    refused(SCRIPTS["sd3"], flags("sd3"), 2, "--rank 4: adapters share weights, of which DeepSpeed makes copies", capsys)
+
+
+def test_a_quantised_base_is_refused_where_it_cannot_be(flags, capsys, monkeypatch):
+    arguments = flags("flux 4bit")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr("senseflow.training.runtime.launched", LaunchConfig)
+    refused(SCRIPTS["flux"], arguments, 2, "--base_quantization 4bit: FSDP2 cannot shard such a base", capsys)
+    missing(monkeypatch, "bitsandbytes")
+    refused(SCRIPTS["flux"], arguments, 2, "--base_quantization 4bit needs bitsandbytes, which is not installed", capsys)
+
+
+@pytest.mark.parametrize("name", ["flux 4bit", "sdxl 8bit"])
+def test_a_run_over_a_quantised_base_goes_on_where_it_was_and_draws_as_it_was_trained(name, flags, tmp_path, capsys):
+    kind, quantization = name.split()
+    script, network = SCRIPTS[kind], NETWORK[kind]
+    common = without(flags(name, gan=True), "--output_dir", "--ttur_ratio", "--learning_rate")
+    common += ["--ttur_ratio", "2", "--learning_rate", "3e-2", "--learning_rate_disc", "1e-3"]
+    common += ["--max_train_steps", "4", "--checkpointing_steps", "2"]
+    whole = resume_is_the_same_run(script, common, tmp_path)
+
+    record, card = json.loads((whole / "senseflow.json").read_text()), (whole / "README.md").read_text()
+    assert record["base_quantization"] == quantization and f"own weights in {quantization}" in card
+    code = card.split("```python\n")[1].split("pipeline =")[0].replace("path/of/this/folder", str(whole))
+    names: dict = {}
+    exec(code, names)
+    assert names["base"].components_to_quantize == [network] and f"load_in_{quantization}" in names["base"].quant_kwargs
+    assert "quantization_config=base" in card
+
+    # infer.py's network, over the same base, is the trained student; over the plain one it would not be.
+    run = built(script, [*common, "--output_dir", str(tmp_path / "out")])
+    run.models.student.load(whole / "checkpoint-4")
+    model = find_model(str(whole))
+    student_samples = getattr(load_model_pipeline(model, "euler", torch.device("cpu"), torch.float32), network)
+    student = run.models.student.module
+    taken = {key: tensor for key, tensor in student_samples.named_parameters()}
+    for key, tensor in student.named_parameters():
+        assert torch.equal(tensor, taken[key]), key
+        taken[key].data = tensor.data  # where a tensor lies decides a last bit, of which a layer in 8 bits makes much
+    predict, x_t = run.models.predict, torch.randn(2, *run.models.latent_shape)
+    condition = run.models.encode_prompts(("a red square", "blue"))
+    student_samples.requires_grad_(False)  # as the student's are outside its turn: torch multiplies by a weight that learns in another way
+    with torch.no_grad():
+        wanted = predict(run.models.student, x_t, torch.tensor([900.0, 500.0]), condition).output
+        run.models.student.module = student_samples
+        found = predict(run.models.student, x_t, torch.tensor([900.0, 500.0]), condition).output
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert image_of(whole / "checkpoint-4", tmp_path / "images").std() > 0
+
+    capsys.readouterr()
+    other = [
+        *without(common, "--base_quantization"),
+        "--output_dir",
+        str(tmp_path / "halves"),
+        "--resume_from_checkpoint",
+        "latest",
+    ]
+    refused(script, other, 1, f"--base_quantization none: {tmp_path}", capsys)

@@ -1,0 +1,283 @@
+"""Every kind of VAE against the stock pipeline's own code; and the precision in which a VAE computes, whoever calls it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    QwenImageEditPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from senseflow.models import vae
+from senseflow.training import validation
+import train_senseflow_flux
+import train_senseflow_sd3
+import train_senseflow_sdxl
+from helpers import built
+from senseflow.memory.counter import Counter
+from senseflow_utils import StatelessRNG
+from tiny_pipelines import tiny_vae, vivid, write_sd3, write_sdxl
+
+
+SIDE = 32
+LEVELS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+ATTENTION = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 1}
+
+
+class NoDraws:
+    """Zeros for every noise: a posterior's sample is its mean."""
+
+    def normal(self, name, sample_indices, shape):
+        return torch.zeros(len(sample_indices), *shape)
+
+
+def flux(folder):
+    """(VAE, images -> x0 as a stock pipeline encodes them, x0 -> latents as it denoises them, pipeline, arguments for it)."""
+    pipeline = FluxPipeline.from_pretrained(folder("flux"))
+    encoder = FluxImg2ImgPipeline(**pipeline.components)
+    return (
+        pipeline.vae,
+        lambda images: encoder._encode_vae_image(images, torch.Generator()),
+        lambda x0: FluxPipeline._pack_latents(x0, *x0.shape),
+        pipeline,
+        {"prompt": ["a", "b"]},
+    )
+
+
+def sdxl(folder):
+    """With a mean and a standard deviation for each channel, as some of SDXL's kin have them."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder("sdxl"))
+    statistics = {"latents_mean": [0.3, -0.2, 0.1, 0.5], "latents_std": [1.5, 0.7, 2.0, 1.1]}
+    pipeline.register_modules(vae=tiny_vae(scaling_factor=0.5, **statistics))
+    encoder = StableDiffusionXLImg2ImgPipeline(**pipeline.components)
+    return (
+        pipeline.vae,
+        lambda images: encoder.prepare_latents(images, None, 2, 1, torch.float32, "cpu", add_noise=False),
+        lambda x0: x0,
+        pipeline,
+        {"prompt": ["a", "b"], "guidance_scale": 1.0},
+    )
+
+
+def qwen(folder):
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.3, -0.2, 0.1, 0.5], latents_std=[1.5, 0.7, 2.0, 1.1]
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, joint_attention_dim=8, axes_dims_rope=(4, 6, 6), **ATTENTION
+    )
+    stock = SimpleNamespace(vae=vae, latent_channels=4)
+    return (
+        vae,
+        lambda images: QwenImageEditPipeline._encode_vae_image(stock, images[:, :, None], None)[:, :, 0],
+        lambda x0: QwenImagePipeline._pack_latents(x0, *x0.shape),
+        QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer),
+        {"prompt_embeds": torch.randn(2, 3, 8), "prompt_embeds_mask": torch.ones(2, 3), "true_cfg_scale": 1.0},
+    )
+
+
+def flux2(folder):
+    """Latents folded 2 x 2 into channels, standardized by the running statistics of a batch norm."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIDE
+    )
+    vae.bn.running_mean.uniform_(-1, 1)
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_single_layers=1,
+        joint_attention_dim=8,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+        **ATTENTION,
+    )
+    stock = Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
+    return (
+        vae,
+        lambda images: stock._encode_vae_image(images, None),
+        lambda x0: Flux2KleinPipeline._pack_latents(x0),
+        stock,
+        {"prompt_embeds": torch.randn(2, 3, 8), "guidance_scale": 1.0},
+    )
+
+
+def sana(folder):
+    """No posterior, no shift, no gradient checkpointing, other names in the configuration."""
+    blocks, widths = ("ResBlock", "EfficientViTBlock", "EfficientViTBlock", "EfficientViTBlock"), (8, 8, 8, 8)
+    vae = AutoencoderDC(
+        **{"latent_channels": 4, "attention_head_dim": 8, "scaling_factor": 0.5},
+        **{"encoder_block_types": blocks, "encoder_block_out_channels": widths, "encoder_layers_per_block": (1,) * 4},
+        **{"decoder_block_types": blocks, "decoder_block_out_channels": widths, "decoder_layers_per_block": (1,) * 4},
+        **{"encoder_qkv_multiscales": ((),) * 4, "decoder_qkv_multiscales": ((),) * 4},
+        **{"downsample_block_type": "Conv", "upsample_block_type": "interpolate"},
+    )
+    transformer = SanaTransformer2DModel(
+        **{"in_channels": 4, "out_channels": 4, "num_cross_attention_heads": 1, "cross_attention_head_dim": 16},
+        **{"cross_attention_dim": 16, "caption_channels": 8, "sample_size": 4},
+        **ATTENTION,
+    )
+    text = {"prompt_embeds": torch.randn(2, 3, 8), "prompt_attention_mask": torch.ones(2, 3)}
+    return (
+        vae,
+        lambda images: vae.encode(images).latent * 0.5,
+        lambda x0: x0,
+        SanaPipeline(None, None, vae, transformer, FlowMatchEulerDiscreteScheduler()),
+        {**text, "guidance_scale": 1.0, "use_resolution_binning": False},
+    )
+
+
+KINDS = {"flux": (flux, 8), "sdxl": (sdxl, 8), "qwen": (qwen, 8), "flux2": (flux2, 16), "sana": (sana, 8)}
+
+
+@pytest.fixture(scope="module")
+def folder(teacher, tmp_path_factory):
+    """folder(kind) -> a tiny pipeline's."""
+    written = {"flux": teacher}
+    for kind, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
+        written[kind] = tmp_path_factory.mktemp(kind)
+        write(written[kind])
+    return written.get
+
+
+@pytest.fixture(params=KINDS)
+def stock(request, folder):
+    torch.manual_seed(0)
+    make, scale = KINDS[request.param]
+    vae, encode, pack, pipeline, call = make(folder)
+    vivid(vae).eval()
+    return SimpleNamespace(vae=vae, encode=encode, pack=pack, pipeline=pipeline, call=call, scale=scale)
+
+
+@torch.no_grad()
+def test_images_become_the_latents_and_latents_the_images_of_the_stock_pipeline(stock, monkeypatch):
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mean)
+    config, images = dict(stock.vae.config), torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    assert vae.vae_scale_of(config) == stock.scale
+    x0 = vae.encode(stock.vae, images, NoDraws(), [0, 1])
+    assert x0.shape == (2, *vae.latent_shape_of(config, SIDE)) and x0.dtype == torch.float32
+    torch.testing.assert_close(x0, stock.encode(images), rtol=1e-4, atol=1e-5)
+
+    # A stock call whose scheduler comes to these latents, whatever the network says.
+    x0 = torch.randn_like(x0)
+    stock.pipeline.scheduler.step = lambda *args, **kwargs: (stock.pack(x0),)
+    stock.pipeline.set_progress_bar_config(disable=True)
+    student_samples = stock.pipeline(**stock.call, height=SIDE, width=SIDE, num_inference_steps=1, output_type="pt").images
+    decoded = vae.decode(stock.vae, x0)
+    torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), student_samples, rtol=1e-4, atol=1e-5)
+    assert decoded.shape == images.shape and 0.01 < student_samples.std()
+
+
+def test_a_vae_is_loaded_without_the_half_that_nothing_runs(stock, tmp_path):
+    """And gradient flows through the decoder, none into it."""
+    stock.vae.save_pretrained(tmp_path)
+    args = SimpleNamespace(mixed_precision="no", vae_dtype="auto", gradient_checkpointing=True)
+
+    def load(encodes, decodes):
+        return vae.load_vae(type(stock.vae), "--vae", str(tmp_path), args, "cpu", encodes, decodes, "bf16")
+
+    images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    encoder, decoder = load(True, False), load(False, True)
+    assert not list(encoder.decoder.parameters()) and not list(decoder.encoder.parameters()) and load(False, False) is None
+    x0 = vae.encode(encoder, images, StatelessRNG(0, 0), [3, 5])
+    torch.testing.assert_close(x0, vae.encode(stock.vae, images, StatelessRNG(0, 0), [3, 5]), rtol=1e-4, atol=1e-5)
+    has_posterior = not isinstance(stock.vae, AutoencoderDC)
+    assert (x0 - vae.encode(encoder, images, NoDraws(), [3, 5])).abs().max() > 1e-3 or not has_posterior
+    x0 = (0.1 * torch.randn_like(x0)).requires_grad_()
+    decoded = vae.decode(decoder, x0)
+    torch.testing.assert_close(decoded, vae.decode(stock.vae, x0), rtol=1e-4, atol=1e-5)
+    decoded.square().mean().backward()
+    assert (x0.grad.abs().flatten(1).sum(1) > 0).all() and all(p.grad is None for p in decoder.parameters())
+
+
+@pytest.fixture
+def bf16():
+    """Accelerate knows one precision a process: forgotten before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield "--mixed_precision", "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
+
+
+@pytest.mark.parametrize(
+    "kind, asked, dtype",
+    [
+        ("flux", "auto", torch.bfloat16),
+        ("flux", "fp32", torch.float32),
+        ("sd3", "auto", torch.float32),
+        ("sdxl", "auto", torch.float32),
+        ("sdxl", "bf16", torch.bfloat16),
+    ],
+)
+def test_the_vae_computes_in_its_own_precision_in_training_and_validation(kind, asked, dtype, folder, data, vision, bf16, tmp_path):
+    """Seen in what its convolutions return: under autocast those of a float32 VAE would return bfloat16. A stock call in bfloat16
+    does not upcast a VAE with `force_upcast`, which is for float16; training's decode agrees with it in either precision."""
+    flags = [
+        *("--pretrained_model_name_or_path", str(folder(kind)), "--dataset_json", str(data), "--resolution", "64", *bf16),
+        *("--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")),
+        *("--train_batch_size", "2", "--vae_dtype", asked, "--output_dir", str(tmp_path), "--report_to", "none"),
+        *("--validation_prompts", "a red square"),
+    ]
+    run = built(SCRIPTS[kind], flags)
+    vae = run.pipeline.vae
+    assert vae.config.force_upcast and vae.dtype == dtype and run.models.student.module.dtype == torch.float32
+    seen: set = set()
+    for half in ("encoder", "decoder"):
+        for module in getattr(vae, half).modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda _, inputs, output, half=half: seen.add((half, output.dtype)))
+    batch = {"pixel_values": torch.rand(2, 3, 64, 64) * 2 - 1, "sample_indices": [0, 1]}
+    x0 = run.models.real_latents(batch, torch.arange(2), StatelessRNG(0, 0))
+    assert x0.dtype == run.models.decode(x0).dtype == torch.float32
+    assert seen == {("encoder", dtype), ("decoder", dtype)}
+
+    seen.clear()
+    run.pipeline.set_progress_bar_config(disable=True)
+    validation.generate_images(run.runtime, run.pipeline, run.args, run.call)
+    assert seen == {("decoder", dtype)}
+
+    def stock_call(kind):
+        generator = torch.Generator().manual_seed(0)
+        validation.bind_generator(run.pipeline.scheduler, generator)
+        with run.runtime.accelerator.autocast():
+            return run.pipeline("a red square", generator=generator, output_type=kind, **run.call).images
+
+    with torch.no_grad():
+        latents = stock_call("latent").float()
+        latents = latents if latents.dim() == 4 else FluxPipeline._unpack_latents(latents, 64, 64, 8)
+        decoded = (run.models.decode(latents) / 2 + 0.5).clamp(0, 1)
+        assert (stock_call("pt").float() - decoded).abs().mean() < 4e-3  # a stock call has its latents in bfloat16
+
+
+def test_a_decoder_that_computes_again_gives_the_same_gradient_in_less_memory(tmp_path):
+    vae = AutoencoderKL(layers_per_block=3, block_out_channels=[32, 32], norm_num_groups=8, **LEVELS)
+    vae.save_pretrained(tmp_path)
+    args, found = SimpleNamespace(mixed_precision="no", vae_dtype="auto"), []
+    for args.gradient_checkpointing in (False, True):
+        decoder = vae.load_vae(AutoencoderKL, "--vae", str(tmp_path), args, "cpu", False, True, "fp32")
+        x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with Counter() as counter:
+            vae.decode(decoder, x0).square().mean().backward()
+        found.append((x0.grad, counter.peak))
+    (plain, most), (again, less) = found
+    assert plain.abs().max() > 0 and torch.equal(plain, again)
+    assert less < 0.5 * most

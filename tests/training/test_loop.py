@@ -1,0 +1,223 @@
+"""`train_iteration` of the FLUX script on real tiny networks: who learns when, how many passes run, what is shared."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+from senseflow.arguments import LR_SCHEDULERS
+from senseflow.data.sources import load_rows, make_dataloader
+from senseflow.training.roles import Role
+from senseflow.training.runtime import Runtime
+from senseflow_utils import StatelessRNG, Guidance
+from train_senseflow_flux import TrainingModels, load_parts, make_schedule, needs_images, parse_args, num_simulated_steps, train_iteration
+
+
+@pytest.fixture
+def build(teacher, vision, data, tmp_path):
+    """build(*flags) -> (args, parts, schedule, step(iteration) -> metrics) on the tiny teacher."""
+
+    def make(*flags):
+        args = parse_args(
+            ["--pretrained_model_name_or_path", str(teacher), "--output_dir", str(tmp_path), "--dataset_json", str(data)]
+            + ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+            + ["--resolution", "64", "--train_batch_size", "2", "--report_to", "none", "--lr_warmup_steps", "0"]
+            + ["--max_sequence_length", "16", "--learning_rate", "1e-3", *flags]
+        )
+        runtime = Runtime(args)
+        schedule, _, _ = make_schedule(args, "cpu")
+        models, pipeline = load_parts(args, runtime, schedule)
+        wanted = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
+        batches = iter(make_dataloader(args, load_rows(args), 0, 1, 0, 0, wanted))
+
+        def step(iteration):
+            batch = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+            return train_iteration(iteration, batch, models, schedule, args, "cpu")
+
+        return SimpleNamespace(args=args, models=models, schedule=schedule, step=step, pipeline=pipeline)
+
+    return make
+
+
+def roles_of(models: TrainingModels) -> dict[str, Role]:
+    return {name: getattr(models, name) for name in ("student", "teacher", "fake_score", "discriminator")}
+
+
+def weights(role: Role) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in role.module.state_dict().items()}
+
+
+def test_each_backward_reaches_only_the_network_of_the_turn(build, monkeypatch):
+    run = build("--ttur_ratio", "1")
+    touched = []
+
+    def gradients():
+        return {
+            name: sum(p.grad.abs().sum().item() for p in role.module.parameters() if p.grad is not None)
+            for name, role in roles_of(run.models).items()
+        }
+
+    backward = Role.backward
+
+    def watched(role, loss):
+        before = gradients()
+        backward(role, loss)
+        after = gradients()
+        touched.append((role.name, sorted(name for name in after if after[name] != before[name])))
+
+    monkeypatch.setattr(Role, "backward", watched)
+    run.step(0)
+    assert touched == [(name, [name]) for name in ("student", "discriminator", "fake_score")]
+    assert all(total == 0 for total in gradients().values()), "a step leaves no gradient behind"
+    assert run.pipeline.vae.decoder.conv_in.weight.grad is None and next(run.models.vision_features.parameters()).grad is None
+
+
+def test_a_frozen_discriminator_does_not_change_the_students_turn(build):
+    """Its step is the same whether or not the student's turn came before it: nothing leaks."""
+    on_turn, off_turn = (build("--ttur_ratio", ratio, "--adam_epsilon", "1e-3") for ratio in "12")
+    on_turn.step(0)
+    off_turn.step(0)
+    a, b = weights(on_turn.models.discriminator), weights(off_turn.models.discriminator)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # the student's pass is with gradient in one, without in the other
+
+
+def test_student_learns_every_ttur_th_iteration_and_ida_moves_the_fake_score(build):
+    run = build("--ttur_ratio", "2", "--gan_weight", "0", "--ida_decay", "0.5", "--learning_rate_fake", "0")
+    student, fake = run.models.student, run.models.fake_score
+    start, start_fake = weights(student), weights(fake)
+    values, seen = run.step(0)
+    assert all(torch.equal(start[name], tensor) for name, tensor in weights(student).items()) and not seen
+    assert "dmd_loss" not in values and "fake_loss" in values
+    values, seen = run.step(1)
+    moved, moved_fake = weights(student), weights(fake)
+    assert any(not torch.equal(start[name], moved[name]) for name in start)
+    # The fake score does not learn here (rate 0): IDA alone moved it, half of the way to the student AFTER its step.
+    for name, parameter in run.models.fake_score.parameters.items():
+        torch.testing.assert_close(moved_fake[name], (start_fake[name] + moved[name]) / 2)
+        assert parameter.grad is None
+    assert {"dmd_loss", "isg_loss", "fake_loss", "dmd_non_finite"} <= set(values)
+    assert set(seen) == {"student_x0", "fake_x0", "teacher_x0", "isg_target", "isg_direct"}
+
+
+def test_the_fake_score_learns_after_ida_what_the_student_drew_before_its_step(build, monkeypatch):
+    run = build("--ttur_ratio", "1", "--gan_weight", "0", "--backward_simulation_prob", "1", "--ida_decay", "0.5")
+    order, told = [], []
+    step, align, backward, predict = Role.step, Role.ida_update_from, Role.backward, run.models.predict
+
+    def noting(name, function):
+        def noted(role, *args):
+            order.append(f"{role.name} {name}")
+            return function(role, *args)
+
+        return noted
+
+    def recording(role, x_t, t, *args, **kwargs):
+        if role.name == "fake_score" and torch.is_grad_enabled():
+            told.append((x_t, t))
+        return predict(role, x_t, t, *args, **kwargs)
+
+    monkeypatch.setattr(Role, "step", noting("step", step))
+    monkeypatch.setattr(Role, "align_with", noting("align", align))
+    monkeypatch.setattr(Role, "backward", noting("backward", backward))
+    run.models.predict = recording
+    _, seen = run.step(0)
+    assert order == ["student backward", "student step", "fake_score align", "fake_score backward", "fake_score step"]
+    t, noise = told[0][1], StatelessRNG(run.args.seed, 0).normal("fake_noise", [0, 1], run.models.latent_shape)
+    torch.testing.assert_close(told[0][0], run.schedule.add_noise(seen["student_x0"], noise, t))
+
+
+@pytest.mark.parametrize("gan", [True, False])
+def test_passes_per_ttur_cycle_are_the_minimum(build, gan):
+    ratio = 5
+    flags = [] if gan else ["--gan_weight", "0"]
+    run = build("--ttur_ratio", str(ratio), *flags)
+    counts = dict.fromkeys(("student", "teacher", "fake_score", "vision", "text", "encode", "decode", "heads", "reader"), 0)
+
+    def counting(name, module):
+        module.register_forward_hook(lambda *_: counts.__setitem__(name, counts[name] + 1))
+
+    models = run.models
+    for name in ("student", "teacher", "fake_score"):
+        counting(name, getattr(models, name).module)
+    counting("text", run.pipeline.text_encoder_2)
+    counting("encode", run.pipeline.vae.encoder)
+    if gan:
+        counting("decode", run.pipeline.vae.decoder)
+        counting("vision", models.vision_features)
+        counting("heads", models.discriminator.module)
+        counting("reader", models.text_features)
+    for iteration in range(ratio):
+        run.step(iteration)
+    simulated = [num_simulated_steps(StatelessRNG(run.args.seed, i), 0.5, 4) for i in range(ratio)]
+    assert None in simulated and any(simulated), "this seed should cover both kinds of input"
+    expected = {
+        "student": ratio + sum(filter(None, simulated)) + 1,  # one per iteration, the simulation's, one for the ISG target
+        "teacher": 2,  # L_DMD and the ISG target, on the student's turn
+        "fake_score": ratio + 1,  # its own loss, and L_DMD
+        "text": ratio,
+        "encode": simulated.count(None),
+        "decode": ratio if gan else 0,
+        "vision": 3 * ratio if gan else 0,  # reference, augmented real, augmented fake
+        "heads": ratio + 1 if gan else 0,
+        "reader": ratio if gan else 0,
+    }
+    assert counts == expected
+    assert gan or not list(run.pipeline.vae.decoder.parameters())
+
+
+def settle(heads: torch.nn.Module) -> None:
+    """Lets the spectral norms' power iterations converge."""
+    heads.train()
+    for module in heads.modules():
+        if parametrize.is_parametrized(module):
+            for _ in range(200):
+                _ = module.weight
+    heads.eval()
+
+
+def test_accumulation_trains_the_same_global_batch_alike(build):
+    """Sixteen images at once or in two halves of eight, the discriminator's virtual batch; clipping and all terms on."""
+    results = []
+    for batch, accumulated in ((16, 1), (8, 2)):
+        sizes = ("--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulated))
+        run = build("--ttur_ratio", "1", "--adam_epsilon", "1e-3", "--max_grad_norm", "0.1", *sizes)
+        settle(run.models.discriminator.module)  # its power iteration takes a step per micro-batch
+        values = [run.step(iteration)[0] for iteration in range(2)]
+        trained = [role.parameters for name, role in roles_of(run.models).items() if name != "teacher"]
+        results.append((values, *trained))
+    for once, twice in zip(*results):
+        torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+def test_the_student_starts_as_the_teacher_at_the_folded_guidance(build):
+    run = build("--gan_weight", "0", "--student_guidance_scale", "3.5")
+    x_t, t = torch.randn(2, *run.models.latent_shape), torch.tensor([1000.0, 512.8])
+    with torch.no_grad():
+        condition = run.models.encode_prompts(["red square", "blue"])
+        teacher = run.models.predict(run.models.teacher, x_t, t, condition, Guidance(torch.full((2,), 3.5), True)).x0
+        other = run.models.predict(run.models.teacher, x_t, t, condition, Guidance(torch.full((2,), 1.0), False)).x0
+        student = run.models.predict(run.models.student, x_t, t, condition).x0
+        fake = run.models.predict(run.models.fake_score, x_t, t, condition).x0
+    torch.testing.assert_close(student, teacher, atol=2e-5, rtol=1e-5)
+    assert torch.equal(student, fake) and not torch.allclose(other, teacher, atol=1e-3)
+    dropped = build("--gan_weight", "0", "--student_guidance_scale", "0").models.student.module.state_dict()
+    name = "time_text_embed.timestep_embedder.linear_2.bias"
+    assert torch.equal(dropped[name], run.models.teacher.module.state_dict()[name])
+
+
+@pytest.mark.parametrize("kind", LR_SCHEDULERS)
+def test_every_learning_rate_schedule_warms_up_in_iterations_and_steps(kind, build):
+    args = build("--gan_weight", "0", "--lr_scheduler", kind, "--lr_warmup_steps", "4", "--max_train_steps", "12").args
+    role = Runtime(args).trained_role("student", torch.nn.Linear(2, 2), 1e-3, every=2)
+    rates = []
+    for _ in range(6):  # steps of a role that learns in every second of 12 iterations
+        with role.turn():
+            role.backward(role(torch.ones(1, 2)).sum())
+        rates.append(role.learning_rate)
+        role.step()
+    assert all(0 <= rate <= 1e-3 for rate in rates)
+    warms_up = kind != "constant"
+    assert rates[0] == pytest.approx(5e-4 if warms_up else 1e-3) and rates[2] == pytest.approx(1e-3)
+    assert (rates[5] < 5e-4) == (kind not in ("constant", "constant_with_warmup")), rates
