@@ -27,14 +27,23 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from senseflow.evaluation.curves import draw, find_checkpoints, plot
-from senseflow.evaluation.scorers import load_clip, load_hpsv2, load_imagereward, load_inception, load_vision
-from senseflow.evaluation.metrics import FEW, PATCH, bootstrap, cosine, diversity, frechet_distance, scaled_cosine, standard_error
 from infer import number, short_dtype, write_aside
-from senseflow.arguments import DTYPES, Parser, UserError, run_script
-from senseflow.evaluation.scorers import Network
-from senseflow.evaluation.image_sets import ImageSet, find_images
+from senseflow.arguments import DTYPES, Parser
 from senseflow.data.images import read_image
+from senseflow.errors import UserError, run_script
+from senseflow.evaluation.curves import draw, find_checkpoints, plot
+from senseflow.evaluation.image_sets import ImageSet, find_images
+from senseflow.evaluation.metrics import (
+    FEW,
+    PATCH,
+    bootstrap,
+    cosine,
+    diversity,
+    frechet_distance,
+    scaled_cosine,
+    standard_error,
+)
+from senseflow.evaluation.scorers import Network, load_clip, load_hpsv2, load_imagereward, load_inception, load_vision
 
 
 logger = logging.getLogger("evaluate")
@@ -64,29 +73,43 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     group = parser.add_argument_group("images")
     what = group.add_mutually_exclusive_group(required=True)
     what.add_argument("--images", help="a folder of images, or a JSON of images and captions as for training")
-    what.add_argument("--checkpoints", metavar="DIR", help="the output of a training run, whose checkpoints draw --prompts_file")
+    what.add_argument(
+        "--checkpoints", metavar="DIR", help="the output of a training run, whose checkpoints draw --prompts_file"
+    )
     group.add_argument(
         "--reference", help="the same, of what to compare with: the teacher's images of the same prompts, or real ones"
     )
-    group.add_argument("--prompts_file", help="of --images: one prompt a line; default: metadata.jsonl, as infer.py writes it")
+    group.add_argument(
+        "--prompts_file", help="of --images: one prompt a line; default: metadata.jsonl, as infer.py writes it"
+    )
     group = parser.add_argument_group("metrics")
     group.add_argument("--metrics", nargs="+", choices=METRICS, default=["clip", "diversity"])
     for flag, what in FILES.items():
         group.add_argument(f"--{flag}", metavar="FILE", help=what)
     group.add_argument("--imagereward_tokenizer", default="google-bert/bert-base-uncased", help="of imagereward")
     group.add_argument("--clip_model", default="laion/CLIP-ViT-g-14-laion2B-s12B-b42K", help="of clip: a CLIPModel")
-    group.add_argument("--clip_prefix", default="", help='before each prompt; DMD2\'s evaluator has "A photo depicts "')
+    group.add_argument(
+        "--clip_prefix", default="", help='before each prompt; DMD2\'s evaluator has "A photo depicts "'
+    )
     group.add_argument("--pickscore_model", default="yuvalkirstain/PickScore_v1", help="of pickscore: a CLIPModel")
-    group.add_argument("--feature_model", default="facebook/dinov2-large", help="of fd and diversity: a transformers vision model")
+    group.add_argument(
+        "--feature_model", default="facebook/dinov2-large", help="of fd and diversity: a transformers vision model"
+    )
     group.add_argument(
         "--bootstrap", type=number(int, 2), help="draws of the prompts, for the standard errors of fid, patch_fid, fd"
     )
     group = parser.add_argument_group("how")
     group.add_argument("--batch_size", type=number(int, 1), default=32, help="default: 32")
-    group.add_argument("--dataloader_num_workers", type=number(int, 0), default=0, help="that read and scale images; default: 0")
+    group.add_argument(
+        "--dataloader_num_workers", type=number(int, 0), default=0, help="that read and scale images; default: 0"
+    )
     group.add_argument("--device", help="a torch device; default: cuda if there is one, else cpu")
     group.add_argument(
-        "--dtype", type=short_dtype, choices=DTYPES, default="fp32", help="of the networks but Inception; default: fp32"
+        "--dtype",
+        type=short_dtype,
+        choices=DTYPES,
+        default="fp32",
+        help="of the networks but Inception; default: fp32",
     )
     group = parser.add_argument_group("output")
     group.add_argument("--output", default="report.json", help="default: report.json")
@@ -96,7 +119,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     try:
         args.device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: not available here; give cpu, or a device that torch sees", 2) from error
+        raise UserError(
+            f"--device {args.device}: not available here; give cpu, or a device that torch sees", 2
+        ) from error
     return args
 
 
@@ -114,7 +139,12 @@ def check(args, images: ImageSet, reference: Optional[ImageSet]) -> None:
         if flag in FILES and not Path(getattr(args, flag) or "").is_file():
             raise UserError(f"--{flag} {getattr(args, flag)}: is no file, and --metrics {name} needs {FILES[flag]}", 2)
     of_teacher = {"fid", "patch_fid"} & set(args.metrics)
-    if of_teacher and not Path(args.reference).is_file() and images.prompts is not None and reference.prompts is not None:
+    if (
+        of_teacher
+        and not Path(args.reference).is_file()
+        and images.prompts is not None
+        and reference.prompts is not None
+    ):
         if set(images.prompts) != set(reference.prompts):
             other = sorted(set(images.prompts) ^ set(reference.prompts))[0]
             problem = f"{images.name} and {reference.name} are of different prompts, one is {other[:60]!r}"
@@ -275,7 +305,9 @@ def evaluate_checkpoints(args, reference: Optional[ImageSet]) -> tuple[dict, lis
     if args.prompts_file is None:
         raise UserError(f"--checkpoints {args.checkpoints}: give --prompts_file, what the checkpoints draw", 2)
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"--checkpoints {args.checkpoints}: needs matplotlib for the curves; pip install matplotlib", 2)
+        raise UserError(
+            f"--checkpoints {args.checkpoints}: needs matplotlib for the curves; pip install matplotlib", 2
+        )
     checkpoints = find_checkpoints(Path(args.checkpoints))
     place, found, rows = Path(args.checkpoints, "evaluation"), {}, []
     for iteration, folder in checkpoints.items():

@@ -7,7 +7,7 @@
 
 How a student is called stands in its senseflow.json, or in --released for the published weights; flags override; without either
 the pipeline's own defaults hold.
-A image is a function of (model, settings, prompt, seed, index): neither batch size nor start index changes it. Processes under
+An image is a function of (model, settings, prompt, seed, index): neither batch size nor start index changes it. Processes under
 `accelerate launch infer.py` or torchrun share the prompts out; those started by hand may draw windows of one prompts file into one
 folder. A rerun draws what is missing.
 """
@@ -28,17 +28,30 @@ import torch
 from torch import distributed
 
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which diffusers imports, and which has a note to print on some CPUs
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # which diffusers imports, and which has a note to print on some CPUs
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from senseflow.inference import check_parts, find_model, load_model_pipeline, model_digest, set_released, swap_network
-from senseflow.arguments import DTYPES, Parser, UserError, run_script
-from senseflow.inference import NETWORKS, RELEASED, Model, pixel_multiple
-from senseflow_utils import SAMPLERS
+from senseflow.arguments import DTYPES, Parser
+from senseflow.errors import UserError, run_script
+from senseflow.inference import (
+    NETWORKS,
+    RELEASED,
+    Model,
+    check_parts,
+    find_model,
+    load_model_pipeline,
+    model_digest,
+    pixel_multiple,
+    set_released,
+    swap_network,
+)
 from senseflow.training.validation import bind_generator
+from senseflow_utils import SAMPLERS
 
 
 logger = logging.getLogger("infer")
@@ -76,7 +89,9 @@ def call_argument(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text}: give NAME=VALUE, such as true_cfg_scale=4")
     words = {"true": True, "false": False, "null": None}
     try:
-        return name, words[value] if value in words else json.loads(json.dumps(ast.literal_eval(value), allow_nan=False))
+        return name, words[value] if value in words else json.loads(
+            json.dumps(ast.literal_eval(value), allow_nan=False)
+        )
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return name, value
 
@@ -85,26 +100,40 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = Parser(prog="infer.py", description=__doc__.splitlines()[0])
     trained = "default: --released or senseflow.json, else the pipeline's own"
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="pipeline folder, checkpoint-N folder of a training run, or Hub id")
+    group.add_argument(
+        "--model", required=True, help="pipeline folder, checkpoint-N folder of a training run, or Hub id"
+    )
     teacher = "or of a checkpoint's teacher; default: of a teacher, what senseflow.json says"
     group.add_argument("--revision", help=f"branch, tag or commit of --model on the Hub, {teacher}")
     group.add_argument("--variant", help=f"of the weight files of --model, e.g. fp16, {teacher}")
     swap = group.add_mutually_exclusive_group()
-    swap.add_argument("--transformer", help="draws in place of the model's own: a folder or Hub id with config.json and weights")
+    swap.add_argument(
+        "--transformer", help="draws in place of the model's own: a folder or Hub id with config.json and weights"
+    )
     swap.add_argument("--unet", help="the same, where the pipeline has a UNet")
-    swap.add_argument("--checkpoint", help="the same, a state dict: .safetensors, or .pth (under model, ema_model or by itself)")
+    swap.add_argument(
+        "--checkpoint", help="the same, a state dict: .safetensors, or .pth (under model, ema_model or by itself)"
+    )
     subfolders, configs = zip(*((f"--{name}_subfolder", f"--{name}_config") for name in NETWORKS))
     group.add_argument(*subfolders, dest="subfolder", help="of --transformer or --unet")
     group.add_argument(*configs, dest="network_config", help="config.json of --checkpoint; default: the model's own")
-    group.add_argument("--released", choices=RELEASED, help="draw as these published weights want it, not as senseflow.json says")
-    group.add_argument("--dtype", type=short_dtype, choices=DTYPES, help="of the weights; default: bf16 on a GPU, fp32 on a CPU")
+    group.add_argument(
+        "--released", choices=RELEASED, help="draw as these published weights want it, not as senseflow.json says"
+    )
+    group.add_argument(
+        "--dtype", type=short_dtype, choices=DTYPES, help="of the weights; default: bf16 on a GPU, fp32 on a CPU"
+    )
     group.add_argument("--device", help="a torch device; default: cuda if there is one, else cpu")
     group = parser.add_argument_group("prompts")
     source = group.add_mutually_exclusive_group()
     source.add_argument("--prompt", nargs="+", help="one image each")
     default = str(Path(__file__).with_name("prompts.txt"))
-    source.add_argument("--prompts_file", default=default, help="one prompt a line; default: prompts.txt beside infer.py")
-    group.add_argument("--start_idx", type=number(int, 0), default=0, help="index of the first prompt; lines count from 0")
+    source.add_argument(
+        "--prompts_file", default=default, help="one prompt a line; default: prompts.txt beside infer.py"
+    )
+    group.add_argument(
+        "--start_idx", type=number(int, 0), default=0, help="index of the first prompt; lines count from 0"
+    )
     group.add_argument("--num_prompts", type=number(int, 1), help="how many lines from there; default: all")
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_inference_steps", type=number(int, 1), help=f"forwards of the network; {trained}")
@@ -113,12 +142,20 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     group.add_argument("--height", type=number(int, 1), help=f"pixels; {trained}")
     group.add_argument("--width", type=number(int, 1), help=f"pixels; {trained}")
     called = "further arguments of the pipeline's call, e.g. true_cfg_scale=4 negative_prompt=blurry"
-    group.add_argument("--call", type=call_argument, nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=called)
-    group.add_argument("--seed", type=number(int, 0, 2**63), default=42, help="idx is drawn with seed + idx; default: 42")
+    group.add_argument(
+        "--call", type=call_argument, nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=called
+    )
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**63), default=42, help="idx is drawn with seed + idx; default: 42"
+    )
     group.add_argument("--batch_size", type=number(int, 1), default=1, help="images drawn at a time; default: 1")
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="outputs", help="gets 0000.png ... and metadata.jsonl; default: outputs")
-    group.add_argument("--grid", action="store_true", help="also write grid.png: the images in order, each with its index")
+    group.add_argument(
+        "--output_dir", default="outputs", help="gets 0000.png ... and metadata.jsonl; default: outputs"
+    )
+    group.add_argument(
+        "--grid", action="store_true", help="also write grid.png: the images in order, each with its index"
+    )
     return parser.parse_args(argv)
 
 
@@ -155,14 +192,18 @@ def read_prompts(args: argparse.Namespace) -> tuple[dict[int, str], list[int]]:
         try:
             lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{flag}: cannot be read ({error}); give a UTF-8 text file, one prompt a line", 2) from error
+            raise UserError(
+                f"{flag}: cannot be read ({error}); give a UTF-8 text file, one prompt a line", 2
+            ) from error
     prompts = {idx: line.strip() for idx, line in enumerate(lines) if line.strip()}
     if not prompts:
         raise UserError(f"{flag}: holds no prompt; give at least one", 2)
     stop = max(prompts) + 1 if args.num_prompts is None else args.start_idx + args.num_prompts
     window = [idx for idx in prompts if args.start_idx <= idx < stop]
     if not window:
-        raise UserError(f"--start_idx {args.start_idx}: no prompt from there; the last one has index {max(prompts)}", 2)
+        raise UserError(
+            f"--start_idx {args.start_idx}: no prompt from there; the last one has index {max(prompts)}", 2
+        )
     return prompts, window
 
 
@@ -173,20 +214,26 @@ def choose_sampler(asked: Optional[str], model: Model) -> Optional[str]:
         return asked or trained or ("stochastic" if config.get("stochastic_sampling") else "euler")
     own = trained or ("stochastic" if "LCM" in config.get("_class_name", "") else None)
     if asked not in (None, own):
-        raise UserError(f"--sampler {asked}: {config.get('_class_name')} of the model leaves no choice; drop --sampler", 2)
+        raise UserError(
+            f"--sampler {asked}: {config.get('_class_name')} of the model leaves no choice; drop --sampler", 2
+        )
     return own
 
 
 def check_call(asked: dict[str, Any], model: Model) -> None:
     """UserError (2) for a NAME of --call that the pipeline does not take, that no text can give, or that has a flag."""
-    open_to = [name for name, kind in model.parameters.items() if kind.default is not kind.empty and name not in NO_CALL]
+    open_to = [
+        name for name, kind in model.parameters.items() if kind.default is not kind.empty and name not in NO_CALL
+    ]
     open_to = [name for name in open_to if not re.search("Tensor|Image|[cC]allback", str(model.parameters[name]))]
     for name in asked:
         if name in CALL_FLAGS:
             raise UserError(f"--call {name}={asked[name]}: give --{name} {asked[name]}", 2)
         if name not in open_to:
             takes = ", ".join(name for name in open_to if name not in CALL_FLAGS)
-            raise UserError(f"--call {name}={asked[name]}: {model.index['_class_name']} takes {takes}; give one of these", 2)
+            raise UserError(
+                f"--call {name}={asked[name]}: {model.index['_class_name']} takes {takes}; give one of these", 2
+            )
 
 
 def choose_call(args: argparse.Namespace, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -194,7 +241,10 @@ def choose_call(args: argparse.Namespace, model: Model) -> tuple[dict[str, Any],
     (None: the pipeline decides). UserError (2): a flag that the pipeline does not take, or a size that does not divide."""
     trained = {name: model.distilled[name] for name in CALL_FLAGS if name in model.distilled}
     trained |= model.distilled.get("pipeline_call", {})
-    given, asked = {name: getattr(args, name) for name in CALL_FLAGS if getattr(args, name) is not None}, dict(args.call)
+    given, asked = (
+        {name: getattr(args, name) for name in CALL_FLAGS if getattr(args, name) is not None},
+        dict(args.call),
+    )
     check_call(asked, model)
     for name in given:
         if name not in model.parameters:
@@ -207,12 +257,16 @@ def choose_call(args: argparse.Namespace, model: Model) -> tuple[dict[str, Any],
     # Where a pipeline has both, guidance_scale is what it tells the network's embedder.
     if "guidance_scale" in given and "true_cfg_scale" in model.parameters:
         if model.config("transformer").get("guidance_embeds") is False:
-            logger.info("--guidance_scale has no effect: this network has no guidance embedder; see --call true_cfg_scale=...")
+            logger.info(
+                "--guidance_scale has no effect: this network has no guidance embedder; see --call true_cfg_scale=..."
+            )
     multiple = pixel_multiple(model)
     for name in ("height", "width"):
         excess = (call.get(name) or 0) % multiple
         if excess:
-            raise UserError(f"--{name} {call[name]}: not divisible by {multiple}; {call[name] - excess + multiple} is", 2)
+            raise UserError(
+                f"--{name} {call[name]}: not divisible by {multiple}; {call[name] - excess + multiple} is", 2
+            )
     defaults = {name: parameter.default for name, parameter in model.parameters.items()}
     settings = {name: call.get(name, defaults.get(name)) for name in CALL_FLAGS} | {"call": asked or None}
     check_steps(settings["num_inference_steps"], model)
@@ -230,16 +284,20 @@ def check_steps(steps: Optional[int], model: Model) -> None:
 
 
 def draw(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], call: dict[str, Any]) -> list[Image.Image]:
-    """One batch. A image's noise, initial and stochastic, comes from its own seed alone: one CPU generator a image."""
+    """One batch. An image's noise, initial and stochastic, comes from its own seed alone: one CPU generator an image."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    bind_generator(pipeline.scheduler, generators)  # FLUX and SD 3 call `step` without one; it would draw from the global one
+    bind_generator(
+        pipeline.scheduler, generators
+    )  # FLUX and SD 3 call `step` without one; it would draw from the global one
     for name, value in call.items():  # one text for a whole batch: not every pipeline repeats it
         if isinstance(value, str) and re.fullmatch(r"(negative_)?prompt(_\d)?", name):
             call = call | {name: [value] * len(prompts)}
     try:
         return pipeline(prompt=prompts, generator=generators, **call).images
     except torch.OutOfMemoryError as error:
-        raise UserError(f"--batch_size {len(prompts)}: out of memory; give a smaller one, or smaller images") from error
+        raise UserError(
+            f"--batch_size {len(prompts)}: out of memory; give a smaller one, or smaller images"
+        ) from error
 
 
 def write_aside(path: Path, write) -> None:
@@ -250,7 +308,7 @@ def write_aside(path: Path, write) -> None:
 
 
 def open_folder(folder: Path) -> list[dict[str, Any]]:
-    """Makes the folder; returns the lines of metadata.jsonl whose image is there: only with its line is a image drawn.
+    """Makes the folder; returns the lines of metadata.jsonl whose image is there: only with its line is an image drawn.
 
     Lines that a kill has cut, or whose image is gone, are removed. UserError (2) if it cannot be a folder.
     """
@@ -273,8 +331,10 @@ def open_folder(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def refuse_other_settings(folder: Path, records: list[dict], settings: dict[str, Any], prompts: dict[int, str]) -> None:
-    """UserError (2) if the folder holds a image that these settings and prompts would not give."""
+def refuse_other_settings(
+    folder: Path, records: list[dict], settings: dict[str, Any], prompts: dict[int, str]
+) -> None:
+    """UserError (2) if the folder holds an image that these settings and prompts would not give."""
     for record in records:
         wanted = settings | {"prompt": prompts.get(record["idx"], record.get("prompt"))}
         name = next((name for name, value in wanted.items() if record.get(name) != value), None)
@@ -284,14 +344,16 @@ def refuse_other_settings(folder: Path, records: list[dict], settings: dict[str,
 
 
 def save_image(folder: Path, image: Image.Image, record: dict[str, Any]) -> None:
-    """Writes a image, then its line, so that a kill leaves at most a image without a line, which the next run redraws."""
+    """Writes an image, then its line, so that a kill leaves at most an image without a line, which the next run redraws."""
     try:
         write_aside(folder / record["file_name"], lambda temporary: image.save(temporary, format="PNG"))
         # One unbuffered write: processes that share the folder do not mix their lines.
         with open(folder / "metadata.jsonl", "ab", buffering=0) as stream:
             stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror}); make room or give another") from error
+        raise UserError(
+            f"--output_dir {folder}: cannot be written ({error.strerror}); make room or give another"
+        ) from error
 
 
 def make_grid(folder: Path, indices: Sequence[int]) -> Image.Image:
@@ -305,7 +367,7 @@ def make_grid(folder: Path, indices: Sequence[int]) -> Image.Image:
         grid = grid or Image.new("RGB", (columns * width, math.ceil(len(indices) / columns) * height), "white")
         left, top = place % columns * width, place // columns * height
         grid.paste(image, (left, top))
-        ImageDraw.Draw(grid).text((left + 2, top + image.height + 1), str(idx), materialize="black")
+        ImageDraw.Draw(grid).text((left + 2, top + image.height + 1), str(idx), fill="black")
     return grid
 
 
@@ -346,7 +408,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                     if not args.call:
                         raise
                     shown = " ".join(f"{name}={value}" for name, value in args.call)
-                    raise UserError(f"--call {shown}: {type(pipeline).__name__} cannot be called so ({error})") from error
+                    raise UserError(
+                        f"--call {shown}: {type(pipeline).__name__} cannot be called so ({error})"
+                    ) from error
                 for idx, image in zip(batch, images):
                     record = {"file_name": f"{idx:04d}.png", "idx": idx, "prompt": prompts[idx], **settings, **source}
                     save_image(folder, image, record)

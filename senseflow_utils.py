@@ -63,12 +63,18 @@ class StatelessRNG:
 
     def normal(self, name: str, sample_indices: Sequence[int], shape: Sequence[int] = ()) -> torch.Tensor:
         """Standard normal numbers, (B, *shape), float32."""
-        rows = [torch.randn(tuple(shape), generator=self.generator(name, sample_index)) for sample_index in sample_indices]
+        rows = [
+            torch.randn(tuple(shape), generator=self.generator(name, sample_index)) for sample_index in sample_indices
+        ]
         return torch.stack(rows).to(self.device, non_blocking=True)
 
-    def uniform(self, name: str, sample_indices: Sequence[int], low=0.0, high=1.0, shape: Sequence[int] = ()) -> torch.Tensor:
+    def uniform(
+        self, name: str, sample_indices: Sequence[int], low=0.0, high=1.0, shape: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Uniform numbers in [low, high), (B, *shape), float32; `low` and `high` are numbers or broadcast against the result."""
-        rows = [torch.rand(tuple(shape), generator=self.generator(name, sample_index)) for sample_index in sample_indices]
+        rows = [
+            torch.rand(tuple(shape), generator=self.generator(name, sample_index)) for sample_index in sample_indices
+        ]
         return low + (high - low) * torch.stack(rows).to(self.device, non_blocking=True)
 
     def integers(self, name: str, sample_indices: Sequence[int], low, high) -> torch.Tensor:
@@ -149,7 +155,9 @@ class Schedule:
         """t of the fake score's loss, (B,)."""
         return self._draw(rng, "fake_timestep", sample_indices, self.fake_range)
 
-    def _draw(self, rng: StatelessRNG, name: str, sample_indices: Sequence[int], index_range: Optional[tuple]) -> torch.Tensor:
+    def _draw(
+        self, rng: StatelessRNG, name: str, sample_indices: Sequence[int], index_range: Optional[tuple]
+    ) -> torch.Tensor:
         if index_range is not None:
             return self.table[rng.integers(name, sample_indices, *index_range)]
         size = len(self.table)
@@ -160,7 +168,9 @@ class Schedule:
         self, rng: StatelessRNG, sample_indices: Sequence[int], t: torch.Tensor, t_next: torch.Tensor, margin: float
     ) -> torch.Tensor:
         """ISG's t_mid, (B,): a uniform integer timestep in [t_next + margin, t - margin]. `check_margin` says if there is one."""
-        return rng.integers("mid_timestep", sample_indices, torch.ceil(t_next + margin), torch.floor(t - margin)).to(t.dtype)
+        return rng.integers("mid_timestep", sample_indices, torch.ceil(t_next + margin), torch.floor(t - margin)).to(
+            t.dtype
+        )
 
     def check_margin(self, margin: float) -> Optional[tuple[float, float]]:
         """The first segment (t, t_next) in which `draw_mid_timesteps` has no integer to draw, or None."""
@@ -196,11 +206,20 @@ class IndexedFlowSchedule(FlowSchedule):
 
     def draw_mid_timesteps(self, rng, sample_indices, t, t_next, margin):
         margin = math.ceil(margin)
-        return self.table[rng.integers("mid_timestep", sample_indices, self.index_of(t_next) + margin, self.index_of(t) - margin)]
+        return self.table[
+            rng.integers("mid_timestep", sample_indices, self.index_of(t_next) + margin, self.index_of(t) - margin)
+        ]
 
     def check_margin(self, margin):
         room = self.index_of(self.anchors) - self.index_of(self.next_timesteps) - 2 * math.ceil(margin)
-        return next(((t, n) for t, n, left in zip(self.anchors.tolist(), self.next_timesteps.tolist(), room.tolist()) if left < 0), None)
+        return next(
+            (
+                (t, n)
+                for t, n, left in zip(self.anchors.tolist(), self.next_timesteps.tolist(), room.tolist())
+                if left < 0
+            ),
+            None,
+        )
 
     def descending_sigma_squared(self, t: torch.Tensor) -> torch.Tensor:
         """omega(t) (B,): sigma^2 of the DESCENDING table at t's index into the ascending one, as the release weighs."""
@@ -266,7 +285,9 @@ def sampler_step(
 
 
 @torch.no_grad()
-def backward_simulation(predict, schedule: Schedule, sampler: str, rng: StatelessRNG, sample_indices, noise: torch.Tensor, steps: int):
+def backward_simulation(
+    predict, schedule: Schedule, sampler: str, rng: StatelessRNG, sample_indices, noise: torch.Tensor, steps: int
+):
     """The input that the student meets at inference (DMD2, section 4.5): its own first steps, from pure noise.
 
     Args:
@@ -312,7 +333,11 @@ def dmd_loss(
         non_finite = (~finite.flatten(1).all(1)).sum()
         gradient, error = (torch.where(finite, x, torch.zeros_like(x)) for x in (gradient, error))
         target = x0 - gradient
-    found = {"dmd_non_finite": non_finite, "signal/dmd_ratio": gradient.abs().mean(), "signal/fake_error": error.abs().mean()}
+    found = {
+        "dmd_non_finite": non_finite,
+        "signal/dmd_ratio": gradient.abs().mean(),
+        "signal/fake_error": error.abs().mean(),
+    }
     return 0.5 * F.mse_loss(student_x0.float(), target), found
 
 
@@ -345,7 +370,7 @@ def isg_target(teacher_predict, student_predict, schedule: Schedule, x_t, t, t_m
 
 
 def adversarial_loss(fake_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The student's GAN loss: -weight * mean over a image's logits, mean over the batch; logits (B, L), weight omega(t) (B,)."""
+    """The student's GAN loss: -weight * mean over an image's logits, mean over the batch; logits (B, L), weight omega(t) (B,)."""
     return -(weight * fake_logits.float().mean(1)).mean()
 
 
@@ -366,7 +391,9 @@ def logistic_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch
 
 
 @torch.no_grad()
-def ida_update(fake_parameters: Sequence[torch.Tensor], student_parameters: Sequence[torch.Tensor], decay: float) -> None:
+def ida_update(
+    fake_parameters: Sequence[torch.Tensor], student_parameters: Sequence[torch.Tensor], decay: float
+) -> None:
     """Implicit distribution alignment (SenseFlow, section 3.2): fake <- decay * fake + (1 - decay) * student, in place."""
     for fake, student in zip(fake_parameters, student_parameters, strict=True):
         fake.lerp_(student, 1 - decay)

@@ -30,28 +30,52 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from tqdm.auto import tqdm
 
-from senseflow.arguments import DTYPES, HelpFormatter, LR_SCHEDULERS, check_common_args, complete_args, refuse_unused, run_script
-from senseflow.training.checkpoints import check_disk, check_finished, clear_leftovers, compare_with_checkpoint, find_checkpoint, fingerprints_of, read_state, save_checkpoint
+from senseflow.arguments import (
+    DTYPES,
+    LR_SCHEDULERS,
+    HelpFormatter,
+    Parser,
+    check_common_args,
+    complete_args,
+    refuse_unused,
+)
+from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
+from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
 from senseflow.models.hub import check_compatible, check_pipeline, config_of, from_hub, load_pipeline
 from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
-from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
 from senseflow.models.text_encoders import encode_small_set, place_text_encoders
-from senseflow.models.vae import decode, latent_shape_of, load_vae, real_latents, real_images, vae_scale_of
-from senseflow.training.validation import Validation, decode_debug_latents
-from senseflow.models.weights import meta_network, materialize, from_pretrained_meta, initial_student, part_of, weights_of
-from senseflow.arguments import Parser, UserError
-from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
-from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
+from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents, vae_scale_of
+from senseflow.models.weights import (
+    from_pretrained_meta,
+    initial_student,
+    materialize,
+    meta_network,
+    part_of,
+    weights_of,
+)
+from senseflow.training.checkpoints import (
+    check_disk,
+    check_finished,
+    clear_leftovers,
+    compare_with_checkpoint,
+    find_checkpoint,
+    fingerprints_of,
+    read_state,
+    save_checkpoint,
+)
+from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Metrics, Runtime
+from senseflow.training.validation import Validation, decode_debug_latents
 from senseflow_utils import (
     SAMPLERS,
-    StatelessRNG,
     FlowSchedule,
     Guidance,
     Prediction,
     Schedule,
+    StatelessRNG,
     adversarial_loss,
     backward_simulation,
     denoising_loss,
@@ -90,13 +114,17 @@ class TrainingModels:
     teacher: Role
     fake_score: Role
     discriminator: Optional[Role]  # None with --gan_weight 0; what follows `latent_shape` is not called then
-    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
+    predict: Callable[
+        ..., Prediction
+    ]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
     encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
     latent_shape: tuple[int, ...]  # of one x0 (senseflow.models.vae.latent_shape_of)
     real_images: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> images in [-1, 1]
     decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> images in [-1, 1], with gradient
-    vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # images -> maps of the frozen network, with gradient
+    vision_features: Optional[Callable[[torch.Tensor], Any]] = (
+        None  # images -> maps of the frozen network, with gradient
+    )
     text_features: Optional[Callable[[Sequence[str]], torch.Tensor]] = None  # prompts -> (B, T) for the discriminator
     omega: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
 
@@ -131,7 +159,18 @@ def student_input(models: TrainingModels, schedule: Schedule, rng: StatelessRNG,
     return noise, index.to(noise.device)
 
 
-def student_losses(models: TrainingModels, schedule: Schedule, rng: StatelessRNG, sample_indices, x_t, t, t_next, prediction, condition, args):
+def student_losses(
+    models: TrainingModels,
+    schedule: Schedule,
+    rng: StatelessRNG,
+    sample_indices,
+    x_t,
+    t,
+    t_next,
+    prediction,
+    condition,
+    args,
+):
     """Step 3, without the adversarial term: ({name: loss}, {name: latents of the panel that people look at})."""
     predict, student_x0 = models.predict, prediction.x0
     losses, debug_latents = {}, {"student_x0": student_x0}
@@ -190,14 +229,16 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
                 reference = models.vision_features(real)
 
         # 2. What the student makes of it; with gradient on its turn only.
-        with student.turn() if update_student else torch.no_grad():
+        with student.accumulate() if update_student else torch.no_grad():
             prediction = models.predict(student, x_t, t, condition)
             if discriminator is not None:
                 fake = models.vision_features(diff_augment(models.decode(prediction.x0), rng, sample_indices, "fake"))
 
             # 3. The student's losses, on its turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
             if update_student:
-                losses, debug_latents = student_losses(models, schedule, rng, sample_indices, x_t, t, t_next, prediction, condition, args)
+                losses, debug_latents = student_losses(
+                    models, schedule, rng, sample_indices, x_t, t, t_next, prediction, condition, args
+                )
                 loss = losses["dmd_loss"]
                 if "isg_loss" in losses:
                     loss = loss + args.isg_weight * losses["isg_loss"]
@@ -214,7 +255,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
             fake = [features.detach() for features in fake]
             with torch.no_grad():
                 real = models.vision_features(diff_augment(real, rng, sample_indices, "real"))
-            with discriminator.turn():
+            with discriminator.accumulate():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)
                 discriminator.backward(loss)
@@ -222,7 +263,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 
     # 5. The student's step, then implicit distribution alignment, before the fake score learns.
     if update_student:
-        totals["student_grad_norm"], totals["signal/update_ratio"] = student.measured_step()
+        totals["student_grad_norm"], totals["signal/update_ratio"] = student.step(measure_update=True)
         if args.ida_decay < 1:
             fake_score.ida_update_from(student, args.ida_decay)
 
@@ -230,7 +271,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
     for sample_indices, x0, condition in student_samples:
         t = schedule.draw_fake_timesteps(rng, sample_indices)
         noise = rng.normal("fake_noise", sample_indices, x0.shape[1:])
-        with fake_score.turn():
+        with fake_score.accumulate():
             output = models.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise))
             record({"fake_loss": loss})
@@ -245,7 +286,14 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 # FLUX: the network call, the prompts, the levels
 # ---------------------------------------------------------------------------------------------------------------------
 def flux_predict(
-    schedule: Schedule, empty: Optional[tuple], scale: float, role: Role, x_t, t, condition, guidance: Optional[Guidance] = None
+    schedule: Schedule,
+    empty: Optional[tuple],
+    scale: float,
+    role: Role,
+    x_t,
+    t,
+    condition,
+    guidance: Optional[Guidance] = None,
 ) -> Prediction:
     """Asks a role about latents x_t (B, C, H, W) at timesteps t (B,).
 
@@ -278,7 +326,9 @@ def flux_predict(
         img_ids=PIPELINE._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, dtype),
         return_dict=False,
     )[0]
-    output = output.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+    output = (
+        output.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+    )
     if classifier_free:
         output = guide(*output.float().chunk(2), guidance.scale)
     return schedule.as_prediction(x_t, output, t)
@@ -304,7 +354,9 @@ def without_guidance_embedder(transformer: TRANSFORMER, scale: float) -> TRANSFO
 def stock_sigmas(scheduler, steps: int, tokens: int) -> list[float]:
     """The noise levels that a stock FluxPipeline call visits, without the final 0; `tokens` is (height / 16) * (width / 16)."""
     config = scheduler.config
-    mu = calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+    mu = calculate_shift(
+        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
     retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler.sigmas[:-1].tolist()
 
@@ -323,7 +375,12 @@ def make_schedule(args, device) -> tuple[FlowSchedule, FlowMatchEulerDiscreteSch
     # An adapter leaves the guidance embedder where it is; of a network without, the call's guidance is no matter.
     embedded = args.rank and config_of(TRANSFORMER, flag, path, "transformer", args.revision).get("guidance_embeds")
     guidance = args.student_guidance_scale if embedded else 1.0
-    call = {"num_inference_steps": len(sigmas), "guidance_scale": guidance, "height": args.resolution, "width": args.resolution}
+    call = {
+        "num_inference_steps": len(sigmas),
+        "guidance_scale": guidance,
+        "height": args.resolution,
+        "width": args.resolution,
+    }
     visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), tokens)
     if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
         call["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
@@ -455,7 +512,9 @@ def check_args(args):
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
     args.revision = check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
     if args.max_sequence_length > 512:
-        raise UserError(f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2)
+        raise UserError(
+            f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2
+        )
     vae = config_of(VAE, flag, path, "vae", args.revision)
     config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     transformer = config_of(TRANSFORMER, flag, path, "transformer", args.revision)
@@ -464,7 +523,9 @@ def check_args(args):
         unused = (lambda args: True, "a teacher without guidance embedder", ("student_guidance_scale",))
         refuse_unused(args, [unused])
     if args.rank and args.student_guidance_scale == 0 and transformer.get("guidance_embeds"):
-        raise UserError("--student_guidance_scale 0: with --rank the teacher's embedder stays; give a guidance, such as 3.5", 2)
+        raise UserError(
+            "--student_guidance_scale 0: with --rank the teacher's embedder stays; give a guidance, such as 3.5", 2
+        )
     if args.student_model_name_or_path and not args.rank:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
@@ -496,7 +557,9 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Training
 
     @torch.no_grad()
     def encode_prompts(prompts):
-        return pipeline.encode_prompt(list(prompts), None, device=device, max_sequence_length=args.max_sequence_length)[:2]
+        return pipeline.encode_prompt(
+            list(prompts), None, device=device, max_sequence_length=args.max_sequence_length
+        )[:2]
 
     scales = [*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])]
     guided = max(scales) > 1 and not transformer.config.guidance_embeds
@@ -577,8 +640,12 @@ def main(argv=None):
 
     validation = Validation(runtime, args, pipeline, models.student.subfolder)
     if args.validation_prompts:
-        validation.draw(models.teacher, pipeline.scheduler, call | teacher_call(args, models.teacher.module), iteration)
-    progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
+        validation.draw(
+            models.teacher, pipeline.scheduler, call | teacher_call(args, models.teacher.module), iteration
+        )
+    progress = tqdm(
+        total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process
+    )
     metrics = Metrics(runtime, models.student, per_iteration, progress)
     debug_latents: dict[str, torch.Tensor] = {}
     for batches in metrics.batches(loader, args.max_train_steps - iteration):
@@ -589,7 +656,9 @@ def main(argv=None):
         if args.validation_prompts and iteration % args.validation_steps == 0:
             validation.draw(models.student, scheduler, call, iteration)
             if debug_latents:
-                runtime.log_image("panel/" + " ".join(debug_latents), decode_debug_latents(pipeline.vae, debug_latents), iteration)
+                runtime.log_image(
+                    "panel/" + " ".join(debug_latents), decode_debug_latents(pipeline.vae, debug_latents), iteration
+                )
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
             save()

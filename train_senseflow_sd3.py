@@ -29,28 +29,37 @@ transformers.utils.logging.get_logger("bitsandbytes").setLevel("ERROR")
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tqdm.auto import tqdm
 
-from senseflow.arguments import DTYPES, HelpFormatter, LR_SCHEDULERS, check_common_args, complete_args, fill_in, run_script
-from senseflow.training.checkpoints import check_disk, check_finished, clear_leftovers, compare_with_checkpoint, find_checkpoint, fingerprints_of, read_state, save_checkpoint
+from senseflow.arguments import DTYPES, LR_SCHEDULERS, HelpFormatter, Parser, check_common_args, complete_args, fill_in
+from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
+from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
 from senseflow.models.hub import check_compatible, check_pipeline, config_of, from_hub, load_pipeline
 from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
-from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
 from senseflow.models.text_encoders import encode_small_set, place_text_encoders
-from senseflow.models.vae import decode, latent_shape_of, load_vae, real_latents, real_images, vae_scale_of
-from senseflow.training.validation import Validation, decode_debug_latents
-from senseflow.models.weights import materialize, from_pretrained_meta, initial_student
-from senseflow.arguments import Parser, UserError
-from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
-from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
+from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents, vae_scale_of
+from senseflow.models.weights import from_pretrained_meta, initial_student, materialize
+from senseflow.training.checkpoints import (
+    check_disk,
+    check_finished,
+    clear_leftovers,
+    compare_with_checkpoint,
+    find_checkpoint,
+    fingerprints_of,
+    read_state,
+    save_checkpoint,
+)
+from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Metrics, Runtime
+from senseflow.training.validation import Validation, decode_debug_latents
 from senseflow_utils import (
     SAMPLERS,
-    StatelessRNG,
     Guidance,
     IndexedFlowSchedule,
     Prediction,
     Schedule,
+    StatelessRNG,
     adversarial_loss,
     backward_simulation,
     denoising_loss,
@@ -87,13 +96,18 @@ PRESETS = {
         "isg_guidance_scale": [5.0, 5.0],
     },
 }
-ANCHOR_INDICES = (999, 749, 499, 249)  # of 1000, into the ascending levels: sigma 1 .9 .75 .5 with the teachers' shift of 3
+ANCHOR_INDICES = (
+    999,
+    749,
+    499,
+    249,
+)  # of 1000, into the ascending levels: sigma 1 .9 .75 .5 with the teachers' shift of 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm
 # ---------------------------------------------------------------------------------------------------------------------
-# Copied from train_senseflow_flux.Parts
+# Copied from train_senseflow_flux.TrainingModels
 @dataclass
 class TrainingModels:
     """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning.
@@ -106,18 +120,22 @@ class TrainingModels:
     teacher: Role
     fake_score: Role
     discriminator: Optional[Role]  # None with --gan_weight 0; what follows `latent_shape` is not called then
-    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
+    predict: Callable[
+        ..., Prediction
+    ]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
     encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
     latent_shape: tuple[int, ...]  # of one x0 (senseflow.models.vae.latent_shape_of)
     real_images: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> images in [-1, 1]
     decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> images in [-1, 1], with gradient
-    vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # images -> maps of the frozen network, with gradient
+    vision_features: Optional[Callable[[torch.Tensor], Any]] = (
+        None  # images -> maps of the frozen network, with gradient
+    )
     text_features: Optional[Callable[[Sequence[str]], torch.Tensor]] = None  # prompts -> (B, T) for the discriminator
     omega: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
 
 
-# Copied from train_senseflow_flux.simulated_steps
+# Copied from train_senseflow_flux.num_simulated_steps
 def num_simulated_steps(rng: StatelessRNG, probability: float, anchors: int) -> Optional[int]:
     """How many anchors backward simulation runs through in this iteration; None: it noises real latents. Same on all ranks."""
     if rng.shared_uniform("simulate") < probability:
@@ -151,7 +169,18 @@ def student_input(models: TrainingModels, schedule: Schedule, rng: StatelessRNG,
 
 
 # Copied from train_senseflow_flux.student_losses
-def student_losses(models: TrainingModels, schedule: Schedule, rng: StatelessRNG, sample_indices, x_t, t, t_next, prediction, condition, args):
+def student_losses(
+    models: TrainingModels,
+    schedule: Schedule,
+    rng: StatelessRNG,
+    sample_indices,
+    x_t,
+    t,
+    t_next,
+    prediction,
+    condition,
+    args,
+):
     """Step 3, without the adversarial term: ({name: loss}, {name: latents of the panel that people look at})."""
     predict, student_x0 = models.predict, prediction.x0
     losses, debug_latents = {}, {"student_x0": student_x0}
@@ -211,14 +240,16 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
                 reference = models.vision_features(real)
 
         # 2. What the student makes of it; with gradient on its turn only.
-        with student.turn() if update_student else torch.no_grad():
+        with student.accumulate() if update_student else torch.no_grad():
             prediction = models.predict(student, x_t, t, condition)
             if discriminator is not None:
                 fake = models.vision_features(diff_augment(models.decode(prediction.x0), rng, sample_indices, "fake"))
 
             # 3. The student's losses, on its turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
             if update_student:
-                losses, debug_latents = student_losses(models, schedule, rng, sample_indices, x_t, t, t_next, prediction, condition, args)
+                losses, debug_latents = student_losses(
+                    models, schedule, rng, sample_indices, x_t, t, t_next, prediction, condition, args
+                )
                 loss = losses["dmd_loss"]
                 if "isg_loss" in losses:
                     loss = loss + args.isg_weight * losses["isg_loss"]
@@ -235,7 +266,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
             fake = [features.detach() for features in fake]
             with torch.no_grad():
                 real = models.vision_features(diff_augment(real, rng, sample_indices, "real"))
-            with discriminator.turn():
+            with discriminator.accumulate():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)
                 discriminator.backward(loss)
@@ -243,7 +274,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 
     # 5. The student's step, then implicit distribution alignment, before the fake score learns.
     if update_student:
-        totals["student_grad_norm"], totals["signal/update_ratio"] = student.measured_step()
+        totals["student_grad_norm"], totals["signal/update_ratio"] = student.step(measure_update=True)
         if args.ida_decay < 1:
             fake_score.ida_update_from(student, args.ida_decay)
 
@@ -251,7 +282,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
     for sample_indices, x0, condition in student_samples:
         t = schedule.draw_fake_timesteps(rng, sample_indices)
         noise = rng.normal("fake_noise", sample_indices, x0.shape[1:])
-        with fake_score.turn():
+        with fake_score.accumulate():
             output = models.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise))
             record({"fake_loss": loss})
@@ -310,7 +341,12 @@ def make_schedule(args, device) -> tuple[IndexedFlowSchedule, FlowMatchEulerDisc
     scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted)), args.sampler)
     schedule = IndexedFlowSchedule(table, [1000 * sigma for sigma in sigmas], dmd_range=(20, 980), device=device)
     check_anchors(args, schedule)
-    call = {"num_inference_steps": len(sigmas), "guidance_scale": 1.0, "height": args.resolution, "width": args.resolution}
+    call = {
+        "num_inference_steps": len(sigmas),
+        "guidance_scale": 1.0,
+        "height": args.resolution,
+        "width": args.resolution,
+    }
     visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
     if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
         call["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
@@ -448,12 +484,21 @@ def check_args(args):
     check_common_args(args)
     checked = check_data_args(args)
     if args.max_sequence_length > 512:
-        raise UserError(f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2)
+        raise UserError(
+            f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2
+        )
     vae = config_of(VAE, flag, path, "vae", args.revision)
     config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
     check_lora_args(args, TRANSFORMER, transformer, LORA_LAYERS)
     if args.student_model_name_or_path and not args.rank:
-        names = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size", "pos_embed_max_size")
+        names = (
+            "in_channels",
+            "out_channels",
+            "joint_attention_dim",
+            "pooled_projection_dim",
+            "patch_size",
+            "pos_embed_max_size",
+        )
         start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
         check_compatible(start_flag, start, TRANSFORMER, "transformer", transformer, names, args.variant)
     if args.gan_weight > 0:
@@ -461,7 +506,9 @@ def check_args(args):
     check_resolution(args, transformer["patch_size"] * vae_scale_of(vae))
     largest = transformer["pos_embed_max_size"] * transformer["patch_size"] * vae_scale_of(vae)
     if args.resolution > largest:
-        raise UserError(f"--resolution {args.resolution}: this teacher knows positions up to {largest} px", exit_code=2)
+        raise UserError(
+            f"--resolution {args.resolution}: this teacher knows positions up to {largest} px", exit_code=2
+        )
     make_schedule(args, "cpu")
     rows = load_rows(args, checked)
     check_latents(args, rows, latent_shape_of(vae, args.resolution))
@@ -576,8 +623,12 @@ def main(argv=None):
 
     validation = Validation(runtime, args, pipeline, models.student.subfolder)
     if args.validation_prompts:
-        validation.draw(models.teacher, pipeline.scheduler, call | teacher_call(args, models.teacher.module), iteration)
-    progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
+        validation.draw(
+            models.teacher, pipeline.scheduler, call | teacher_call(args, models.teacher.module), iteration
+        )
+    progress = tqdm(
+        total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process
+    )
     metrics = Metrics(runtime, models.student, per_iteration, progress)
     debug_latents: dict[str, torch.Tensor] = {}
     for batches in metrics.batches(loader, args.max_train_steps - iteration):
@@ -588,7 +639,9 @@ def main(argv=None):
         if args.validation_prompts and iteration % args.validation_steps == 0:
             validation.draw(models.student, scheduler, call, iteration)
             if debug_latents:
-                runtime.log_image("panel/" + " ".join(debug_latents), decode_debug_latents(pipeline.vae, debug_latents), iteration)
+                runtime.log_image(
+                    "panel/" + " ".join(debug_latents), decode_debug_latents(pipeline.vae, debug_latents), iteration
+                )
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
             save()

@@ -31,27 +31,37 @@ transformers.utils.logging.get_logger("bitsandbytes").setLevel("ERROR")
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
-from senseflow.arguments import DTYPES, HelpFormatter, LR_SCHEDULERS, check_common_args, complete_args, fill_in, run_script
-from senseflow.training.checkpoints import check_disk, check_finished, clear_leftovers, compare_with_checkpoint, find_checkpoint, fingerprint, fingerprints_of, read_state, save_checkpoint
+from senseflow.arguments import DTYPES, LR_SCHEDULERS, HelpFormatter, Parser, check_common_args, complete_args, fill_in
+from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
+from senseflow.models.discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
 from senseflow.models.hub import check_compatible, check_pipeline, config_of, load_network, load_pipeline
 from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
-from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
 from senseflow.models.text_encoders import encode_small_set, place_text_encoders
-from senseflow.models.vae import decode, latent_shape_of, load_vae, real_latents, real_images, vae_scale_of
-from senseflow.training.validation import Validation, decode_debug_latents
-from senseflow.models.weights import materialize, from_pretrained_meta, initial_student
-from senseflow.arguments import Parser, UserError
-from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
-from senseflow.models.discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
+from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents, vae_scale_of
+from senseflow.models.weights import from_pretrained_meta, initial_student, materialize
+from senseflow.training.checkpoints import (
+    check_disk,
+    check_finished,
+    clear_leftovers,
+    compare_with_checkpoint,
+    find_checkpoint,
+    fingerprint,
+    fingerprints_of,
+    read_state,
+    save_checkpoint,
+)
+from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Metrics, Runtime
+from senseflow.training.validation import Validation, decode_debug_latents
 from senseflow_utils import (
     DDPMSchedule,
-    StatelessRNG,
     Guidance,
     Prediction,
     Schedule,
+    StatelessRNG,
     adversarial_loss,
     backward_simulation,
     denoising_loss,
@@ -70,7 +80,9 @@ logger = get_logger(__name__)
 
 # What the teacher is and what the student is saved as, and of what it is made.
 PIPELINE, UNET, VAE = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
-LORA_LAYERS = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj".split()
+LORA_LAYERS = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj".split()
+)
 LORA_LAYERS += ["downsamplers.0.conv", "upsamplers.0.conv"]  # as diffusers' LCM-LoRA
 ANCHORS = [999, 749, 499, 249]
 
@@ -110,7 +122,7 @@ INACTIVE_FLAGS = (
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm
 # ---------------------------------------------------------------------------------------------------------------------
-# Copied from train_senseflow_flux.Parts but for lines marked dmd2
+# Copied from train_senseflow_flux.TrainingModels but for lines marked dmd2
 @dataclass
 class TrainingModels:
     """What `train_iteration` works with. The functions hide the teacher's family, layout and conditioning.
@@ -123,20 +135,24 @@ class TrainingModels:
     teacher: Role
     fake_score: Role
     discriminator: Optional[Role]  # None with --gan_weight 0; what follows `latent_shape` is not called then
-    predict: Callable[..., Prediction]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
+    predict: Callable[
+        ..., Prediction
+    ]  # predict(role, x_t, t, condition, guidance=None); guidance for the teacher alone
     encode_prompts: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]  # prompts -> condition
     real_latents: Callable[..., torch.Tensor]  # (batch, rows, draws) -> x0 of these rows of a batch
     latent_shape: tuple[int, ...]  # of one x0 (senseflow.models.vae.latent_shape_of)
     real_images: Optional[Callable[[dict], torch.Tensor]] = None  # batch -> images in [-1, 1]
     decode: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # x0 -> images in [-1, 1], with gradient
-    vision_features: Optional[Callable[[torch.Tensor], Any]] = None  # images -> maps of the frozen network, with gradient
+    vision_features: Optional[Callable[[torch.Tensor], Any]] = (
+        None  # images -> maps of the frozen network, with gradient
+    )
     text_features: Optional[Callable[[Sequence[str]], torch.Tensor]] = None  # prompts -> (B, T) for the discriminator
     omega: Optional[Callable[[torch.Tensor], torch.Tensor]] = None  # t (B,) -> omega(t) (B,)
     # (role, x0, draws, slots, name, condition) -> logits (B,); None but with --method dmd2  # dmd2
     classify: Optional[Callable[..., torch.Tensor]] = None  # dmd2
 
 
-# Copied from train_senseflow_flux.simulated_steps
+# Copied from train_senseflow_flux.num_simulated_steps
 def num_simulated_steps(rng: StatelessRNG, probability: float, anchors: int) -> Optional[int]:
     """How many anchors backward simulation runs through in this iteration; None: it noises real latents. Same on all ranks."""
     if rng.shared_uniform("simulate") < probability:
@@ -170,7 +186,18 @@ def student_input(models: TrainingModels, schedule: Schedule, rng: StatelessRNG,
 
 
 # Copied from train_senseflow_flux.student_losses
-def student_losses(models: TrainingModels, schedule: Schedule, rng: StatelessRNG, sample_indices, x_t, t, t_next, prediction, condition, args):
+def student_losses(
+    models: TrainingModels,
+    schedule: Schedule,
+    rng: StatelessRNG,
+    sample_indices,
+    x_t,
+    t,
+    t_next,
+    prediction,
+    condition,
+    args,
+):
     """Step 3, without the adversarial term: ({name: loss}, {name: latents of the panel that people look at})."""
     predict, student_x0 = models.predict, prediction.x0
     losses, debug_latents = {}, {"student_x0": student_x0}
@@ -235,14 +262,16 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
                 reference = models.vision_features(real)
 
         # 2. What the student makes of it; with gradient on its turn only.
-        with student.turn() if update_student else torch.no_grad():
+        with student.accumulate() if update_student else torch.no_grad():
             prediction = models.predict(student, x_t, t, condition)
             if discriminator is not None:
                 fake = models.vision_features(diff_augment(models.decode(prediction.x0), rng, sample_indices, "fake"))
 
             # 3. The student's losses, on its turn: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, the discriminator frozen.
             if update_student:
-                losses, debug_latents = student_losses(models, schedule, rng, sample_indices, x_t, t, t_next, prediction, condition, args)
+                losses, debug_latents = student_losses(
+                    models, schedule, rng, sample_indices, x_t, t, t_next, prediction, condition, args
+                )
                 loss = losses["dmd_loss"]
                 if "isg_loss" in losses:
                     loss = loss + args.isg_weight * losses["isg_loss"]
@@ -251,7 +280,9 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
                     losses["adversarial_loss"] = adversarial_loss(logits, omega)
                     loss = loss + args.gan_weight * losses["adversarial_loss"]
                 if models.classify is not None:  # dmd2
-                    logits = models.classify(fake_score, prediction.x0, rng, sample_indices, "student", condition)  # dmd2
+                    logits = models.classify(
+                        fake_score, prediction.x0, rng, sample_indices, "student", condition
+                    )  # dmd2
                     losses["adversarial_loss"] = non_saturating_loss(logits)  # dmd2
                     loss = loss + args.gan_weight * losses["adversarial_loss"]  # dmd2
                 student.backward(loss)
@@ -263,7 +294,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
             fake = [features.detach() for features in fake]
             with torch.no_grad():
                 real = models.vision_features(diff_augment(real, rng, sample_indices, "real"))
-            with discriminator.turn():
+            with discriminator.accumulate():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)
                 discriminator.backward(loss)
@@ -271,7 +302,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 
     # 5. The student's step, then implicit distribution alignment, before the fake score learns.
     if update_student:
-        totals["student_grad_norm"], totals["signal/update_ratio"] = student.measured_step()
+        totals["student_grad_norm"], totals["signal/update_ratio"] = student.step(measure_update=True)
         if args.ida_decay < 1:
             fake_score.ida_update_from(student, args.ida_decay)
 
@@ -279,7 +310,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
     for sample_indices, x0, condition in student_samples:
         t = schedule.draw_fake_timesteps(rng, sample_indices)
         noise = rng.normal("fake_noise", sample_indices, x0.shape[1:])
-        with fake_score.turn():
+        with fake_score.accumulate():
             output = models.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise))
             record({"fake_loss": loss})
@@ -345,7 +376,9 @@ class Score(torch.nn.Module):
         self.unet, self.classifier = unet, classifier
 
     def forward(self, classify: bool = False, return_dict: bool = False, **inputs):
-        return self.classifier(middle(self.unet, **inputs)) if classify else self.unet(**inputs, return_dict=return_dict)
+        return (
+            self.classifier(middle(self.unet, **inputs)) if classify else self.unet(**inputs, return_dict=return_dict)
+        )
 
 
 def middle(unet: UNET, sample, timestep, encoder_hidden_states, added_cond_kwargs) -> torch.Tensor:
@@ -367,7 +400,9 @@ def middle_size(unet: UNET, latent_size: int) -> int:
     return latent_size
 
 
-def classify(schedule: Schedule, role: Role, x0, rng: StatelessRNG, sample_indices, name: str, condition) -> torch.Tensor:
+def classify(
+    schedule: Schedule, role: Role, x0, rng: StatelessRNG, sample_indices, name: str, condition
+) -> torch.Tensor:
     """The classifier's logits (B,) on x0 (B, C, H, W), noised to uniform timesteps of the whole table; gradient flows to x0."""
     t = schedule.table[rng.integers(f"{name}_classifier_timestep", sample_indices, 0, len(schedule.table) - 1)]
     x_t = schedule.add_noise(x0, rng.normal(f"{name}_classifier_noise", sample_indices, x0.shape[1:]), t)
@@ -380,7 +415,10 @@ def make_schedule(args, device) -> tuple[DDPMSchedule, LCMScheduler, dict]:
     config = config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False)
     teacher = DDPMScheduler.from_config(config)
     num_timesteps, steps = teacher.config.num_train_timesteps, len(args.anchors)
-    ranges = {"dmd_range": (round(0.02 * num_timesteps), round(0.98 * num_timesteps)), "fake_range": (0, num_timesteps - 1)}
+    ranges = {
+        "dmd_range": (round(0.02 * num_timesteps), round(0.98 * num_timesteps)),
+        "fake_range": (0, num_timesteps - 1),
+    }
     schedule = DDPMSchedule(teacher.alphas_cumprod, torch.arange(num_timesteps), args.anchors, device=device, **ranges)
     check_anchors(args, schedule)
     betas = {name: teacher.config[name] for name in ("beta_start", "beta_end", "beta_schedule", "trained_betas")}
@@ -521,7 +559,9 @@ def check_levels(flag: str, path: str, scheduler: dict) -> None:
     elif scheduler.get("rescale_betas_zero_snr"):
         found = "rescale_betas_zero_snr"
     if found != "epsilon":
-        raise UserError(f"{flag} {path}: has {found}; this script trains teachers that predict epsilon, as SDXL does", exit_code=2)
+        raise UserError(
+            f"{flag} {path}: has {found}; this script trains teachers that predict epsilon, as SDXL does", exit_code=2
+        )
 
 
 def check_args(args):
@@ -550,7 +590,9 @@ def check_args(args):
         message = f"{flag} {path}: its UNet has no mid-block for --method dmd2's classifier; give --gan_weight 0 or another teacher"
         raise UserError(message, exit_code=2)
     if args.gan_weight > 0 and args.method == "dmd2" and args.classifier_weight == 0:
-        raise UserError("--classifier_weight 0: the classifier would never learn; give --gan_weight 0 to do without", exit_code=2)
+        raise UserError(
+            "--classifier_weight 0: the classifier would never learn; give --gan_weight 0 to do without", exit_code=2
+        )
     if args.gan_weight > 0 and args.method == "senseflow":
         check_discriminator_args(args)
     check_resolution(args, vae_scale_of(vae))
@@ -593,7 +635,9 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Training
     teacher_print = make_base(args, pipeline, "unet", device)
     place_text_encoders(args, pipeline, device)
     size = (args.resolution, args.resolution)
-    time_ids = torch.tensor([[*size, 0, 0, *size]], device=device, dtype=runtime.weight_dtype)  # whole images, as a stock call
+    time_ids = torch.tensor(
+        [[*size, 0, 0, *size]], device=device, dtype=runtime.weight_dtype
+    )  # whole images, as a stock call
 
     @torch.no_grad()
     def encode_prompts(prompts):
@@ -684,8 +728,12 @@ def main(argv=None):
 
     validation = Validation(runtime, args, pipeline, models.student.subfolder)
     if args.validation_prompts:
-        validation.draw(models.teacher, pipeline.scheduler, call | teacher_call(args, models.teacher.module), iteration)
-    progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process)
+        validation.draw(
+            models.teacher, pipeline.scheduler, call | teacher_call(args, models.teacher.module), iteration
+        )
+    progress = tqdm(
+        total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process
+    )
     metrics = Metrics(runtime, models.student, per_iteration, progress)
     debug_latents: dict[str, torch.Tensor] = {}
     for batches in metrics.batches(loader, args.max_train_steps - iteration):
@@ -696,7 +744,9 @@ def main(argv=None):
         if args.validation_prompts and iteration % args.validation_steps == 0:
             validation.draw(models.student, scheduler, call, iteration)
             if debug_latents:
-                runtime.log_image("panel/" + " ".join(debug_latents), decode_debug_latents(pipeline.vae, debug_latents), iteration)
+                runtime.log_image(
+                    "panel/" + " ".join(debug_latents), decode_debug_latents(pipeline.vae, debug_latents), iteration
+                )
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
             save()

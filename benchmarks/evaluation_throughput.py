@@ -4,7 +4,7 @@
 
     python benchmarks/looking.py [--device cuda] [--dtype bf16]
 
-Random weights; a image of noise over a gradient, 1024 px, PNG as infer.py writes it. Inception's network is not among them.
+Random weights; an image of noise over a gradient, 1024 px, PNG as infer.py writes it. Inception's network is not among them.
 """
 
 import argparse
@@ -16,13 +16,21 @@ import full_size  # puts the repository on the path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Config, Dinov2Model
+from transformers import (
+    BlipTextConfig,
+    BlipVisionConfig,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+)
 
-from senseflow.evaluation import converters
 from senseflow.arguments import DTYPES
-from senseflow.evaluation.scorers import _bytes_of, _processed
-from senseflow.evaluation.metrics import centre_patch
 from senseflow.data.images import read_image
+from senseflow.evaluation import converters
+from senseflow.evaluation.metrics import centre_patch
+from senseflow.evaluation.scorers import _bytes_of, _processed
 
 
 def rate(function, *args, seconds: float = 5) -> float:
@@ -36,7 +44,12 @@ def rate(function, *args, seconds: float = 5) -> float:
 
 
 def sight(width: int, layers: int, heads: int, patch: int) -> dict:
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
     return sizes | {"patch_size": patch, "image_size": 224}
 
 
@@ -52,7 +65,9 @@ def main() -> None:
         Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(file)
         image = read_image(str(file))[0]
         process = CLIPImageProcessorPil()
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, {args.dtype}; images a second")
+        print(
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, {args.dtype}; images a second"
+        )
         print(f"| decoded | {rate(read_image, str(file)):.1f} |")
         for name, prepare in {
             "fid": _bytes_of,

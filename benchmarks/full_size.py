@@ -27,7 +27,13 @@ from senseflow.models.discriminator import Discriminator
 from tiny_pipelines import write_discriminator, write_flux, write_sd3, write_sdxl
 
 
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
 CLIP_G = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -66,7 +72,13 @@ FLUX = {
     "pooled_projection_dim": 768,
     "axes_dims_rope": [16, 56, 56],
 }
-SD3 = {"sample_size": 128, "in_channels": 16, "out_channels": 16, "joint_attention_dim": 4096, "pooled_projection_dim": 2048}
+SD3 = {
+    "sample_size": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+}
 SD35_MEDIUM = {
     **SD3,
     "num_layers": 24,

@@ -115,7 +115,12 @@ def command_of(case: str, folder: Path, tiny: bool, iterations: int) -> tuple[st
     full_size.write("discriminator", folder / "discriminator", tiny)
     resolution = 64 if tiny else 1024
     command = ["--pretrained_model_name_or_path", str(folder / teacher), "--resolution", str(resolution)]
-    command += ["--dataset_json", str(write_data(folder / "data", resolution)), "--output_dir", str(folder / "out" / case)]
+    command += [
+        "--dataset_json",
+        str(write_data(folder / "data", resolution)),
+        "--output_dir",
+        str(folder / "out" / case),
+    ]
     if "dmd2" not in flags:
         command += ["--discriminator_backbone", str(folder / "discriminator" / "dinov2")]
         command += ["--discriminator_text_encoder", str(folder / "discriminator" / "clip")]
@@ -171,7 +176,9 @@ def run_case(case: str, folder: Path, tiny: bool, iterations: int, gib: Optional
             result["loading"] = peaks(gpu)
         counted = gib is None and iteration >= iterations - TTUR  # counting takes memory by itself
         if iteration == iterations - TTUR:
-            result["peak"] = peaks(gpu)  # before FLOPs are counted, for which tensors are kept that are freed otherwise
+            result["peak"] = peaks(
+                gpu
+            )  # before FLOPs are counted, for which tensors are kept that are freed otherwise
         counter = FlopCounterMode(display=False) if counted else nullcontext()
         spans = {label: len(spans) for label, spans in watch.spans.items()}
         with counter, watch.part("iteration"):
@@ -185,16 +192,23 @@ def run_case(case: str, folder: Path, tiny: bool, iterations: int, gib: Optional
         return values, panel
 
     script.train_iteration = timed_iteration
-    script.pipeline_tools.export = lambda *args, **kwargs: None
-    script.checkpoint_tools.check_disk = lambda *args, **kwargs: None
+    script.export = lambda *args, **kwargs: None
+    script.check_disk = lambda *args, **kwargs: None
     with launched_under(CASES[case][2]), full_size.random_weights("cuda" if gpu else None):
         script.main(command)
     result |= {"tflop": flops, "iterations": []}
     seconds = watch.seconds()
     for number, (student, warm, counted, first, numbers) in enumerate(rows):
         last = rows[number + 1][3] if number + 1 < len(rows) else {}
-        models = {label: sum(times[first.get(label, 0) : last.get(label, len(times))]) for label, times in seconds.items()}
-        kept = {"student": student, "timed": not warm and not counted, "seconds": models.pop("iteration"), "models": models}
+        models = {
+            label: sum(times[first.get(label, 0) : last.get(label, len(times))]) for label, times in seconds.items()
+        }
+        kept = {
+            "student": student,
+            "timed": not warm and not counted,
+            "seconds": models.pop("iteration"),
+            "models": models,
+        }
         result["iterations"].append(kept | {"values": {label: float(value) for label, value in numbers.items()}})
     return result
 
@@ -206,7 +220,9 @@ def foretold(case: str, output: Path, tiny: bool) -> subprocess.Popen:
     with launched_under(CASES[case][2]):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(output / "cases" / f"{case}.txt", "w") as said:
-        return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *command, "--dry_run"], env=environment, stdout=said)
+        return subprocess.Popen(
+            [sys.executable, ROOT / f"{script}.py", *command, "--dry_run"], env=environment, stdout=said
+        )
 
 
 def peaks(gpu: bool) -> dict:
@@ -216,7 +232,10 @@ def peaks(gpu: bool) -> dict:
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     found = {"host": host}
     if gpu:
-        found |= {"allocated": torch.cuda.max_memory_allocated() / GIB, "reserved": torch.cuda.max_memory_reserved() / GIB}
+        found |= {
+            "allocated": torch.cuda.max_memory_allocated() / GIB,
+            "reserved": torch.cuda.max_memory_reserved() / GIB,
+        }
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -241,11 +260,20 @@ def run_operators(tiny: bool) -> dict:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     result = {"case": OPERATORS, "device": name, "torch": torch.__version__, "attention": []}
     result["matmul_tflops"] = 2 * size**3 / timed(lambda: a @ b) / 1e12
-    shapes = {"FLUX": (24, 4608, 128), "SD 3.5 Large": (38, 4429, 64), "SDXL, 64 x 64": (10, 4096, 64), "DINOv2": (16, 5330, 64)}
-    attentions = {kind.name.lower(): attention_of(kind) for kind in list(SDPBackend.__members__.values()) if kind.value >= 0}
+    shapes = {
+        "FLUX": (24, 4608, 128),
+        "SD 3.5 Large": (38, 4429, 64),
+        "SDXL, 64 x 64": (10, 4096, 64),
+        "DINOv2": (16, 5330, 64),
+    }
+    attentions = {
+        kind.name.lower(): attention_of(kind) for kind in list(SDPBackend.__members__.values()) if kind.value >= 0
+    }
     attentions |= optional_attentions()
     for where, (heads, length, width) in shapes.items():
-        q, k, v, g = (torch.randn(1, heads, 64 if tiny else length, width, device=device, dtype=torch.bfloat16) for _ in range(4))
+        q, k, v, g = (
+            torch.randn(1, heads, 64 if tiny else length, width, device=device, dtype=torch.bfloat16) for _ in range(4)
+        )
         flops = 2 * 2 * heads * q.shape[2] ** 2 * width * 3.5 / 1e12  # forward, and 2.5 times that backward
         for kind, attend in attentions.items():
             tensors = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -315,7 +343,10 @@ def report(output: Path) -> str:
     rate = operators.get("matmul_tflops")
     lines = []
     if rate:
-        lines += [f"{operators['device']}, torch {operators['torch']}; bf16 matrix products of 8192: {rate:.0f} TFLOP/s.", ""]
+        lines += [
+            f"{operators['device']}, torch {operators['torch']}; bf16 matrix products of 8192: {rate:.0f} TFLOP/s.",
+            "",
+        ]
     lines += [
         "| case | other iteration, s | student's turn, s | s / iteration at ttur 5 | TFLOP, other / student's | of the matmul rate "
     ]
@@ -334,7 +365,9 @@ def report(output: Path) -> str:
         if rate and {"other", TURN} <= tflop.keys():
             share = f"{(tflop['other'] / other + tflop[TURN] / student) / 2 / rate:.0%}"
         finite = all(
-            value == value and abs(value) != float("inf") for row in result["iterations"] for value in row["values"].values()
+            value == value and abs(value) != float("inf")
+            for row in result["iterations"]
+            for value in row["values"].values()
         )
         peak, loading = result["peak"], result["loading"]
         lines.append(
@@ -351,13 +384,23 @@ def report(output: Path) -> str:
         timed = [row for row in result["iterations"] if row["timed"]]
         cells = []
         for part in sorted({part for row in timed for part in row["models"]}):
-            both = [mean([row["models"].get(part, 0) for row in timed if row["student"] == turn]) for turn in (False, True)]
+            both = [
+                mean([row["models"].get(part, 0) for row in timed if row["student"] == turn]) for turn in (False, True)
+            ]
             cells.append(f"{part} {both[0]:.2f} / {both[1]:.2f}")
         lines.append(f"- {case}: {'; '.join(cells)}")
     if operators.get("attention"):
-        lines += ["", "| attention, forward and backward | backend | ms | TFLOP/s | gradients finite |", "|---" * 5 + "|"]
+        lines += [
+            "",
+            "| attention, forward and backward | backend | ms | TFLOP/s | gradients finite |",
+            "|---" * 5 + "|",
+        ]
         for row in operators["attention"]:
-            cells = [row["failed"], "", ""] if "failed" in row else [f"{row['ms']:.2f}", f"{row['tflops']:.0f}", str(row["finite"])]
+            cells = (
+                [row["failed"], "", ""]
+                if "failed" in row
+                else [f"{row['ms']:.2f}", f"{row['tflops']:.0f}", str(row["finite"])]
+            )
             lines.append(f"| {row['shape']} | {row['backend']} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     (output / "gpu.md").write_text(text)
@@ -373,12 +416,17 @@ def main(argv=None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=[OPERATORS, *CASES], default=[OPERATORS, *CASES])
     parser.add_argument(
-        "--iterations", type=int, default=8, help=f"of a case, of which the first {WARM_UP} and last {TTUR} are not timed"
+        "--iterations",
+        type=int,
+        default=8,
+        help=f"of a case, of which the first {WARM_UP} and last {TTUR} are not timed",
     )
     parser.add_argument("--minutes", type=float, default=9, help="no case is begun after this time")
     parser.add_argument("--gib", type=float, help="of the GPU's memory, as if the card had no more; default: all")
     parser.add_argument("--here", action="store_true", help="the first case, in this process, and no tables")
-    parser.add_argument("--tiny", action="store_true", help="tiny networks at 64 px: whether this runs, not what it costs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny networks at 64 px: whether this runs, not what it costs"
+    )
     args = parser.parse_args(argv)
     start, output = time.monotonic(), args.output_dir
     if args.here:
@@ -390,7 +438,17 @@ def main(argv=None) -> None:
     for case in args.cases:
         if time.monotonic() - start > 60 * args.minutes:
             break
-        command = [sys.executable, __file__, "--here", "--cases", case, "--output_dir", output, "--iterations", args.iterations]
+        command = [
+            sys.executable,
+            __file__,
+            "--here",
+            "--cases",
+            case,
+            "--output_dir",
+            output,
+            "--iterations",
+            args.iterations,
+        ]
         command += ["--gib", args.gib] if args.gib else []
         subprocess.run([str(part) for part in command] + ["--tiny"] * args.tiny)
         print(report(output), flush=True)

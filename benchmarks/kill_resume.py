@@ -43,10 +43,21 @@ class Tiny:
         args, folder = self.args, self.folder
         command = [sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", str(ROOT / "accelerate_configs" / f"{args.mode}.yaml"), "--mixed_precision", "no"]
-        command += ["--num_processes", str(args.processes), "--main_process_port", "0", str(ROOT / "train_senseflow_flux.py")]
+        command += [
+            "--num_processes",
+            str(args.processes),
+            "--main_process_port",
+            "0",
+            str(ROOT / "train_senseflow_flux.py"),
+        ]
         command += [
             *("--pretrained_model_name_or_path", str(folder / "teacher"), "--dataset_json", str(folder / "data.json")),
-            *("--discriminator_backbone", str(folder / "dinov2"), "--discriminator_text_encoder", str(folder / "clip")),
+            *(
+                "--discriminator_backbone",
+                str(folder / "dinov2"),
+                "--discriminator_text_encoder",
+                str(folder / "clip"),
+            ),
             *("--resolution", "64", "--max_sequence_length", "16", "--train_batch_size", "1", "--report_to", "none"),
             *("--max_train_steps", str(ITERATIONS), "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"),
             *("--output_dir", str(out), *more),
@@ -86,7 +97,9 @@ def digests(out: Path) -> dict[str, str]:
     """A hash of every file of the pipeline and of the last checkpoint, but for what names the folder or the resume."""
     last = checkpoints(str(out))[-1]
     files = [path for path in [*out.glob("*/*"), *last.rglob("*")] if path.is_file()]
-    chosen = [path for path in files if path.name != "state.json" and (last in path.parents or "checkpoint" not in str(path))]
+    chosen = [
+        path for path in files if path.name != "state.json" and (last in path.parents or "checkpoint" not in str(path))
+    ]
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in chosen}
 
 
@@ -102,7 +115,9 @@ def main() -> None:
         tiny = Tiny(args, Path(folder))
         first, end = tiny.measure(tiny.folder / "whole")
         reference = digests(tiny.folder / "whole")
-        print(f"uninterrupted: first checkpoint after {first:.1f} s, end after {end:.1f} s, {len(reference)} files compared")
+        print(
+            f"uninterrupted: first checkpoint after {first:.1f} s, end after {end:.1f} s, {len(reference)} files compared"
+        )
         print(
             "| kill | after s | last complete checkpoint | found half-way | end of the resumed run |\n|---|---|---|---|---|",
             flush=True,

@@ -5,7 +5,7 @@
     python benchmarks/memory_table.py                             # all; about a minute a row and core
     python benchmarks/memory_table.py --teachers sdxl --rows full
 
-1024 px, a image per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, everything else as the
+1024 px, an image per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, everything else as the
 scripts have it. What has been traced is kept in benchmarks/out/memory.json; delete there what should be traced again.
 """
 
@@ -50,7 +50,14 @@ def trace(teacher: str, row: str, folder: Path) -> str:
     full_size.write(teacher, folder / teacher)
     full_size.write("discriminator-small" if SMALL in row else "discriminator", folder / "discriminator")
     script = ROOT / f"train_senseflow_{full_size.TEACHERS[teacher][2]}.py"
-    command = [sys.executable, script, "--pretrained_model_name_or_path", folder / teacher, "--output_dir", folder / "out"]
+    command = [
+        sys.executable,
+        script,
+        "--pretrained_model_name_or_path",
+        folder / teacher,
+        "--output_dir",
+        folder / "out",
+    ]
     command += ["--dataset_json", write_data(folder / "data", 64), "--report_to", "none", "--dry_run", *COMMON, *more]
     command += ["--discriminator_backbone", folder / "discriminator" / "dinov2"]
     command += ["--discriminator_text_encoder", folder / "discriminator" / "clip"]

@@ -21,7 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SIZES = {"tiny": {}, "mid": {"num_layers": 3, "num_single_layers": 4, "attention_head_dim": 64, "num_attention_heads": 12}}
+SIZES = {
+    "tiny": {},
+    "mid": {"num_layers": 3, "num_single_layers": 4, "attention_head_dim": 64, "num_attention_heads": 12},
+}
 ITERATIONS, SKIPPED = 15, 5  # in two of the ten that are timed the student learns
 
 
@@ -80,7 +83,11 @@ def measured(arguments: list[str], report: Path) -> None:
         seconds.append(time.perf_counter() - start)
         if iteration + 1 == ITERATIONS:
             parameters = sum(script_parameters(args[1].student))
-            taken = {"seconds": sum(seconds[SKIPPED:]) / (ITERATIONS - SKIPPED), "mib": peak_mib(), "parameters": parameters}
+            taken = {
+                "seconds": sum(seconds[SKIPPED:]) / (ITERATIONS - SKIPPED),
+                "mib": peak_mib(),
+                "parameters": parameters,
+            }
             Path(f"{report}-{os.environ.get('RANK', '0')}").write_text(json.dumps(taken))
         return out
 
@@ -100,7 +107,16 @@ def run(size: str, mode: str, args, folder: Path) -> list[dict]:
     arguments = [
         *("--pretrained_model_name_or_path", str(folder / "teacher"), "--dataset_json", str(folder / "data.json")),
         *("--discriminator_backbone", str(folder / "dinov2"), "--discriminator_text_encoder", str(folder / "clip")),
-        *("--resolution", "64", "--max_sequence_length", "16", "--max_train_steps", str(ITERATIONS), "--report_to", "none"),
+        *(
+            "--resolution",
+            "64",
+            "--max_sequence_length",
+            "16",
+            "--max_train_steps",
+            str(ITERATIONS),
+            "--report_to",
+            "none",
+        ),
         *("--train_batch_size", str(2 * args.processes // processes), "--gradient_accumulation_steps", "2"),
         *("--checkpointing_steps", "1000", "--output_dir", str(folder / mode)),
     ]
@@ -126,7 +142,10 @@ def main() -> None:
                 seen = run(size, mode, args, Path(folder))
                 name = f"{size}, {seen[0]['parameters'] / 1e6:.2f} M"
                 memory = ", ".join(f"{one['mib']:.0f}" for one in seen)
-                print(f"| {name} | {mode} | {len(seen)} | {max(one['seconds'] for one in seen):.2f} | {memory} |", flush=True)
+                print(
+                    f"| {name} | {mode} | {len(seen)} | {max(one['seconds'] for one in seen):.2f} | {memory} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from senseflow.arguments import quiet_libraries
+from senseflow.errors import quiet_libraries
 from senseflow.training.runtime import Runtime
 from senseflow_utils import StatelessRNG, backward_simulation, dmd_loss
 from tiny_pipelines import write_sd3
@@ -83,7 +83,9 @@ def load(script, teacher, settings, iterations=0):
 @torch.no_grad()
 def rollouts(args, schedule, models, precision):
     """(x_t at the last anchor, x0 of every anchor [anchors, B, ...]) of the student's own rollouts in this precision."""
-    predict = partial(models.predict, FrozenRole(models.student.module, precision), condition=models.encode_prompts(CAPTIONS))
+    predict = partial(
+        models.predict, FrozenRole(models.student.module, precision), condition=models.encode_prompts(CAPTIONS)
+    )
     noise, x0 = DRAWS.normal("input_noise", SLOTS, models.latent_shape), []
     for steps, anchor in enumerate(schedule.anchors):
         x_t = backward_simulation(predict, schedule, args.sampler, DRAWS, SLOTS, noise, steps)
@@ -93,7 +95,10 @@ def rollouts(args, schedule, models, precision):
 
 def gradients(schedule, models, precisions, x0, guidance):
     """L_DMD's gradient at the student's x0 for every one of LEVELS, flat [B, numbers], both scores in these precisions."""
-    teacher, fake = FrozenRole(models.teacher.module, precisions[0]), FrozenRole(models.fake_score.module, precisions[1])
+    teacher, fake = (
+        FrozenRole(models.teacher.module, precisions[0]),
+        FrozenRole(models.fake_score.module, precisions[1]),
+    )
     condition, scales = models.encode_prompts(CAPTIONS), torch.full((len(SLOTS),), guidance)
     x0, found = x0.clone().requires_grad_(), []
     for wanted in LEVELS:
@@ -114,7 +119,10 @@ def report_gradients(name, args, schedule, models, guidance):
     for case, precisions in CASES.items():
         cosines = list(map(torch.cosine_similarity, gradients(schedule, models, precisions, x0, guidance), exact))
         cells = [f"{cosine.mean():.4f}" for cosine in cosines] + [f"{torch.cat(cosines).min():.4f}"]
-        print(f"| {name} | {torch.stack(exact).square().mean().sqrt():.3f} | {case} | " + " | ".join(cells) + " |", flush=True)
+        print(
+            f"| {name} | {torch.stack(exact).square().mean().sqrt():.3f} | {case} | " + " | ".join(cells) + " |",
+            flush=True,
+        )
 
 
 def report_rollouts(name, args, schedule, models):

@@ -35,7 +35,9 @@ def by_formula(state: dict[str, torch.Tensor]) -> None:
 
 def image(size: tuple[int, int]) -> Image.Image:
     across, down = (torch.arange(length).double() for length in size)
-    waves = torch.sin(across[None, :, None] / 9 + torch.arange(3)) * torch.cos(down[:, None, None] / 7 - torch.arange(3))
+    waves = torch.sin(across[None, :, None] / 9 + torch.arange(3)) * torch.cos(
+        down[:, None, None] / 7 - torch.arange(3)
+    )
     pixels = ((waves + 1) * 127.5).byte().contiguous()
     return Image.frombytes("RGB", size, bytes(pixels.flatten().tolist()))
 
@@ -55,10 +57,16 @@ def original(folder: Path, layers: int, tiny: bool) -> None:
     side, most = vision["image_size"], text["vocab_size"]
     see = image_transform(side, is_train=False, resize_longest_max=True)
     tokens = torch.zeros(2, text["context_length"], dtype=torch.long)
-    tokens[0, :4], tokens[1, :6] = torch.tensor([most - 2, 3, 5, most - 1]), torch.tensor([most - 2, 9, 3, 7, 2, most - 1])
+    tokens[0, :4], tokens[1, :6] = (
+        torch.tensor([most - 2, 3, 5, most - 1]),
+        torch.tensor([most - 2, 9, 3, 7, 2, most - 1]),
+    )
     pixels = [see(image(size)) for size in SIZES if size != (224, 224) or tiny is False]
     with torch.no_grad():
-        shown, said = clip.encode_image(torch.stack(pixels[:2]), normalize=True), clip.encode_text(tokens, normalize=True)
+        shown, said = (
+            clip.encode_image(torch.stack(pixels[:2]), normalize=True),
+            clip.encode_text(tokens, normalize=True),
+        )
     found = {"hps": {"pixels": pixels, "tokens": tokens, "image": shown, "text": said, "score": (shown * said).sum(1)}}
 
     sys.modules.setdefault("clip", types.ModuleType("clip"))  # which image-reward imports for another score
@@ -81,7 +89,12 @@ def original(folder: Path, layers: int, tiny: bool) -> None:
     network = torch.nn.Module()
     network.blip = torch.nn.Module()
     network.blip.visual_encoder = VisionTransformer(
-        img_size=side, patch_size=16, embed_dim=width, depth=layers, num_heads=width // 64, use_grad_checkpointing=False
+        img_size=side,
+        patch_size=16,
+        embed_dim=width,
+        depth=layers,
+        num_heads=width // 64,
+        use_grad_checkpointing=False,
     )
     network.blip.text_encoder = BertModel(config=config, add_pooling_layer=False)
     network.blip.vision_proj, network.blip.text_proj = torch.nn.Linear(width, 8), torch.nn.Linear(text_width, 8)
@@ -90,14 +103,28 @@ def original(folder: Path, layers: int, tiny: bool) -> None:
     torch.save(network.state_dict(), folder / "imagereward.pt")
     see = _transform(side)
     pixels = [see(image(size)) for size in SIZES]
-    tokens, mask = torch.randint(1, most, (2, 12), generator=torch.Generator().manual_seed(0)), torch.ones(2, 12, dtype=torch.long)
+    tokens, mask = (
+        torch.randint(1, most, (2, 12), generator=torch.Generator().manual_seed(0)),
+        torch.ones(2, 12, dtype=torch.long),
+    )
     mask[1, 7:] = 0
     with torch.no_grad():
         seen = network.blip.visual_encoder(torch.stack(pixels[:2]))
-        how = {"attention_mask": mask, "encoder_hidden_states": seen, "encoder_attention_mask": torch.ones(seen.shape[:2])}
+        how = {
+            "attention_mask": mask,
+            "encoder_hidden_states": seen,
+            "encoder_attention_mask": torch.ones(seen.shape[:2]),
+        }
         states = network.blip.text_encoder(tokens, **how, return_dict=True).last_hidden_state
         score = (network.mlp(states[:, 0]).squeeze(1) - 0.16717362830052426) / 1.0333394966054072
-    found["imagereward"] = {"pixels": pixels, "tokens": tokens, "mask": mask, "image": seen, "text": states, "score": score}
+    found["imagereward"] = {
+        "pixels": pixels,
+        "tokens": tokens,
+        "mask": mask,
+        "image": seen,
+        "text": states,
+        "score": score,
+    }
     torch.save(found, folder / "found.pt")
     for name, values in found.items():
         print(name, json.dumps({"tokens": values["tokens"].tolist(), "score": values["score"].tolist()}))
@@ -115,14 +142,21 @@ def compare(folder: Path) -> None:
     own = {"pixels": [layouts.hpsv2_pixels(side, image(size)) for size in sizes]}
     with torch.no_grad():
         said = clip(input_ids=theirs["tokens"], pixel_values=torch.stack(theirs["pixels"][:2]))
-    own |= {"image": said.image_embeds, "text": said.text_embeds, "score": (said.image_embeds * said.text_embeds).sum(1)}
+    own |= {
+        "image": said.image_embeds,
+        "text": said.text_embeds,
+        "score": (said.image_embeds * said.text_embeds).sum(1),
+    }
     report("HPS v2", own, theirs)
 
     theirs, network = found["imagereward"], layouts.read_imagereward(folder / "imagereward.pt")
     side, pixels = network.vision.config.image_size, torch.stack(theirs["pixels"][:2])
     own = {"pixels": [layouts.imagereward_pixels(side, image(size)) for size in SIZES]}
     with torch.no_grad():
-        own |= {"image": network.vision(pixels).last_hidden_state, "score": network(pixels, theirs["tokens"], theirs["mask"])}
+        own |= {
+            "image": network.vision(pixels).last_hidden_state,
+            "score": network(pixels, theirs["tokens"], theirs["mask"]),
+        }
     report("ImageReward", own, theirs)
 
 

@@ -38,7 +38,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from make_teacher import Stage, draw_pool, to_pixels
-from measure import load_judge, load_images, measure
+from measure import load_images, load_judge, measure
 from run import flags
 from scenes import RESOLUTION, all_captions, sample_scenes
 from tqdm import tqdm
@@ -158,7 +158,11 @@ def build_pipeline():
         tokenizer_2=tokenizer,
         unet=unet,
         scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            timestep_spacing="leading",
+            steps_offset=1,
         ),
     )
 
@@ -193,7 +197,9 @@ def encode_captions(pipeline):
 def train_unet(pipeline, latents, captions):
     """Epsilon prediction at uniform timesteps of SDXL's table. Every draw of a step comes from (seed, step)."""
     embeds, pooled = encode_captions(pipeline)
-    time_ids = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION])  # what a stock call says of a whole image
+    time_ids = torch.tensor(
+        [RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]
+    )  # what a stock call says of a whole image
     time_ids = time_ids.float().expand(TRAINING.batch_size, -1)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
 
@@ -219,7 +225,10 @@ def make_teacher():
     start = time.monotonic()
     pipeline = build_pipeline()
     latents, captions = encode_pool(pipeline.vae)
-    print(f"UNet: {sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"UNet: {sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6:.2f} M parameters",
+        flush=True,
+    )
     train_unet(pipeline, latents, captions)
     pipeline.save_pretrained(TEACHER)
     print(f"teacher: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
@@ -237,7 +246,12 @@ def sample(pipeline, steps, scheduler, guidance, per_caption, seed, batch_size=9
     for start in range(0, len(captions), batch_size):
         batch = captions[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": RESOLUTION, "width": RESOLUTION}
+        settings = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "height": RESOLUTION,
+            "width": RESOLUTION,
+        }
         images += pipeline(batch, generator=generators, **settings).images
     return np.stack([np.asarray(image) for image in images])
 
@@ -290,7 +304,9 @@ def call(name, command):
     """Run a command from the repository's root, its output in a file; ends the benchmark in one line if it fails."""
     log = OUT / f"{name}.log"
     with open(log, "w") as stream:
-        code = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            [str(part) for part in command], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT
+        ).returncode
     if code != 0:
         sys.exit(f"{name} failed with exit code {code}; its output is in {log}")
 
@@ -330,24 +346,39 @@ def report(variants, seeds):
 
     def row(name, count, images):
         against = {kind: measure(judge, images, captions, reference) for kind, reference in references.items()}
-        results[name] = against["ODE"] | {"forwards": count, "fd": {kind: found["fd"] for kind, found in against.items()}}
+        results[name] = against["ODE"] | {
+            "forwards": count,
+            "fd": {kind: found["fd"] for kind, found in against.items()},
+        }
 
     for kind, settings in MANY.items():
         row(f"teacher, {kind}", 2 * settings[0], references[kind])
         row(f"teacher, {kind}, other seeds", 2 * settings[0], teacher(*settings, seed=OTHER_IMAGE_SEED))
     for count in sorted(set(forwards.values())):
         for settings in FEW[count]:
-            row(f"teacher, {settings[0]} step{'s'[: settings[0] > 1]}, guidance {settings[2]:g}", count, teacher(*settings))
+            row(
+                f"teacher, {settings[0]} step{'s'[: settings[0] > 1]}, guidance {settings[2]:g}",
+                count,
+                teacher(*settings),
+            )
         row(f"student before training, {count} steps", count, teacher(count, "lcm", 1.0))
     for variant, seed in itertools.product(variants, seeds):
         row(f"student {variant}, seed {seed}", forwards[variant], make_student(variant, seed))
 
-    print("| | forwards | captions right | diversity | FD to the ODE | closed | FD to the SDE | closed |\n" + "|---" * 8 + "|")
+    print(
+        "| | forwards | captions right | diversity | FD to the ODE | closed | FD to the SDE | closed |\n"
+        + "|---" * 8
+        + "|"
+    )
     for name, result in results.items():
         cells = [name, str(result["forwards"]), f"{result['accuracy']:.3f}", f"{result['diversity']:.2f}"]
         for kind, distance in result["fd"].items():
             floor = results[f"teacher, {kind}, other seeds"]["fd"][kind]
-            peers = [r["fd"][kind] for n, r in results.items() if n.startswith("teacher") and r["forwards"] == result["forwards"]]
+            peers = [
+                r["fd"][kind]
+                for n, r in results.items()
+                if n.startswith("teacher") and r["forwards"] == result["forwards"]
+            ]
             share = (min(peers) - distance) / (min(peers) - floor) if name.startswith("student") else None
             cells += [f"{abs(distance):.2f}", "" if share is None else f"{share:.0%}"]
         print("| " + " | ".join(cells) + " |")
@@ -357,9 +388,14 @@ def report(variants, seeds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--stage", choices=("teacher", "grid", "report"), default="report", help="grid and report train the teacher, too"
+        "--stage",
+        choices=("teacher", "grid", "report"),
+        default="report",
+        help="grid and report train the teacher, too",
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["4-step", "2-step"], help="of the student's training")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["4-step", "2-step"], help="of the student's training"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students' training")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)

@@ -30,12 +30,21 @@ from diffusers import DDPMScheduler
 
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
-from senseflow_utils import SAMPLERS, DDPMSchedule, StatelessRNG, FlowSchedule, Prediction, Schedule, backward_simulation, guide
+from senseflow_utils import (
+    SAMPLERS,
+    DDPMSchedule,
+    FlowSchedule,
+    Prediction,
+    Schedule,
+    StatelessRNG,
+    backward_simulation,
+    guide,
+)
 from train_senseflow_flux import TrainingModels, train_iteration
 
 
 EMPTY = -1  # the empty prompt, as a class
-POINTS = 8  # vectors in a image
+POINTS = 8  # vectors in an image
 FAMILIES = ("flow", "epsilon")
 ANCHORS = {"flow": (1000.0, 904.5, 759.5, 512.8), "epsilon": (999.0, 749.0, 499.0, 249.0)}
 
@@ -55,7 +64,7 @@ def make_schedule(family: str, anchors: Optional[tuple] = None) -> Schedule:
 class Mixture(torch.nn.Module):
     """Isotropic Gaussians N(means[k], spread^2), mode k in class `classes[k]`; called, it is the exact network of its family.
 
-    A image is POINTS independent vectors of its class, x0 (B, POINTS, D).
+    An image is POINTS independent vectors of its class, x0 (B, POINTS, D).
 
     Args:
         means: (K, D); the modes of a class weigh the same, and so do the classes.
@@ -127,7 +136,10 @@ class MLP(torch.nn.Module):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         phase = (t / 1000).float()[:, None] * self.frequencies
-        h = self.enter(x_t) + (self.level(torch.cat([phase.sin(), phase.cos()], 1)) + self.embedding(condition))[:, None]
+        h = (
+            self.enter(x_t)
+            + (self.level(torch.cat([phase.sin(), phase.cos()], 1)) + self.embedding(condition))[:, None]
+        )
         for layer in self.hidden:
             h = layer(torch.nn.functional.silu(h))
         output = self.leave(torch.nn.functional.silu(h))
@@ -346,7 +358,10 @@ def run_settings(family: str, seed: int, iterations: int, every: int) -> dict:
         seconds = time.process_time() - since
         found = ruler(models.student.module)
         results[name] = {"curve": curve, "found": found, "seconds": seconds, "student": models.student.module}
-        print(f"{family}, seed {seed}, {name}: distance {found['distance']:.4f}, {found['closed']:.1%} closed", file=sys.stderr)
+        print(
+            f"{family}, seed {seed}, {name}: distance {found['distance']:.4f}, {found['closed']:.1%} closed",
+            file=sys.stderr,
+        )
     return results
 
 
@@ -402,9 +417,13 @@ def plot(results: dict, path: Path) -> None:
             steps = [step for step, _ in runs[0][name]["curve"]]
             distances = torch.tensor([[distance for _, distance in run[name]["curve"]] for run in runs])
             (line,) = axes.plot(steps, distances.mean(0), label=name)
-            axes.fill_between(steps, distances.min(0).values, distances.max(0).values, color=line.get_color(), alpha=0.12)
+            axes.fill_between(
+                steps, distances.min(0).values, distances.max(0).values, color=line.get_color(), alpha=0.12
+            )
         axes.axhline(runs[0]["ruler"].floor["distance"], color="black", linestyle=":", label="floor: exact samples")
-        axes.set(yscale="log", title=f"{family}, {len(runs)} seeds", xlabel="iteration", ylabel="energy distance, 4 steps")
+        axes.set(
+            yscale="log", title=f"{family}, {len(runs)} seeds", xlabel="iteration", ylabel="energy distance, 4 steps"
+        )
     axes.legend(fontsize=8)
 
     family, runs = next(iter(results.items()))
@@ -433,7 +452,8 @@ def main():
     torch.set_num_threads(1)  # the matrices are small
     every = max(1, args.iterations // 15)
     results = {
-        family: [run_settings(family, seed, args.iterations, every) for seed in range(args.seeds)] for family in args.families
+        family: [run_settings(family, seed, args.iterations, every) for seed in range(args.seeds)]
+        for family in args.families
     }
     print(table(results))
     plot(results, args.plot)

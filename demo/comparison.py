@@ -27,10 +27,10 @@ def draw_comparison(rows, captions):
         x = LEFT + column * (CELL + GAP)
         words = caption.split()
         lines = "\n".join((" ".join(words[:2]), " ".join(words[2:4]), " ".join(words[4:])))
-        pen.multiline_text((x, 6), lines, materialize="black", font=ImageFont.load_default(14))
+        pen.multiline_text((x, 6), lines, fill="black", font=ImageFont.load_default(14))
     for row, (label, images) in enumerate(rows.items()):
         y = TOP + row * (CELL + GAP)
-        pen.multiline_text((8, y + CELL // 2 - 20), label, materialize="black", font=ImageFont.load_default(18))
+        pen.multiline_text((8, y + CELL // 2 - 20), label, fill="black", font=ImageFont.load_default(18))
         for column, image in enumerate(images):
             cell = Image.fromarray(image).resize((CELL, CELL), Image.Resampling.BICUBIC)
             sheet.paste(cell, (LEFT + column * (CELL + GAP), y))

@@ -49,7 +49,11 @@ def build_transformer():
     )
     # As in DiT, every block starts as the identity and the output as zero; at this size it decides whether shapes are
     # learned at all. The guidance embedder starts at zero so that the first stage can ignore it.
-    zeroed = [transformer.proj_out, transformer.norm_out.linear, transformer.time_text_embed.guidance_embedder.linear_2]
+    zeroed = [
+        transformer.proj_out,
+        transformer.norm_out.linear,
+        transformer.time_text_embed.guidance_embedder.linear_2,
+    ]
     for block in transformer.transformer_blocks:
         zeroed += [block.norm1.linear, block.norm1_context.linear]
     zeroed += [block.norm.linear for block in transformer.single_transformer_blocks]

@@ -12,7 +12,7 @@ import statistics
 import sys
 
 import run as demo
-from measure import load_judge, load_images, measure
+from measure import load_images, load_judge, measure
 from scenes import all_captions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 EVERY = 50  # iterations between the images of validation
 SHOWN = (100, 300, 500)  # and the last: iterations of the checkpoints that are drawn
 IMAGES_PER_CAPTION = 6
-START = "import senseflow.arguments, train_senseflow_flux as script; {}; senseflow.arguments.run_script(script.main)"
+START = "import senseflow.arguments, train_senseflow_flux as script; {}; senseflow.errors.run_script(script.main)"
 # 2 T - F lies on the other side of T: the gradient F - T turns around, what it is divided by stays.
 FLIP = "right = script.dmd_loss; script.dmd_loss = lambda x0, fake, teacher: right(x0, 2 * teacher - fake, teacher)"
 ADAPTERS = {"rank": 32, "learning_rate": 2e-4, "learning_rate_fake": 1e-3, "ida_decay": 0.9, "max_train_steps": 750}
@@ -46,22 +46,44 @@ def train(name, steps, changed, patch, folder):
 def draw(model, images, steps, seed, *guidance):
     prompts = demo.OUT / "prompts_failure_modes.txt"
     prompts.write_text("\n".join(all_captions() * IMAGES_PER_CAPTION) + "\n")
-    settings = {"prompts_file": prompts, "batch_size": 96, "num_inference_steps": steps, "sampler": "euler", "seed": seed}
+    settings = {
+        "prompts_file": prompts,
+        "batch_size": 96,
+        "num_inference_steps": steps,
+        "sampler": "euler",
+        "seed": seed,
+    }
     settings |= {"height": demo.RESOLUTION, "width": demo.RESOLUTION, "dtype": "fp32", "device": "cpu"}
-    command = [sys.executable, demo.ROOT / "infer.py", "--model", model, "--output_dir", images, *demo.flags(settings), *guidance]
+    command = [
+        sys.executable,
+        demo.ROOT / "infer.py",
+        "--model",
+        model,
+        "--output_dir",
+        images,
+        *demo.flags(settings),
+        *guidance,
+    ]
     demo.call(str(images), command, images.with_suffix(".log"))
 
 
 def signals_of(folder):
     """{signal: the mean of its last tenth} of a run."""
     events = EventAccumulator(str(folder / "logs" / "senseflow"), size_guidance={"scalars": 0}).Reload()
-    values = {name: [e.value for e in events.Scalars(name)] for name in events.Tags()["scalars"] if name.startswith("signal/")}
+    values = {
+        name: [e.value for e in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+        if name.startswith("signal/")
+    }
     return {name: statistics.mean(found[-max(1, len(found) // 10) :]) for name, found in values.items()}
 
 
 def warnings_of(log):
     """{signal: iteration of its warning} of a run."""
-    return {name: int(iteration) for iteration, name in re.findall(r"WARNING.*?iteration (\d+): (signal/\S+) is", log.read_text())}
+    return {
+        name: int(iteration)
+        for iteration, name in re.findall(r"WARNING.*?iteration (\d+): (signal/\S+) is", log.read_text())
+    }
 
 
 def table(names, rows):

@@ -50,7 +50,9 @@ def main():
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--shift", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--reference_guidance", type=float, default=2.0, help="of the teacher at 28 steps")
-    parser.add_argument("--base_quantization", choices=BACKENDS, nargs="*", default=[], help="also the teacher so, at 28 steps")
+    parser.add_argument(
+        "--base_quantization", choices=BACKENDS, nargs="*", default=[], help="also the teacher so, at 28 steps"
+    )
     parser.add_argument("--images_per_caption", type=int, default=4, help="at least 2, for the diversity")
     args = parser.parse_args()
 

@@ -45,7 +45,9 @@ def parse_args():
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3, help="of the stages vae and decoder")
     parser.add_argument("--flow_learning_rate", type=float, default=2e-3)
     parser.add_argument("--guidance_learning_rate", type=float, default=5e-4)
-    parser.add_argument("--decay_share", type=float, default=0.3, help="share of a stage's steps over which lr falls to 0")
+    parser.add_argument(
+        "--decay_share", type=float, default=0.3, help="share of a stage's steps over which lr falls to 0"
+    )
     parser.add_argument("--pool_size", type=int, default=24000, help="scenes whose latents the transformer sees")
     parser.add_argument("--kl_weight", type=float, default=3e-4, help="per latent number, beside the per-pixel loss")
     parser.add_argument("--caption_dropout", type=float, default=0.1)

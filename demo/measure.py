@@ -36,7 +36,9 @@ class Judge(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic", num_channels=3)
+        config = ResNetConfig(
+            embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic", num_channels=3
+        )
         self.trunk = ResNetModel(config)
         self.project = torch.nn.Linear(64 * 4 * 4, FEATURES)
         self.attributes = torch.nn.Linear(FEATURES, sum(map(len, ATTRIBUTES.values())))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from comparison import draw_comparison
 from components import MAX_SEQUENCE_LENGTH
-from measure import load_judge, load_images, measure
+from measure import load_images, load_judge, measure
 from scenes import RESOLUTION, all_captions, sample_scenes
 
 
@@ -67,10 +67,17 @@ COMMON_FLAGS = {
 }
 TRAINING_FLAGS = {
     # One step starts far from where it is to end: it learns fast, and takes little of ISG, whose target ends in the student itself.
-    1: COMMON_FLAGS | {"anchors": [1000], "learning_rate": 4e-4, "learning_rate_fake": 1e-3, "ida_decay": 0.9, "isg_weight": 0.05},
+    1: COMMON_FLAGS
+    | {"anchors": [1000], "learning_rate": 4e-4, "learning_rate_fake": 1e-3, "ida_decay": 0.9, "isg_weight": 0.05},
     # What shift 3 visits in two steps: the student starts from the teacher's best.
     2: COMMON_FLAGS
-    | {"anchors": [1000, 750], "learning_rate": 3e-5, "learning_rate_fake": 2e-4, "ida_decay": 0.97, "isg_weight": 1.0},
+    | {
+        "anchors": [1000, 750],
+        "learning_rate": 3e-5,
+        "learning_rate_fake": 2e-4,
+        "ida_decay": 0.97,
+        "isg_weight": 1.0,
+    },
 }
 
 
@@ -147,7 +154,11 @@ class DemoError(Exception):
 
 def flags(values):
     """{"a": 1, "b": [2, 3]} -> ["--a", 1, "--b", 2, 3]."""
-    return [part for name, value in values.items() for part in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    return [
+        part
+        for name, value in values.items()
+        for part in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
 
 
 def write_data(folder):
@@ -178,7 +189,12 @@ def seconds_a_image(model, steps, times=7):
     found = []
     for _ in range(times):
         start = time.monotonic()
-        call = {"num_inference_steps": steps, "height": RESOLUTION, "width": RESOLUTION, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+        call = {
+            "num_inference_steps": steps,
+            "height": RESOLUTION,
+            "width": RESOLUTION,
+            "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        }
         pipeline("red star on stripes", **call)
         found.append(time.monotonic() - start)
     return round(statistics.median(found), 3)
@@ -239,7 +255,9 @@ class Demo:
         self.train()
         self.sample("student", OUT / "student", self.steps, IMAGE_SEED)
         shifted = OUT / "teacher_shifted"
-        self.stages.run("teacher_shifted", [TEACHER, TEACHER_FEW_SHIFT], shifted, lambda: write_shifted_teacher(shifted))
+        self.stages.run(
+            "teacher_shifted", [TEACHER, TEACHER_FEW_SHIFT], shifted, lambda: write_shifted_teacher(shifted)
+        )
         self.sample("teacher_few", shifted, self.steps, IMAGE_SEED, TEACHER_FEW_GUIDANCE[self.steps])
 
     def teacher_lane(self):
@@ -260,14 +278,24 @@ class Demo:
             report[name] |= {"forwards": forwards, "seconds": round(self.seconds[name], 1)}
         few, floor = report["teacher_few"]["fd"], report["floor"]["fd"]
         report["gap_closed"] = (few - report["student"]["fd"]) / (few - floor)
-        report["training"] = {"seconds": round(self.seconds["training"], 1), "seed": self.seed, **TRAINING_FLAGS[self.steps]}
+        report["training"] = {
+            "seconds": round(self.seconds["training"], 1),
+            "seed": self.seed,
+            **TRAINING_FLAGS[self.steps],
+        }
         report["note"] = "The adversarial term is off (gan_weight 0); DMD, IDA and ISG train the student."
         (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
         few = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        labels = {"teacher_28": f"teacher\n{TEACHER_STEPS} steps", "teacher_few": f"teacher\n{few}", "student": f"student\n{few}"}
+        labels = {
+            "teacher_28": f"teacher\n{TEACHER_STEPS} steps",
+            "teacher_few": f"teacher\n{few}",
+            "student": f"student\n{few}",
+        }
         for name, label in labels.items():
-            report[name]["seconds_a_image"] = seconds_a_image(OUT / "student" if name == "student" else TEACHER, rows[name])
+            report[name]["seconds_a_image"] = seconds_a_image(
+                OUT / "student" if name == "student" else TEACHER, rows[name]
+            )
             labels[name] = f"{label}\n{report[name]['seconds_a_image']:.2f} s"
         columns = np.linspace(3, len(all_captions()) - 4, 9).astype(int)
         draw_comparison(
@@ -278,15 +306,21 @@ class Demo:
 
 
 def print_report(report):
-    print(f"\n{'':12} {'FD':>8} {'captions right':>15} {'diversity':>10} {'forwards':>9} {'s a image':>12}")
+    print(f"\n{'':12} {'FD':>8} {'captions right':>15} {'diversity':>10} {'forwards':>9} {'s an image':>12}")
     for name in ("floor", "teacher_28", "teacher_few", "student"):
         row = report[name]
         seconds = f"{row['seconds_a_image']:.2f}" if "seconds_a_image" in row else ""
-        print(f"{name:12} {row['fd']:8.2f} {row['accuracy']:15.3f} {row['diversity']:10.2f} {row['forwards']:9d} {seconds:>12}")
+        print(
+            f"{name:12} {row['fd']:8.2f} {row['accuracy']:15.3f} {row['diversity']:10.2f} {row['forwards']:9d} {seconds:>12}"
+        )
     few = report["student"]["forwards"]
-    print(f"\nThe student closes {report['gap_closed']:.0%} of the distance between {few} and 28 of the teacher's steps.")
+    print(
+        f"\nThe student closes {report['gap_closed']:.0%} of the distance between {few} and 28 of the teacher's steps."
+    )
     print(report["note"])
-    print(f"Look at {OUT / 'comparison.png'}; the student is {OUT / 'student'}, the numbers are in {OUT / 'report.json'}.")
+    print(
+        f"Look at {OUT / 'comparison.png'}; the student is {OUT / 'student'}, the numbers are in {OUT / 'report.json'}."
+    )
 
 
 def main():

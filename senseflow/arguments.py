@@ -2,135 +2,19 @@
 """Arguments and errors: what a user can get wrong becomes one line and an exit code, wherever possible before a weight loads."""
 
 import argparse
-import importlib.util
-import json
 import math
 import os
-import pickle
-import sys
-import time
-import traceback
-import warnings
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Callable, NoReturn, Sequence
+from typing import Sequence
 
-import datasets
-import diffusers
 import torch
-import transformers
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
-from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
-from torch import distributed
-from torch.distributed import DistError
+
+from senseflow.errors import UserError, require_package
 
 
-# Exit codes: 128 + SIGINT, 128 + SIGTERM.
-INTERRUPTED, TERMINATED = 130, 143
-LAUNCHER_LOOKS = 3  # seconds; torchrun looks at its processes ten times a second
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
-# ---------------------------------------------------------------------------------------------------------------------
-class UserError(Exception):
-    """Something that the user can mend: one line that names the flag, the value and the fix.
-
-    Args:
-        message: that line.
-        exit_code: 2 for bad arguments (found before any weight loads), 130 and 143 for a run that Ctrl-C and SIGTERM ended, 1
-            otherwise.
-        everywhere: all processes raise it, at the same place: one says so, and they take leave of each other.
-    """
-
-    def __init__(self, message: str, exit_code: int = 1, everywhere: bool = False):
-        super().__init__(message)
-        self.exit_code, self.everywhere = exit_code, everywhere
-
-
-def quiet_libraries() -> None:
-    """Keeps the libraries' notes and bars from stderr, where a user looks for this project's one line."""
-    hub_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # diffusers', for every Hub id
-    datasets.disable_progress_bars()
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main(); a UserError becomes one line on stderr and its exit code, without a traceback, and so does Ctrl-C.
-
-    Whatever ends one of several processes is left for the launcher, too, which ends the others and then prints it last.
-    """
-    quiet_libraries()
-    rank = os.environ.get("RANK", "0")
-    try:
-        main()
-    except UserError as error:
-        traceback.clear_frames(error.__traceback__)  # the progress bar goes first, or it would stand below the message
-        line = " ".join(str(error).split())
-        if rank == "0" or not (error.exit_code == 2 or error.everywhere):  # all processes find bad arguments
-            print_error(f"{'' if error.exit_code in (INTERRUPTED, TERMINATED) else 'error: '}{line}")
-        leave_for_launcher(line)
-        if error.everywhere and distributed.is_initialized():
-            distributed.destroy_process_group()  # all are here; a process whose peer just goes may abort
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        traceback.clear_frames(interrupt.__traceback__)
-        exit_now("stopped by Ctrl-C")
-    except Exception as error:
-        if isinstance(error, DistError) or "gloo" in str(error):
-            print_error(f"process {rank} has lost another one, whose message says why ({error})")
-            time.sleep(LAUNCHER_LOOKS)  # so that the launcher sees first who failed
-            sys.exit(1)
-        leave_for_launcher(traceback.format_exc())
-        raise
-
-
-def print_error(line: str) -> None:
-    """One line on stderr, with the script's name."""
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-
-
-def print_now(line: str) -> None:
-    """The same below a progress bar, in the main process alone, and safe in a signal handler, which may interrupt a `print`."""
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"\n{Path(sys.argv[0]).name}: {line}\n".encode())
-
-
-def exit_now(line: str) -> NoReturn:
-    """Ends this process with a line and exit code 130. Nothing is unwound: that may take long, hang, or fail."""
-    print_now(line)
-    leave_for_launcher(line)
-    os._exit(INTERRUPTED)
-
-
-def leave_for_launcher(message: str) -> None:
-    """Writes why this process ends where torchrun, which accelerate launches with, looks for it."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}))
-
-
-@contextmanager
-def loading(flag: str, value):
-    """Turns what a library raises over missing or damaged weights into a UserError (exit code 1) that names the flag."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{flag} {value}: cannot load the weights ({first_line}); download or copy them again") from error
-
-
-def require_package(name: str, flag: str) -> None:
-    """Refuses (exit code 2) a flag whose optional package is not installed; does not import it."""
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"{flag} needs {name}, which is not installed: pip install {name}, or drop the flag", exit_code=2)
 
 
 def check_xformers(flag: str) -> None:
@@ -158,7 +42,9 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action):
         if action.default in (None, False, argparse.SUPPRESS):
             return action.help
-        shown = " ".join(f"{value:g}" for value in action.default) if isinstance(action.default, list) else action.default
+        shown = (
+            " ".join(f"{value:g}" for value in action.default) if isinstance(action.default, list) else action.default
+        )
         return f"{action.help} [{shown}]".replace("%", "%%")
 
 
@@ -255,7 +141,10 @@ def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
         refuse("max_grad_norm", "must be above 0; a large number clips nothing")
     if args.seed >= 2**32:
         refuse("seed", "must be below 2**32")
-    if args.lr_scheduler == "polynomial" and min(args.learning_rate, args.learning_rate_fake, args.learning_rate_disc) <= 1e-7:
+    if (
+        args.lr_scheduler == "polynomial"
+        and min(args.learning_rate, args.learning_rate_fake, args.learning_rate_disc) <= 1e-7
+    ):
         refuse("lr_scheduler", "decays to 1e-7, which is not below every learning rate; choose another")
     for name in ("dmd_guidance_scale", "isg_guidance_scale"):
         low, high = getattr(args, name)
@@ -270,8 +159,13 @@ def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
         if any(a <= b for a, b in zip(args.anchors, args.anchors[1:])):
             raise UserError(f"--anchors {shown}: must decrease; sort them, largest first", exit_code=2)
     if args.dry_run is not None and args.resume_from_checkpoint:
-        raise UserError(f"--dry_run: looks at no checkpoint; leave --resume_from_checkpoint {args.resume_from_checkpoint} out", 2)
-    if args.mixed_precision not in ("no", "bf16"):  # the default comes from accelerate's configuration, unchecked by argparse
+        raise UserError(
+            f"--dry_run: looks at no checkpoint; leave --resume_from_checkpoint {args.resume_from_checkpoint} out", 2
+        )
+    if args.mixed_precision not in (
+        "no",
+        "bf16",
+    ):  # the default comes from accelerate's configuration, unchecked by argparse
         refuse("mixed_precision", "give no or bf16")
     if args.use_8bit_adam:
         require_package("bitsandbytes", "--use_8bit_adam")

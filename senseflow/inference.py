@@ -26,21 +26,47 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMSch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from senseflow.models.hub import choose_variant, commit_of, few, file_of, files_of, fingerprint, from_hub, has_file, load_network, load_pipeline, loading_model, components_of, read_json
-from senseflow.arguments import UserError, require_package
+from senseflow.errors import UserError, require_package
+from senseflow.models.hub import (
+    choose_variant,
+    commit_of,
+    components_of,
+    few,
+    file_of,
+    files_of,
+    fingerprint,
+    from_hub,
+    has_file,
+    load_network,
+    load_pipeline,
+    loading_model,
+    read_json,
+)
 from senseflow.models.lora import ADAPTER, FILE, fuse_lora, stored_name
-from senseflow.training.export import absolute_if_local
 from senseflow.models.quantization import BACKENDS, quantize_network
-from senseflow_utils import SAMPLERS
 from senseflow.models.vae import latent_shape_of, vae_scale_of
+from senseflow.training.export import absolute_if_local
+from senseflow_utils import SAMPLERS
 
 
 logger = logging.getLogger(__name__)
 
 NETWORKS = ("transformer", "unet")
-WRAPPERS = {"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}  # DDP, FSDP, compile, checkpointing
+WRAPPERS = {
+    "module",
+    "_fsdp_wrapped_module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+}  # DDP, FSDP, compile, checkpointing
 # What a network's configuration must have in common with the one whose place it takes: its class, its latents and its text.
-FITTING = ("_class_name", "in_channels", "joint_attention_dim", "cross_attention_dim", "pooled_projection_dim", "caption_channels")
+FITTING = (
+    "_class_name",
+    "in_channels",
+    "joint_attention_dim",
+    "cross_attention_dim",
+    "pooled_projection_dim",
+    "caption_channels",
+)
 
 # How the published weights are drawn with: (pipeline, changes to its scheduler, what its call has besides 4 steps at 1024 px).
 # With these changes a stock 4-step call visits the trained levels at any size, and fewer steps visit some of them.
@@ -48,7 +74,13 @@ FLOW, SHIFT = FlowMatchEulerDiscreteScheduler.__name__, math.log(2.002)
 # Sigmas 1 .9045 .7595 .5128: FLUX's own at 1024 px. No guidance in the call: the network has no embedder for it.
 FLUX = {"_class_name": FLOW, "use_dynamic_shifting": False, "shift": math.exp(1.15), "shift_terminal": None}
 # Sigmas 1 .9 .75 .5
-SD35 = {"_class_name": FLOW, "use_dynamic_shifting": True, "base_shift": SHIFT, "max_shift": SHIFT, "shift_terminal": 0.5}
+SD35 = {
+    "_class_name": FLOW,
+    "use_dynamic_shifting": True,
+    "base_shift": SHIFT,
+    "max_shift": SHIFT,
+    "shift_terminal": 0.5,
+}
 SD35_CALL = {"guidance_scale": 1.0, "max_sequence_length": 77}
 SDXL = {"_class_name": LCMScheduler.__name__, "original_inference_steps": 4}  # timesteps 999 749 499 249
 RELEASED = {
@@ -73,11 +105,15 @@ class Model:
     variant: Optional[str]  # of the base's weights, and of others that come in it
     index: dict[str, Any]  # the base's model_index.json
     parameters: Mapping[str, inspect.Parameter]  # of the pipeline's call
-    distilled: dict[str, Any]  # senseflow.json, or what stands for it; empty where nothing says how the network was trained
+    distilled: dict[
+        str, Any
+    ]  # senseflow.json, or what stands for it; empty where nothing says how the network was trained
     replaced: dict[str, tuple[str, str]]  # (folder or Hub id, subfolder) of what comes from elsewhere than the base
     scheduler: dict[str, Any] = field(default_factory=dict)  # changes to the scheduler's configuration
     swapped: Optional[tuple[str, str]] = None  # (flag, value) of the network in the place of the model's own
-    checkpoint: Optional[Path] = None  # its weights, where they are a bare state dict; `replaced` then says whose configuration
+    checkpoint: Optional[Path] = (
+        None  # its weights, where they are a bare state dict; `replaced` then says whose configuration
+    )
     network_config: Optional[dict] = None  # its configuration, where that is given by itself
     adapter: Optional[Path] = None  # the file of an adapter for the base's own network
 
@@ -98,7 +134,9 @@ class Model:
     def place(self, component: str) -> tuple[str, str]:
         """(folder or Hub id, path in it) of a component's configuration."""
         source, subfolder = self.replaced.get(component, (self.base, component))
-        return source, str(PurePosixPath(subfolder, "scheduler_config.json" if component == "scheduler" else "config.json"))
+        return source, str(
+            PurePosixPath(subfolder, "scheduler_config.json" if component == "scheduler" else "config.json")
+        )
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's configuration; empty if the pipeline has no such component."""
@@ -106,7 +144,10 @@ class Model:
             return {}
         if component == self.network and self.network_config is not None:
             return self.network_config
-        flag, (source, file) = self.swapped[0] if self.swapped and component == self.network else "--model", self.place(component)
+        flag, (source, file) = (
+            self.swapped[0] if self.swapped and component == self.network else "--model",
+            self.place(component),
+        )
         config = read_json(flag, source, file, self.revision_of(source)) or {}
         return config | (self.scheduler if component == "scheduler" else {})
 
@@ -127,7 +168,9 @@ def find_model(name: str, revision: Optional[str] = None, variant: Optional[str]
     if index is None:
         base = distilled.get("teacher")
         if not isinstance(base, str):
-            raise UserError(f"--model {name}: has neither model_index.json nor a senseflow.json that names a teacher", 2)
+            raise UserError(
+                f"--model {name}: has neither model_index.json nor a senseflow.json that names a teacher", 2
+            )
         flag = f"--model {name}: the teacher in its senseflow.json,"
         revision = revision if os.path.isdir(name) else None
         revision = revision or (None if os.path.isdir(base) else distilled.get("teacher_revision"))
@@ -140,7 +183,9 @@ def find_model(name: str, revision: Optional[str] = None, variant: Optional[str]
     class_name = str(index.get("_class_name"))
     parameters = inspect.signature(getattr(diffusers, class_name, DiffusionPipeline).__call__).parameters
     if "prompt" not in parameters:
-        raise UserError(f"--model {name}: {class_name} is no text-to-image pipeline of diffusers {diffusers.__version__}", 2)
+        raise UserError(
+            f"--model {name}: {class_name} is no text-to-image pipeline of diffusers {diffusers.__version__}", 2
+        )
     model = Model(name, base, commit_of(base, revision), variant, index, parameters, distilled, replaced)
     check_usage(model, f"--model {name}")
     if base != name and distilled.get("rank"):
@@ -158,19 +203,25 @@ def take_adapter(model: Model) -> None:
         if has_file(model.name, place):
             model.adapter = file_of(model.name, place)
             return
-    raise UserError(f"--model {model.name}: its senseflow.json is that of an adapter, but there is no {FILE}; copy it again", 2)
+    raise UserError(
+        f"--model {model.name}: its senseflow.json is that of an adapter, but there is no {FILE}; copy it again", 2
+    )
 
 
 def check_usage(model: Model, origin: str) -> None:
     """UserError (2) where the senseflow.json in `model.distilled`, which `origin` brought, does not fit the pipeline."""
     call = model.distilled.get("pipeline_call", {})
     if not isinstance(call, dict) or set(call) - set(model.parameters):
-        raise UserError(f"{origin}: pipeline_call in senseflow.json is no call of this pipeline; copy the file again", 2)
+        raise UserError(
+            f"{origin}: pipeline_call in senseflow.json is no call of this pipeline; copy the file again", 2
+        )
     if model.distilled.get("sampler", "euler") not in SAMPLERS:
         raise UserError(f"{origin}: sampler in senseflow.json must be one of {SAMPLERS}; copy the file again", 2)
     multiple = model.distilled.get("pixel_multiple", 1)
     if not isinstance(multiple, int) or multiple < 1:
-        raise UserError(f"{origin}: pixel_multiple in senseflow.json must be a number of pixels; copy the file again", 2)
+        raise UserError(
+            f"{origin}: pixel_multiple in senseflow.json must be a number of pixels; copy the file again", 2
+        )
 
 
 def check_parts(model: Model, variant: Optional[str] = None) -> None:
@@ -180,12 +231,16 @@ def check_parts(model: Model, variant: Optional[str] = None) -> None:
     places = [(base, model.base, part) for part in components_of(model.index) if part not in model.replaced]
     for _, source, part in places:
         if os.path.isdir(source) and not Path(source, part).is_dir():
-            raise UserError(f"--model {model.name}: {source} lacks {part}, which its model_index.json names; copy it", 2)
+            raise UserError(
+                f"--model {model.name}: {source} lacks {part}, which its model_index.json names; copy it", 2
+            )
     if model.swapped and model.checkpoint is None:
         places.append((model.swapped[0], *model.replaced[model.network]))
     chosen = [choose_variant(*place, model.variant, model.revision_of(place[1])) for place in places]
     if variant is not None and variant not in chosen:
-        raise UserError(f"--variant {variant}: {model.base} holds no weights *.{variant}.safetensors; drop --variant", 2)
+        raise UserError(
+            f"--variant {variant}: {model.base} holds no weights *.{variant}.safetensors; drop --variant", 2
+        )
 
 
 def swap_network(args: argparse.Namespace, model: Model) -> None:
@@ -196,7 +251,9 @@ def swap_network(args: argparse.Namespace, model: Model) -> None:
     """
     flag = next((name for name in (*NETWORKS, "checkpoint") if getattr(args, name) is not None), None)
     if args.subfolder is not None and flag not in NETWORKS:
-        raise UserError(f"--transformer_subfolder {args.subfolder}: of what? Give --transformer or --unet, or drop it", 2)
+        raise UserError(
+            f"--transformer_subfolder {args.subfolder}: of what? Give --transformer or --unet, or drop it", 2
+        )
     if args.network_config is not None and flag != "checkpoint":
         raise UserError(f"--transformer_config {args.network_config}: only --checkpoint needs one; drop it", 2)
     if flag is None:
@@ -204,7 +261,9 @@ def swap_network(args: argparse.Namespace, model: Model) -> None:
     value, own, class_name = getattr(args, flag), model.network, model.index["_class_name"]
     origin = f"--{flag} {value}"
     if model.adapter is not None:
-        raise UserError(f"{origin}: --model {model.name} is an adapter for its teacher's own {own}; give a whole --model", 2)
+        raise UserError(
+            f"{origin}: --model {model.name} is an adapter for its teacher's own {own}; give a whole --model", 2
+        )
     if own is None or flag not in (own, "checkpoint"):
         raise UserError(f"{origin}: {class_name} has no {flag}; {f'give --{own}' if own else 'drop it'}", 2)
     wanted = {"_class_name": model.index[own][1]} | model.config(own)
@@ -221,7 +280,9 @@ def swap_network(args: argparse.Namespace, model: Model) -> None:
             model.network_config = read_json(f"--{own}_config", str(path.parent), path.name) or {}
         usage_near, fix = (str(model.checkpoint.parent), ""), f"give --{own}_config"
     elif os.path.isfile(value) and not value.endswith(".json"):
-        raise UserError(f"{origin}: is a single file; give it to --checkpoint, or a folder with its config.json here", 2)
+        raise UserError(
+            f"{origin}: is a single file; give it to --checkpoint, or a folder with its config.json here", 2
+        )
     else:
         usage_near = model.replaced[own] = (value, args.subfolder or "")
         fix = f"name the folder that has one with --{own}_subfolder"
@@ -247,13 +308,17 @@ def take_usage(model: Model, source: str, subfolder: str) -> None:
             model.distilled = usage
             check_usage(model, origin)
             for name, held in (("revision", model.revision), ("variant", model.variant)):
-                trained = usage.get(f"teacher_{name}") if usage.get("teacher") == absolute_if_local(model.base) else None
+                trained = (
+                    usage.get(f"teacher_{name}") if usage.get("teacher") == absolute_if_local(model.base) else None
+                )
                 if trained not in (None, held):
                     logger.info("%s: trained from --%s %s of %s, not %s", origin, name, trained, model.base, held)
             if has_file(source, str(folder / "scheduler/scheduler_config.json"), model.revision_of(source)):
                 model.replaced["scheduler"] = (source, str(folder / "scheduler"))
             else:
-                logger.info("%s: no scheduler beside its senseflow.json; the noise levels are those of %s", origin, model.name)
+                logger.info(
+                    "%s: no scheduler beside its senseflow.json; the noise levels are those of %s", origin, model.name
+                )
             return
     whose = "its senseflow.json" if model.distilled else "the scheduler's own levels"
     logger.info("%s: no senseflow.json beside it and no --released; drawn as %s is: %s", origin, model.name, whose)
@@ -328,12 +393,18 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             # Mapped, not read, where the format allows it: a network in fp32 may be larger than the memory.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
-            raise UserError(f"--checkpoint {path}: damaged, or holds more than tensors; save the state dict alone") from error
+            raise UserError(
+                f"--checkpoint {path}: damaged, or holds more than tensors; save the state dict alone"
+            ) from error
     if isinstance(state, dict):
         state = next((state[key] for key in ("model", "ema_model") if key in state), state)
     if not isinstance(state, dict) or not state or not all(torch.is_tensor(tensor) for tensor in state.values()):
-        raise UserError(f"--checkpoint {path}: holds no state dict under model, under ema_model or by itself; save one")
-    return {".".join(part for part in name.split(".") if part not in WRAPPERS): tensor for name, tensor in state.items()}
+        raise UserError(
+            f"--checkpoint {path}: holds no state dict under model, under ema_model or by itself; save one"
+        )
+    return {
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): tensor for name, tensor in state.items()
+    }
 
 
 def load_checkpoint(model: Model, network_class: type, dtype: torch.dtype) -> torch.nn.Module:
@@ -345,12 +416,22 @@ def load_checkpoint(model: Model, network_class: type, dtype: torch.dtype) -> to
         network = network_class.from_config(config)
     wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    other = [f"{name} {shapes[name]} not {wanted[name]}" for name in wanted if shapes.get(name, wanted[name]) != wanted[name]]
-    kinds = {"missing": [*wanted.keys() - shapes.keys()], "unexpected": [*shapes.keys() - wanted.keys()], "of another shape": other}
+    other = [
+        f"{name} {shapes[name]} not {wanted[name]}"
+        for name in wanted
+        if shapes.get(name, wanted[name]) != wanted[name]
+    ]
+    kinds = {
+        "missing": [*wanted.keys() - shapes.keys()],
+        "unexpected": [*shapes.keys() - wanted.keys()],
+        "of another shape": other,
+    }
     faults = [f"{len(names)} {kind} ({few(names)})" for kind, names in kinds.items() if names]
     if faults:
         fix = f"give the --model that it was distilled from, or --{model.network}_config"
-        raise UserError(f"--checkpoint {model.checkpoint}: not the weights of this network: {', '.join(faults)}; {fix}")
+        raise UserError(
+            f"--checkpoint {model.checkpoint}: not the weights of this network: {', '.join(faults)}; {fix}"
+        )
     for name, tensor in state.items():  # each tensor goes as its cast copy comes
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     network.load_state_dict(state, assign=True)
@@ -366,7 +447,10 @@ def load_component(model: Model, name: str, dtype: torch.dtype):
     if name == model.network and model.checkpoint is not None:
         with loading_model(*model.swapped):
             return load_checkpoint(model, component_class, dtype)
-    flag, revision = model.swapped[0] if model.swapped and name == model.network else "--model", model.revision_of(source)
+    flag, revision = (
+        model.swapped[0] if model.swapped and name == model.network else "--model",
+        model.revision_of(source),
+    )
     if issubclass(component_class, diffusers.ModelMixin):
         return load_network(component_class, flag, source, subfolder, revision, model.variant, dtype=dtype)
     options = {"dtype": dtype} if issubclass(component_class, torch.nn.Module) else {}
@@ -403,7 +487,9 @@ def load_adapter(model: Model, pipeline: DiffusionPipeline, device: torch.device
     if found != model.distilled.get("teacher_fingerprint"):
         given = f"{model.base}{f' at {model.revision}' if model.revision else ''}"
         given += f" with {model.distilled['teacher_lora']}" if model.distilled.get("teacher_lora") else ""
-        raise UserError(f"--model {model.name}: its adapter was trained over other weights than those of {given}; restore these")
+        raise UserError(
+            f"--model {model.name}: its adapter was trained over other weights than those of {given}; restore these"
+        )
     network = getattr(pipeline, model.network)
     with loading_model("--model", model.name):
         with safe_open(model.adapter, "pt") as file:
@@ -417,10 +503,14 @@ def load_adapter(model: Model, pipeline: DiffusionPipeline, device: torch.device
     config = network.peft_config[ADAPTER]
     if (config.r, config.lora_alpha) != (model.distilled["rank"], model.distilled.get("lora_alpha")):
         there = f"rank {config.r} and alpha {config.lora_alpha:g}"
-        raise UserError(f"--model {model.name}: {FILE} speaks of {there}, its senseflow.json of others; copy both again")
+        raise UserError(
+            f"--model {model.name}: {FILE} speaks of {there}, its senseflow.json of others; copy both again"
+        )
 
 
-def load_model_pipeline(model: Model, sampler: Optional[str], device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+def load_model_pipeline(
+    model: Model, sampler: Optional[str], device: torch.device, dtype: torch.dtype
+) -> DiffusionPipeline:
     """The whole pipeline on its device. UserError (1) where weights are missing or damaged."""
     parts = {name: load_component(model, name, dtype) for name in model.replaced}
     where = ("--model" if model.base == model.name else f"--model {model.name}: its teacher", model.base)
@@ -430,7 +520,9 @@ def load_model_pipeline(model: Model, sampler: Optional[str], device: torch.devi
     try:
         pipeline.to(device)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"--device {device}: too small for this pipeline; give --dtype bf16, or another device") from error
+        raise UserError(
+            f"--device {device}: too small for this pipeline; give --dtype bf16, or another device"
+        ) from error
     changes = dict(model.scheduler)
     kind = getattr(diffusers, changes.pop("_class_name", ""), type(pipeline.scheduler))
     if kind is FlowMatchEulerDiscreteScheduler:

@@ -52,7 +52,7 @@ def data(tmp_path_factory):
     """A dataset JSON of 12 images of different sizes."""
     path = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
-    colours = ["red", "green", "blue", "yellow", "black", "white"]
+    colors = ["red", "green", "blue", "yellow", "black", "white"]
     names, prompts = [], []
     for i in range(12):
         Image.fromarray(rng.integers(0, 255, (70 + i, 90 - i, 3), dtype=np.uint8)).save(path / f"{i}.png")

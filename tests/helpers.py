@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import infer
-from senseflow import arguments
+from senseflow import errors
 from senseflow.data.sources import make_dataloader
 from senseflow.training.runtime import Runtime
 from senseflow_utils import Guidance
@@ -54,7 +54,9 @@ def assert_same_image(a: np.ndarray, b: np.ndarray) -> None:
     assert largest <= 1, f"images differ by up to {largest} of 255"
 
 
-def start(script, arguments, processes: int = 1, precision: str = "no", mode: str = "", *more: str) -> subprocess.Popen:
+def start(
+    script, arguments, processes: int = 1, precision: str = "no", mode: str = "", *more: str
+) -> subprocess.Popen:
     """Launches a script as a user does, under a mode's file of accelerate_configs/, or a file of one's own (its path without
     .yaml); `more` are flags of `accelerate launch`."""
     config = ROOT / "accelerate_configs" / f"{mode or ('single' if processes == 1 else 'ddp')}.yaml"
@@ -79,7 +81,9 @@ def resume_is_the_same_run(script, flags, folder: Path, *validation) -> Path:
     whole, halves = folder / "whole", folder / "halves"
     script.main([*flags, *validation, "--output_dir", str(whole)])
     script.main([*flags, "--output_dir", str(halves), "--max_train_steps", "2"])
-    script.main([*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"])
+    script.main(
+        [*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"]
+    )
     end = states(whole / "checkpoint-4")
     assert_same(end, states(halves / "checkpoint-4"))
     assert any(not torch.equal(tensor, states(whole / "checkpoint-2")[name]) for name, tensor in end.items())
@@ -93,7 +97,13 @@ def the_cards_call_is_infers_image(model: Path, levels: str, folder: Path, fresh
         levels: "sigmas" or "timesteps": what of the scheduler is compared with senseflow.json.
     """
     record = json.loads((model / "senseflow.json").read_text())
-    code = (model / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(model))
+    code = (
+        (model / "README.md")
+        .read_text()
+        .split("```python\n")[1]
+        .split("```")[0]
+        .replace("path/of/this/folder", str(model))
+    )
     code = code.replace('"a prompt"', '"a red square"').replace(").images", ", generator=g, output_type='np').images")
     bind = "pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, generator=g)\nimage ="
     if "XL" in code:
@@ -116,7 +126,13 @@ def the_cards_call_is_infers_image(model: Path, levels: str, folder: Path, fresh
 
 def run_card(model: Path) -> None:
     """The model card's code as it is printed, in the precision of the export: it runs, and draws something."""
-    code = (model / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(model))
+    code = (
+        (model / "README.md")
+        .read_text()
+        .split("```python\n")[1]
+        .split("```")[0]
+        .replace("path/of/this/folder", str(model))
+    )
     names: dict = {}
     exec(code, names)
     assert np.asarray(names["image"]).std() > 0
@@ -139,7 +155,7 @@ def logged(output_dir: Path):
 def refused(script, arguments, code: int, needle: str, capsys) -> None:
     """The script ends with this exit code and one line on stderr that holds `needle`."""
     with pytest.raises(SystemExit) as stop:
-        arguments.run_script(lambda: script.main(arguments))
+        errors.run_script(lambda: script.main(arguments))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == code and len(lines) == 1 and needle in lines[0], lines
 
@@ -147,7 +163,7 @@ def refused(script, arguments, code: int, needle: str, capsys) -> None:
 def missing(monkeypatch, *packages: str) -> None:
     """These packages are not installed, as far as checks of arguments can see."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None if name in packages else find(name))
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None if name in packages else find(name))
 
 
 def without(flags: list[str], *names: str) -> list[str]:
@@ -183,7 +199,9 @@ def built(script, arguments: list[str]) -> SimpleNamespace:
         batches = [next(data) for _ in range(args.gradient_accumulation_steps)]
         return script.train_iteration(iteration, batches, models, schedule, args, "cpu"), batches
 
-    return SimpleNamespace(args=args, schedule=schedule, call=call, runtime=runtime, models=models, pipeline=pipeline, step=step)
+    return SimpleNamespace(
+        args=args, schedule=schedule, call=call, runtime=runtime, models=models, pipeline=pipeline, step=step
+    )
 
 
 @torch.no_grad()
@@ -203,7 +221,9 @@ def assert_guided_where_asked(build) -> None:
     for dmd, isg in (("1", "4"), ("4", "1"), ("1", "1")):
         run = build(*one_student_turn, "--dmd_guidance_scale", dmd, "--isg_guidance_scale", isg)
         outputs: list[tuple] = []
-        run.models.teacher.module.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output))
+        run.models.teacher.module.register_forward_hook(
+            lambda _, inputs, output, outputs=outputs: outputs.append(output)
+        )
         run.step(0)
         assert [len(output[0]) for output in outputs] == [
             run.args.train_batch_size * (2 if float(scale) > 1 else 1) for scale in (dmd, isg)

@@ -256,7 +256,9 @@ def mutated(mutant: tuple) -> str:
     text = (ROOT / file).read_text()
     for old, new in zip(edits[::2], edits[1::2]):
         if text.count(old) != 1:
-            print(f'error: mutant "{name}": occurs {text.count(old)} times in {file}, not once:\n{old}', file=sys.stderr)
+            print(
+                f'error: mutant "{name}": occurs {text.count(old)} times in {file}, not once:\n{old}', file=sys.stderr
+            )
             sys.exit(2)
         text = text.replace(old, new)
     return text
@@ -269,7 +271,16 @@ def run(tests: list[str], mutant: tuple | None = None) -> subprocess.CompletedPr
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "out", "outputs"))
         if mutant:
             (copy / mutant[1]).write_text(mutated(mutant))
-        command = ["timeout", "300" if mutant else "3600", sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+        command = [
+            "timeout",
+            "300" if mutant else "3600",
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+        ]
         return subprocess.run([*command, *tests], cwd=copy, capture_output=True, text=True)
 
 

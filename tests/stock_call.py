@@ -73,5 +73,7 @@ def assert_called_as_stock(
             output = models.predict(models.teacher, x_t, t, condition, guidance).output
             torch.testing.assert_close(output, as_x0(wanted).float(), rtol=1e-4, atol=1e-4)
             if len(prompts) > 1:  # none of this would be seen in a network that does not look
-                swapped = models.predict(models.teacher, x_t, t, tuple(part.flip(0) for part in condition), guidance).output
+                swapped = models.predict(
+                    models.teacher, x_t, t, tuple(part.flip(0) for part in condition), guidance
+                ).output
                 assert (swapped - output).abs().mean() > 1e-3

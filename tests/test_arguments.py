@@ -5,11 +5,15 @@ import pytest
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from senseflow.arguments import Parser, UserError, check_common_args
+from senseflow.arguments import Parser, check_common_args
+from senseflow.errors import UserError
 
 
 SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
-GAN_OFF, PROMPTS_ALONE = ["--gan_weight", "0"], ["--gan_weight", "0", "--backward_simulation_prob", "1", "--prompts_file", "p.txt"]
+GAN_OFF, PROMPTS_ALONE = (
+    ["--gan_weight", "0"],
+    ["--gan_weight", "0", "--backward_simulation_prob", "1", "--prompts_file", "p.txt"],
+)
 
 
 def parse(script: str, *flags: str):
@@ -22,12 +26,22 @@ def parse(script: str, *flags: str):
 
 
 def check(script: str, *flags: str) -> None:
-    check_common_args(parse(script, *flags), getattr(SCRIPTS[script], "UNUSED", ()))
+    check_common_args(parse(script, *flags), getattr(SCRIPTS[script], "INACTIVE_FLAGS", ()))
 
 
 def test_what_was_given_is_known_and_does_not_show():
-    args = parse("flux", "--anchors", "1000", "500", "--random_flip", "--learning_rate", "1e-5", "--sampler", "stochastic")
-    names = {"pretrained_model_name_or_path", "output_dir", "dataset_name", "anchors", "random_flip", "learning_rate", "sampler"}
+    args = parse(
+        "flux", "--anchors", "1000", "500", "--random_flip", "--learning_rate", "1e-5", "--sampler", "stochastic"
+    )
+    names = {
+        "pretrained_model_name_or_path",
+        "output_dir",
+        "dataset_name",
+        "anchors",
+        "random_flip",
+        "learning_rate",
+        "sampler",
+    }
     assert args.given == names, "given as it is by default is given, too"
     assert "given" not in vars(args) and vars(args).keys() > names and args.ttur_ratio == 5
 
@@ -80,9 +94,22 @@ def test_a_flag_that_would_change_nothing_is_refused(case):
 
 def test_a_flag_that_is_of_use_is_not_refused():
     vision = ["--learning_rate_disc", "1e-4", "--discriminator_backbone", "d", "--random_flip", "--vae_dtype", "fp32"]
-    check("flux", *vision, "--isg_margin", "5", "--lr_warmup_start_factor", "0.1", "--validation_prompts", "a", "--validation_steps", "9")
+    check(
+        "flux",
+        *vision,
+        "--isg_margin",
+        "5",
+        "--lr_warmup_start_factor",
+        "0.1",
+        "--validation_prompts",
+        "a",
+        "--validation_steps",
+        "9",
+    )
     check("sdxl", "--lr_warmup_steps", "0", "--lr_scheduler", "constant")
-    check("sdxl", "--lr_warmup_steps", "9", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_start_factor", "0.1")
+    check(
+        "sdxl", "--lr_warmup_steps", "9", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_start_factor", "0.1"
+    )
     check("sd3", *PROMPTS_ALONE, "--vae_dtype", "fp32", "--validation_prompts", "a")
     check("flux", *GAN_OFF, "--center_crop", "--image_column", "image")
 

@@ -8,7 +8,15 @@ from helpers import ROOT
 
 
 def test_what_a_gpu_would_be_asked(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--iterations", "6", "--output_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu.py"),
+        "--tiny",
+        "--iterations",
+        "6",
+        "--output_dir",
+        str(tmp_path),
+    ]
     subprocess.run([*command, "--cases", "sdxl-dmd2"], check=True, capture_output=True)
     found = json.loads((tmp_path / "gpu.json").read_text())["sdxl-dmd2"]
     assert "failed" not in found and len(found["iterations"]) == 6

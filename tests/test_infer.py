@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import infer
-from senseflow.models import hub as hub_module
-from senseflow import inference
 from helpers import assert_same_image, launch
-from senseflow.arguments import UserError
+from senseflow import inference
+from senseflow.errors import UserError
+from senseflow.models import hub as hub_module
 from tiny_pipelines import cache_repository, only_variant, write_flux, write_sd3, write_sdxl
 
 
@@ -92,7 +92,9 @@ def swaps(models):
 
     write("bare.pth", state)
     write("ema.pth", {"step": 3, "ema_model": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}})
-    inside = {name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): tensor for name, tensor in state.items()}
+    inside = {
+        name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): tensor for name, tensor in state.items()
+    }
     model = {f"module._fsdp_wrapped_module.{name}": tensor for name, tensor in inside.items()}
     write("model.pth", {"model": model, "ema_model": {first: state[first]}})
     save_file(state, models / "files/bare.safetensors")
@@ -161,7 +163,10 @@ def student_samples(models, tmp_path_factory):
 
 
 def test_names_and_metadata(models, student_samples):
-    assert sorted(path.name for path in student_samples.iterdir()) == [*(f"{idx:04d}.png" for idx in LINES), "metadata.jsonl"]
+    assert sorted(path.name for path in student_samples.iterdir()) == [
+        *(f"{idx:04d}.png" for idx in LINES),
+        "metadata.jsonl",
+    ]
     first = records(student_samples)[1]
     expected = {name: CALL[name] for name in infer.CALL_FLAGS} | {"sampler": "stochastic", "dtype": "float32"}
     expected |= {"file_name": "0002.png", "idx": 2, "prompt": PROMPTS[2], "seed": 42, "model": str(models / "student")}
@@ -174,10 +179,14 @@ def test_equals_the_stock_pipeline(models, tmp_path, sampler):
     out = tmp_path / "saved"
     pipeline = DiffusionPipeline.from_pretrained(models / "student")
     config = pipeline.scheduler.config
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=sampler == "stochastic")
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        config, stochastic_sampling=sampler == "stochastic"
+    )
     pipeline.save_pretrained(out)
     write_senseflow(out, sampler=sampler)
-    infer.main(["--model", str(out), "--prompt", "a red circle", "--output_dir", str(tmp_path / "images"), "--seed", "9"])
+    infer.main(
+        ["--model", str(out), "--prompt", "a red circle", "--output_dir", str(tmp_path / "images"), "--seed", "9"]
+    )
 
     stock = DiffusionPipeline.from_pretrained(out)
     generator = torch.Generator().manual_seed(9)
@@ -238,7 +247,9 @@ def test_rerun_draws_what_is_missing(models, student_samples, tmp_path, monkeypa
     after = {idx: os.stat(out / f"{idx:04d}.png").st_mtime_ns for idx in LINES}
     assert [idx for idx in LINES if after[idx] != before[idx]] == [3, 5]
     assert sorted(record["idx"] for record in records(out)) == LINES
-    assert all(np.array_equal(pixels(out / f"{idx:04d}.png"), pixels(student_samples / f"{idx:04d}.png")) for idx in LINES)
+    assert all(
+        np.array_equal(pixels(out / f"{idx:04d}.png"), pixels(student_samples / f"{idx:04d}.png")) for idx in LINES
+    )
     # Nothing is missing: no weight is loaded.
     monkeypatch.setattr(inference, "load_model_pipeline", None)
     run(models, out)
@@ -250,7 +261,14 @@ def test_processes_share_the_prompts_out(models, student_samples, tmp_path):
     shutil.copytree(student_samples, out)
     lines = (out / "metadata.jsonl").read_text().splitlines(keepends=True)
     (out / "metadata.jsonl").write_text(lines[0] + lines[1][:20])
-    arguments = ["--model", str(models / "student"), "--prompts_file", str(models / "prompts.txt"), "--output_dir", str(out)]
+    arguments = [
+        "--model",
+        str(models / "student"),
+        "--prompts_file",
+        str(models / "prompts.txt"),
+        "--output_dir",
+        str(out),
+    ]
     launch("infer.py", [*arguments, "--seed", "42", "--dtype", "fp32", "--grid"], processes=2)
     key = itemgetter("idx")
     assert sorted(records(out), key=key) == sorted(records(student_samples), key=key)
@@ -271,7 +289,10 @@ def test_a_failed_batch_keeps_what_was_drawn(models, tmp_path, monkeypatch):
     monkeypatch.setattr(infer, "draw", fails_the_second_time)
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "metadata.jsonl"] and len(records(tmp_path)) == 1
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "metadata.jsonl"]
+        and len(records(tmp_path)) == 1
+    )
 
 
 @pytest.mark.parametrize("flags", [["--seed", 43], ["--sampler", "euler"], ["--height", 32], ["--dtype", "float16"]])
@@ -310,7 +331,12 @@ def test_a_model_without_senseflow_json(models, tmp_path, caplog):
     assert (record["num_inference_steps"], record["guidance_scale"], record["sampler"]) == (28, 3.5, "euler")
     run(models, tmp_path / "given", *flags, "--num_inference_steps", 2, "--guidance_scale", 7, model="teacher")
     image = stock(
-        PROMPTS[0], generator=torch.Generator().manual_seed(42), height=32, width=64, num_inference_steps=2, guidance_scale=7.0
+        PROMPTS[0],
+        generator=torch.Generator().manual_seed(42),
+        height=32,
+        width=64,
+        num_inference_steps=2,
+        guidance_scale=7.0,
     ).images[0]
     assert_same_image(pixels(tmp_path / "given/0000.png"), np.asarray(image))
 
@@ -353,9 +379,30 @@ def test_dtypes_are_accelerates_words_and_torchs(models, student_samples, monkey
 @pytest.mark.parametrize(
     "text, value",
     [
-        *(("4", 4), ("4.5", 4.5), ("-1e-3", -1e-3), ("True", True), ("true", True), ("None", None), ("null", None), ("", "")),
-        *(("[1.0, 0.5]", [1.0, 0.5]), ("(64, 32)", [64, 32]), ("'4'", "4"), ("blurry, low quality", "blurry, low quality")),
-        *(("a=b", "a=b"), ("nan", "nan"), ("1e999", "1e999"), ("{1, 2}", "{1, 2}"), ("[1, 0", "[1, 0"), ("print(1)", "print(1)")),
+        *(
+            ("4", 4),
+            ("4.5", 4.5),
+            ("-1e-3", -1e-3),
+            ("True", True),
+            ("true", True),
+            ("None", None),
+            ("null", None),
+            ("", ""),
+        ),
+        *(
+            ("[1.0, 0.5]", [1.0, 0.5]),
+            ("(64, 32)", [64, 32]),
+            ("'4'", "4"),
+            ("blurry, low quality", "blurry, low quality"),
+        ),
+        *(
+            ("a=b", "a=b"),
+            ("nan", "nan"),
+            ("1e999", "1e999"),
+            ("{1, 2}", "{1, 2}"),
+            ("[1, 0", "[1, 0"),
+            ("print(1)", "print(1)"),
+        ),
     ],
 )
 def test_values_of_a_call(text, value):
@@ -418,7 +465,11 @@ MULTIPLES = {  # (pixels, what counts of the VAE's configuration, of the network
         {"in_channels": 128, "patch_size": 1},
     ),
     "Qwen-Image": (16, {"dim_mult": [1] * 4, "z_dim": 16}, {"in_channels": 64, "patch_size": 2}),
-    "Z-Image": (16, {"block_out_channels": [1] * 4, "latent_channels": 16}, {"in_channels": 16, "all_patch_size": [2]}),
+    "Z-Image": (
+        16,
+        {"block_out_channels": [1] * 4, "latent_channels": 16},
+        {"in_channels": 16, "all_patch_size": [2]},
+    ),
     "Sana": (32, {"encoder_block_out_channels": [1] * 6, "latent_channels": 32}, {"in_channels": 32, "patch_size": 1}),
     "in pixels": (1, {}, {"in_channels": 3}),
 }
@@ -438,7 +489,9 @@ def test_a_checkpoint_finds_the_variant_of_its_teacher(models, student_samples, 
     command = ["--model", tmp_path / "checkpoint-7", "--prompt", PROMPTS[0]]
     write_senseflow(tmp_path / "checkpoint-7", teacher=str(tmp_path / "teacher"))
     line = refusal(*command, "--output_dir", tmp_path / "none")
-    assert "text_encoder holds only *.fp16.safetensors: give --variant fp16" in line and str(tmp_path / "teacher") in line
+    assert (
+        "text_encoder holds only *.fp16.safetensors: give --variant fp16" in line and str(tmp_path / "teacher") in line
+    )
     infer.main([str(word) for word in [*command, "--variant", "fp16", "--output_dir", tmp_path / "flag"]])
     write_senseflow(tmp_path / "checkpoint-7", teacher=str(tmp_path / "teacher"), teacher_variant="fp16")
     infer.main([str(word) for word in [*command, "--output_dir", tmp_path / "own"]])
@@ -447,7 +500,17 @@ def test_a_checkpoint_finds_the_variant_of_its_teacher(models, student_samples, 
     # A pipeline itself, and a network in the place of its own.
     swap = ["--transformer", tmp_path / "teacher/transformer", "--variant", "fp16"]
     for number, flags in enumerate((["--variant", "fp16"], swap, ["--revision", "main"])):
-        argv = ["--model", tmp_path / "teacher", "--prompt", "a hat", "--height", 32, "--num_inference_steps", 1, *flags]
+        argv = [
+            "--model",
+            tmp_path / "teacher",
+            "--prompt",
+            "a hat",
+            "--height",
+            32,
+            "--num_inference_steps",
+            1,
+            *flags,
+        ]
         argv = [str(word) for word in [*argv, "--output_dir", tmp_path / str(number)]]
         if "--revision" in flags:
             assert "is a folder, which has none" in refusal(*argv)
@@ -478,7 +541,14 @@ def test_a_checkpoint_finds_the_revision_of_its_teacher(models, student_samples,
     assert "some/teacher: no such folder" in refusal(*command, tmp_path / "none", "--revision", "89" * 20)
     # The student's folder beside the teacher's newest commit is not the pair that was trained, which is said.
     with caplog.at_level("INFO", logger="senseflow.inference"):
-        swap = ["--model", "some/teacher", "--transformer", tmp_path / "checkpoint-7/transformer", *command[2:], tmp_path / "swap"]
+        swap = [
+            "--model",
+            "some/teacher",
+            "--transformer",
+            tmp_path / "checkpoint-7/transformer",
+            *command[2:],
+            tmp_path / "swap",
+        ]
         infer.main([str(word) for word in swap])
     assert f"trained from --revision {first} of some/teacher, not {second}" in caplog.text
 
@@ -502,7 +572,12 @@ STUDENT = [
     ["--checkpoint", "{root}/files/old.pth"],
     ["--checkpoint", "{root}/files/ema.pth"],
     ["--checkpoint", "{root}/files/model.pth"],
-    ["--checkpoint", "{root}/files/bare.safetensors", "--transformer_config", "{root}/checkpoint-7/transformer/config.json"],
+    [
+        "--checkpoint",
+        "{root}/files/bare.safetensors",
+        "--transformer_config",
+        "{root}/checkpoint-7/transformer/config.json",
+    ],
 ]
 
 
@@ -539,7 +614,14 @@ def test_a_swapped_network_without_senseflow_json_draws_as_the_base_does(swaps, 
     torch.save({name: tensor + 1e-3 for name, tensor in teacher.items()}, tmp_path / "a/b/other.pth")
     for change in (["other.pth"], ["teacher.pth", "--released", "flux", "--sampler", "euler"]):
         change = ["--checkpoint", tmp_path / "a/b" / change[0], *change[1:]]
-        argv = ["--model", swaps / "base", "--prompts_file", swaps / "prompts.txt", "--output_dir", tmp_path / "swapped"]
+        argv = [
+            "--model",
+            swaps / "base",
+            "--prompts_file",
+            swaps / "prompts.txt",
+            "--output_dir",
+            tmp_path / "swapped",
+        ]
         assert "was drawn with weights" in refusal(*argv, *flags, *change)
 
 
@@ -557,7 +639,9 @@ def test_a_state_dict_gives_the_weights_that_a_folder_gives(swaps, dtype):
         network = load(*flags)
         state = network.state_dict()
         assert state.keys() == folder.keys() and not network.training
-        assert all(torch.equal(state[name], folder[name]) and state[name].dtype == folder[name].dtype for name in folder)
+        assert all(
+            torch.equal(state[name], folder[name]) and state[name].dtype == folder[name].dtype for name in folder
+        )
 
 
 def test_a_network_of_the_hub_is_known_by_its_commit(swaps, monkeypatch):
@@ -584,7 +668,9 @@ def test_a_state_dict_of_another_family(swaps, tmp_path, name):
     model = inference.find_model(str(swaps / name))
     weights = load_file(swaps / name / model.network / "diffusion_pytorch_model.safetensors")
     torch.save({"model": {f"module.{key}": tensor for key, tensor in weights.items()}}, tmp_path / "network.pth")
-    inference.swap_network(infer.parse_args(["--model", model.name, "--checkpoint", str(tmp_path / "network.pth")]), model)
+    inference.swap_network(
+        infer.parse_args(["--model", model.name, "--checkpoint", str(tmp_path / "network.pth")]), model
+    )
     state = inference.load_component(model, model.network, torch.float32).state_dict()
     assert state.keys() == weights.keys() and all(torch.equal(state[key], weights[key]) for key in weights)
 
@@ -595,7 +681,10 @@ def test_a_state_dict_of_another_family(swaps, tmp_path, name):
         ("missing.pth", "2 missing \\(proj_out.bias, proj_out.weight\\); give the --model"),
         ("unexpected.pth", "1 unexpected \\(alien.weight\\); give"),
         ("shape.pth", r"1 of another shape \(\S+ \[2, 3\] not \[.*\]\); give"),
-        ("prefixed.pth", r"\d\d missing \(\w+\S+, \S+, \S+, \.\.\.\), \d\d unexpected \(student\.\w+\S+, \S+, \S+, \.\.\.\); give"),
+        (
+            "prefixed.pth",
+            r"\d\d missing \(\w+\S+, \S+, \S+, \.\.\.\), \d\d unexpected \(student\.\w+\S+, \S+, \S+, \.\.\.\); give",
+        ),
         ("list.pth", "holds no state dict"),
         ("steps.pth", "holds no state dict"),
         ("pickle.pth", "damaged, or holds more than tensors"),
@@ -631,12 +720,16 @@ def test_a_folder_that_lacks_weights_is_refused(swaps, tmp_path):
         ("sdxl-dmd2", "sdxl", [999, 749, 499, 249], 77),
     ],
 )
-def test_released_sets_levels_sampler_guidance_and_text(swaps, tmp_path, monkeypatch, caplog, name, model, levels, text):
+def test_released_sets_levels_sampler_guidance_and_text(
+    swaps, tmp_path, monkeypatch, caplog, name, model, levels, text
+):
     seen = watch(monkeypatch)
     flags = ["--released", name, "--height", 64, "--width", 64, "--num_prompts", 4]
     with caplog.at_level("INFO", logger="senseflow.inference"):
         run(swaps, tmp_path / "one", *flags, model=model)
-    assert ("overrides the senseflow.json" in caplog.text) == (model == "student") and "no network is swapped in" in caplog.text
+    assert ("overrides the senseflow.json" in caplog.text) == (
+        model == "student"
+    ) and "no network is swapped in" in caplog.text
     np.testing.assert_allclose([t for t, _ in seen], levels * 3, rtol=1e-5)  # of 4 lines one is blank
     for _, keywords in seen:
         assert tuple(keywords["encoder_hidden_states"].shape[:2]) == (1, text), "batch 1: no classifier-free guidance"
@@ -646,7 +739,7 @@ def test_released_sets_levels_sampler_guidance_and_text(swaps, tmp_path, monkeyp
     for idx in (0, 2, 3):
         assert_same_image(pixels(tmp_path / f"one/{idx:04d}.png"), pixels(tmp_path / f"three/{idx:04d}.png"))
 
-    # One forward visits the first level; a image comes of it.
+    # One forward visits the first level; an image comes of it.
     seen.clear()
     run(swaps, tmp_path / "step", *flags[:-1], 1, "--num_inference_steps", 1, model=model)
     np.testing.assert_allclose([t for t, _ in seen], levels[:1], rtol=1e-5)
@@ -676,13 +769,19 @@ def test_released_with_a_swapped_unet(swaps, tmp_path, monkeypatch):
 
 BAD = [
     (["--transformer", "{root}/none"], "--transformer .*/none: no such folder, and it is no Hub id"),
-    (["--transformer", "{root}/files/bare.pth"], "--transformer .*bare.pth: is a single file; give it to --checkpoint"),
+    (
+        ["--transformer", "{root}/files/bare.pth"],
+        "--transformer .*bare.pth: is a single file; give it to --checkpoint",
+    ),
     (["--transformer", "{root}/student"], "no .*student/config.json; name the folder.*--transformer_subfolder"),
     (["--transformer", "nobody/nothing"], "--transformer nobody/nothing: no such folder, and the cache .* lacks it"),
     (["--transformer", "{root}/student/vae"], "_class_name is AutoencoderKL, but FluxTransformer2DModel in"),
     (["--unet", "{root}/student/transformer"], "--unet .*: FluxPipeline has no unet; give --transformer"),
     (["--model", "{root}/sdxl", "--transformer", "{root}/student/transformer"], "has no transformer; give --unet"),
-    (["--transformer", "{root}/student/transformer", "--checkpoint", "x"], "--checkpoint: not allowed with .*--transformer"),
+    (
+        ["--transformer", "{root}/student/transformer", "--checkpoint", "x"],
+        "--checkpoint: not allowed with .*--transformer",
+    ),
     (["--transformer", "{root}/student/transformer/diffusion_pytorch_model.safetensors.index.json"], "no such folder"),
     (
         ["--transformer", "{root}/shards/diffusion_pytorch_model.safetensors.index.json"],
@@ -692,9 +791,18 @@ BAD = [
         ["--checkpoint", "{root}/shards/diffusion_pytorch_model.safetensors.index.json"],
         "network; .* folder to --transformer",
     ),
-    (["--transformer", "{root}/shards"], "--transformer .*/shards: it holds only \\*.fp16.safetensors: give --variant fp16"),
-    (["--model", "{root}/files/bare.safetensors"], "--model .*bare.safetensors: is a single file; give it to --checkpoint"),
-    (["--model", "{root}/student/model_index.json"], "--model .*/model_index.json: is a single file; give its folder, .*/student$"),
+    (
+        ["--transformer", "{root}/shards"],
+        "--transformer .*/shards: it holds only \\*.fp16.safetensors: give --variant fp16",
+    ),
+    (
+        ["--model", "{root}/files/bare.safetensors"],
+        "--model .*bare.safetensors: is a single file; give it to --checkpoint",
+    ),
+    (
+        ["--model", "{root}/student/model_index.json"],
+        "--model .*/model_index.json: is a single file; give its folder, .*/student$",
+    ),
     (["--revision", "main"], "--revision main: .*/student is a folder"),
     (["--variant", "fp16"], "--variant fp16: .*/student holds no weights"),
     (["--call", "true_cfg_scale"], "--call: true_cfg_scale: give NAME=VALUE"),
@@ -707,14 +815,29 @@ BAD = [
     (["--transformer_config", "a.json"], "--transformer_config a.json: only --checkpoint"),
     (["--checkpoint", "{root}/none.pth"], "--checkpoint .*none.pth: no such file"),
     (["--checkpoint", "{root}/student"], "--checkpoint .*student: no such file"),
-    (["--checkpoint", "{root}/files/bare.pth", "--transformer_config", "{root}/none.json"], "no .*/none.json; .*_config"),
-    (["--checkpoint", "{root}/files/bare.pth", "--transformer_config", "{root}/cut/senseflow.json"], "_config .* is damaged"),
-    (["--checkpoint", "{root}/files/bare.pth", "--transformer_config", "{root}/wide.json"], "joint_attention_dim is 64, but 32"),
-    (["--transformer", "{root}/call/transformer"], "--transformer .*call/transformer: pipeline_call in senseflow.json"),
+    (
+        ["--checkpoint", "{root}/files/bare.pth", "--transformer_config", "{root}/none.json"],
+        "no .*/none.json; .*_config",
+    ),
+    (
+        ["--checkpoint", "{root}/files/bare.pth", "--transformer_config", "{root}/cut/senseflow.json"],
+        "_config .* is damaged",
+    ),
+    (
+        ["--checkpoint", "{root}/files/bare.pth", "--transformer_config", "{root}/wide.json"],
+        "joint_attention_dim is 64, but 32",
+    ),
+    (
+        ["--transformer", "{root}/call/transformer"],
+        "--transformer .*call/transformer: pipeline_call in senseflow.json",
+    ),
     (["--released", "sd35-large"], "--released sd35-large: is for a StableDiffusion3Pipeline; .* is a FluxPipeline"),
     (["--model", "{root}/sd3", "--released", "flux"], "--released flux: is for a FluxPipeline"),
     (["--released", "sd35"], "--released: invalid choice: 'sd35'"),
-    (["--model", "{root}/sdxl", "--released", "sdxl", "--num_inference_steps", "5"], "--num_inference_steps 5: .* 4 or fewer"),
+    (
+        ["--model", "{root}/sdxl", "--released", "sdxl", "--num_inference_steps", "5"],
+        "--num_inference_steps 5: .* 4 or fewer",
+    ),
     (["--model", "{root}/lcm"], "--num_inference_steps 50: this LCMScheduler has 4"),
     (["--model", "{root}/sdxl", "--released", "sdxl", "--sampler", "euler"], "--sampler euler: LCMScheduler"),
     (["--batch_size", "0"], "--batch_size: 0"),
@@ -733,14 +856,17 @@ BAD = [
     (["--prompt", "a cat"], "--prompt"),
     (["--model", "no/such/folder"], "--model no/such/folder: no such folder"),
     (["--model", "tests/typo"], "--model tests/typo: no such folder"),
-    (["--model", "nobody/nothing"], "--model nobody/nothing: no such folder, and the cache .* lacks it.*: unset HF_HUB_OFFLINE"),
+    (
+        ["--model", "nobody/nothing"],
+        "--model nobody/nothing: no such folder, and the cache .* lacks it.*: unset HF_HUB_OFFLINE",
+    ),
     (["--model", "{root}/student/vae"], "neither model_index.json nor a senseflow.json"),
     (["--model", "{root}/cut"], "senseflow.json is damaged"),
     (["--model", "{root}/list"], "senseflow.json is damaged"),
     (["--model", "{root}/call"], "pipeline_call in senseflow.json"),
     (["--model", "{root}/class"], "NoSuchPipeline is no text-to-image pipeline"),
     (["--model", "{root}/sampler"], "sampler in senseflow.json"),
-    (["--model", "{root}/parts"], "parts lacks .*, which its model_index.json names"),
+    (["--model", "{root}/models"], "models lacks .*, which its model_index.json names"),
     (["--model", "{root}/lost"], "teacher in its senseflow.json, ./moved: no such folder"),
     (["--prompts_file", "{root}/none.txt"], "--prompts_file .*none.txt"),
     (["--prompts_file", "{root}/blank.txt"], "--prompts_file .*holds no prompt"),
@@ -783,7 +909,11 @@ def test_bad_arguments(bad_models, tmp_path, monkeypatch, flags, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(ROOT)
     flags = [flag.format(root=bad_models) for flag in flags]
-    defaults = {"--model": bad_models / "student", "--prompts_file": bad_models / "prompts.txt", "--output_dir": tmp_path}
+    defaults = {
+        "--model": bad_models / "student",
+        "--prompts_file": bad_models / "prompts.txt",
+        "--output_dir": tmp_path,
+    }
     line = refusal(*(word for flag in defaults.items() for word in flag if flag[0] not in flags), *flags)
     assert "\n" not in line
     assert re.search(message, line), line
@@ -804,7 +934,14 @@ def test_truncated_weights_in_a_real_process(models, tmp_path):
     shutil.copytree(models / "checkpoint-7", tmp_path / "checkpoint-7")
     weights = next((tmp_path / "checkpoint-7/transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    command = [sys.executable, ROOT / "infer.py", "--model", tmp_path / "checkpoint-7", "--output_dir", tmp_path / "out"]
+    command = [
+        sys.executable,
+        ROOT / "infer.py",
+        "--model",
+        tmp_path / "checkpoint-7",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

@@ -8,9 +8,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 
 from senseflow_utils import (
     DDPMSchedule,
-    StatelessRNG,
     FlowSchedule,
     Prediction,
+    StatelessRNG,
     adversarial_loss,
     backward_simulation,
     denoising_loss,
@@ -145,14 +145,19 @@ def test_flux_draws_timesteps_logit_normally_from_the_teacher_s_table():
 
 
 def test_a_shifted_table_shows_in_what_is_drawn():
-    shifted = FlowSchedule(1000 * 3 * torch.linspace(0.001, 1, 1000) / (1 + 2 * torch.linspace(0.001, 1, 1000)), (1000,))
+    shifted = FlowSchedule(
+        1000 * 3 * torch.linspace(0.001, 1, 1000) / (1 + 2 * torch.linspace(0.001, 1, 1000)), (1000,)
+    )
     student_samples = shifted.draw_dmd_timesteps(StatelessRNG(0, 0), range(1000))
     assert abs(student_samples.median().item() - 750) < 15  # the middle of the table is sigma 3 * .5 / (1 + 2 * .5)
 
 
 def test_sdxl_draws_timesteps_uniformly_both_ends_included():
     schedule = ddpm(dmd_range=(20, 24), fake_range=(0, 2))
-    dmd, fake = schedule.draw_dmd_timesteps(StatelessRNG(0, 0), range(600)), schedule.draw_fake_timesteps(StatelessRNG(0, 0), range(600))
+    dmd, fake = (
+        schedule.draw_dmd_timesteps(StatelessRNG(0, 0), range(600)),
+        schedule.draw_fake_timesteps(StatelessRNG(0, 0), range(600)),
+    )
     assert torch.unique(dmd).tolist() == [20, 21, 22, 23, 24] and torch.unique(fake).tolist() == [0, 1, 2]
     assert torch.bincount(dmd.long())[20:].min() > 80 and torch.bincount(fake.long()).min() > 150
 
@@ -166,7 +171,9 @@ def test_t_mid_keeps_the_margin_from_both_ends_of_each_sample_s_segment():
     for i, (low, high) in enumerate([(925, 980), (780, 884), (533, 739), (20, 492)]):
         own = t_mid[index == i]
         assert low <= own.min() <= low + 8 and high - 8 <= own.max() <= high
-    assert schedule.draw_mid_timesteps(StatelessRNG(0, 0), [0], t[:1], t[:1] - 100, 50).item() == 950  # one left to draw
+    assert (
+        schedule.draw_mid_timesteps(StatelessRNG(0, 0), [0], t[:1], t[:1] - 100, 50).item() == 950
+    )  # one left to draw
 
 
 def test_a_margin_that_leaves_no_t_mid_is_found():
@@ -218,7 +225,9 @@ def test_backward_simulation_runs_the_first_anchors_in_order(family, sampler, st
         torch.testing.assert_close(asked[i][1], expected, rtol=1e-4, atol=1e-4)
         prediction = schedule.as_prediction(expected, network(expected).detach(), schedule.anchors[i].repeat(2))
         alpha, sigma = levels_of(family, schedule.anchors[i + 1].repeat(2))
-        used.append(StatelessRNG(7, 3).normal(f"renoise_{i}", [4, 9], SHAPE) if sampler == "stochastic" else prediction.noise)
+        used.append(
+            StatelessRNG(7, 3).normal(f"renoise_{i}", [4, 9], SHAPE) if sampler == "stochastic" else prediction.noise
+        )
         expected = (alpha * prediction.x0 + sigma * used[-1]).float()
     torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-4)
     if sampler == "stochastic":
@@ -350,7 +359,7 @@ def test_the_student_s_adversarial_loss():
 
 
 def test_the_discriminator_s_hinge_loss():
-    """relu before the mean over a image's logits: real (0, 1), (.5, 2); fake (0, 2), (1, .5)."""
+    """relu before the mean over an image's logits: real (0, 1), (.5, 2); fake (0, 2), (1, .5)."""
     real, fake = REAL.clone().requires_grad_(), FAKE.clone().requires_grad_()
     loss = hinge_loss(real, fake, OMEGA)
     torch.testing.assert_close(loss.item(), (0.25 * (0.5 + 1.0) + 2.0 * (1.25 + 0.75)) / 2)
@@ -419,7 +428,9 @@ TOKENS_1024 = 4096
 
 
 def fit(levels, sampler="stochastic", dynamic=True):
-    return fit_flow_scheduler(levels, lambda scheduler: stock_sigmas(scheduler, len(levels), TOKENS_1024), sampler, dynamic)
+    return fit_flow_scheduler(
+        levels, lambda scheduler: stock_sigmas(scheduler, len(levels), TOKENS_1024), sampler, dynamic
+    )
 
 
 def visits(scheduler, steps: int) -> list[float]:
@@ -453,7 +464,9 @@ def test_levels_with_two_degrees_of_freedom_take_a_terminal_shift(dynamic):
 
 def test_levels_that_nothing_fits_are_returned_as_they_are():
     scheduler, visited = fit([1, 0.99, 0.31, 0.3])
-    assert visited == pytest.approx([1, 0.99, 0.31, 0.3]) and visits(scheduler, 4) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert visited == pytest.approx([1, 0.99, 0.31, 0.3]) and visits(scheduler, 4) == pytest.approx(
+        [1, 0.75, 0.5, 0.25]
+    )
 
 
 def test_one_step_needs_no_shift():
@@ -465,7 +478,9 @@ def test_dmd2s_classifier_losses_are_logistic():
     real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0], requires_grad=True)
     student = sum(math.log(1 + math.exp(-value)) for value in (0.5, 3.0)) / 2
     assert non_saturating_loss(fake).item() == pytest.approx(student, rel=1e-6)
-    told_apart = sum(math.log(1 + math.exp(value)) for value in (0.5, 3.0)) + sum(math.log(1 + math.exp(-v)) for v in (2.0, -1.0))
+    told_apart = sum(math.log(1 + math.exp(value)) for value in (0.5, 3.0)) + sum(
+        math.log(1 + math.exp(-v)) for v in (2.0, -1.0)
+    )
     assert logistic_loss(real, fake).item() == pytest.approx(told_apart / 2, rel=1e-6)
     (gradient,) = torch.autograd.grad(non_saturating_loss(fake), fake)
     assert (gradient < 0).all(), "the student is pushed towards larger logits"

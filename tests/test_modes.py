@@ -40,12 +40,33 @@ def flags(teacher, vision, data, tmp_path_factory):
 
     def make(script):
         return [
-            *("--pretrained_model_name_or_path", str(teachers[script]), "--dataset_json", str(data), "--resolution", "64"),
-            *("--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")),
+            *(
+                "--pretrained_model_name_or_path",
+                str(teachers[script]),
+                "--dataset_json",
+                str(data),
+                "--resolution",
+                "64",
+            ),
+            *(
+                "--discriminator_backbone",
+                str(vision / "dinov2"),
+                "--discriminator_text_encoder",
+                str(vision / "clip"),
+            ),
             *("--gradient_accumulation_steps", "2", "--ttur_ratio", "5", "--max_train_steps", str(LAST)),
             *("--checkpointing_steps", "3", "--ida_decay", "0.97", "--export_dtype", "fp32", "--random_flip"),
             # The heads' LeakyReLUs have kinks, and Adam divides by gradients that are all rounding: neither shall decide.
-            *("--learning_rate", "1e-3", "--learning_rate_disc", "1e-4", "--adam_epsilon", "1e-3", "--max_grad_norm", "0.05"),
+            *(
+                "--learning_rate",
+                "1e-3",
+                "--learning_rate_disc",
+                "1e-4",
+                "--adam_epsilon",
+                "1e-3",
+                "--max_grad_norm",
+                "0.05",
+            ),
             *("--report_to", "none"),
             *(["--max_sequence_length", "16"] if script != "sdxl" else []),
         ]
@@ -57,8 +78,15 @@ def flags(teacher, vision, data, tmp_path_factory):
 def everything_parted(tmp_path_factory):
     """zero3.yaml as it would be for large networks: DeepSpeed keeps weights of less than 100,000 numbers whole if not told so."""
     folder = tmp_path_factory.mktemp("configuration")
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
-    (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero, "gradient_accumulation_steps": "auto"}))
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    (folder / "deepspeed.json").write_text(
+        json.dumps({"zero_optimization": zero, "gradient_accumulation_steps": "auto"})
+    )
     config = yaml.safe_load((ROOT / "accelerate_configs" / "zero3.yaml").read_text())
     del config["mixed_precision"]  # accelerate refuses what DeepSpeed's file may say
     config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": False}
@@ -76,7 +104,14 @@ def trained(flags, tmp_path_factory):
             out = done[script, mode, precision] = tmp_path_factory.mktemp(f"{script}-{mode}-{precision}")
             extra = ["--gradient_checkpointing", "--validation_prompts", "a", "b", "c", "--validation_steps", "5"]
             arguments = [*flags(script), "--train_batch_size", str(16 // processes), "--output_dir", str(out)]
-            launch(f"train_senseflow_{script}.py", arguments + extra * (precision == "bf16"), processes, precision, mode, *more)
+            launch(
+                f"train_senseflow_{script}.py",
+                arguments + extra * (precision == "bf16"),
+                processes,
+                precision,
+                mode,
+                *more,
+            )
         return done[script, mode, precision]
 
     return run
@@ -117,7 +152,8 @@ def test_two_processes_train_as_one(script, mode, trained):
         distance = moved(*(weights(two / f"checkpoint-{iteration}") for iteration in (3, LAST)), role)
         assert distance.abs().max() > 1e-4, role
     exported = [
-        sorted(str(path.relative_to(out)) for path in out.rglob("*") if "checkpoint" not in str(path)) for out in (one, two)
+        sorted(str(path.relative_to(out)) for path in out.rglob("*") if "checkpoint" not in str(path))
+        for out in (one, two)
     ]
     assert exported[0] == exported[1] and "model_index.json" in exported[0]
     assert_near(*(load_file(out / ROLES[script] / "diffusion_pytorch_model.safetensors") for out in (one, two)))
@@ -150,7 +186,15 @@ def test_a_resumed_run_is_the_same_run(mode, at, trained, flags, tmp_path):
     """To the bit; at 3 the student has not stepped yet, at 6 it has."""
     whole = trained("flux", mode)
     shutil.copytree(whole / f"checkpoint-{at}", tmp_path / f"checkpoint-{at}")
-    arguments = [*flags("flux"), "--train_batch_size", "8", "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
+    arguments = [
+        *flags("flux"),
+        "--train_batch_size",
+        "8",
+        "--output_dir",
+        str(tmp_path),
+        "--resume_from_checkpoint",
+        "latest",
+    ]
     launch("train_senseflow_flux.py", arguments, 2, "no", mode)
     assert_same(states(whole / f"checkpoint-{LAST}"), states(tmp_path / f"checkpoint-{LAST}"))
 
@@ -185,7 +229,17 @@ def test_two_nodes_train_as_one(trained, flags, tmp_path):
     """Two launches, a process each, as on two machines: rows and slots follow the rank over both."""
     arguments = [*flags("flux"), "--train_batch_size", "8", "--output_dir", str(tmp_path)]
     nodes = [
-        start("train_senseflow_flux.py", arguments, 2, "no", "fsdp2_2nodes", "--machine_rank", rank, "--main_process_port", "29533")
+        start(
+            "train_senseflow_flux.py",
+            arguments,
+            2,
+            "no",
+            "fsdp2_2nodes",
+            "--machine_rank",
+            rank,
+            "--main_process_port",
+            "29533",
+        )
         for rank in "01"
     ]
     for node in nodes:
@@ -218,14 +272,23 @@ def adapted(flags, tmp_path_factory):
         if (script, mode) not in done:
             out = done[script, mode] = tmp_path_factory.mktemp(f"adapted-{script}-{mode}")
             launch(
-                f"train_senseflow_{script}.py", [*of_adapters(script, processes), "--output_dir", str(out)], processes, "no", mode
+                f"train_senseflow_{script}.py",
+                [*of_adapters(script, processes), "--output_dir", str(out)],
+                processes,
+                "no",
+                mode,
             )
         return done[script, mode]
 
     def of_adapters(script, processes):
         common = [*without(flags(script), "--learning_rate"), "--rank", "4", "--learning_rate", "1e-2"]
         if script == "sdxl":
-            dropped = ("--discriminator_backbone", "--discriminator_text_encoder", "--ida_decay", "--learning_rate_disc")
+            dropped = (
+                "--discriminator_backbone",
+                "--discriminator_text_encoder",
+                "--ida_decay",
+                "--learning_rate_disc",
+            )
             common = [*without(common, *dropped), "--method", "dmd2", "--classifier_weight", "1"]
         return [*common, "--train_batch_size", str(16 // processes)]
 
@@ -250,7 +313,13 @@ def test_adapters_go_on_where_they_were(mode, processes, adapted, tmp_path):
     """To the bit as they were launched; from FSDP2's shards in one process, too."""
     whole = adapted("flux", "fsdp2" if mode == "single" else mode, 2)
     shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
-    arguments = [*adapted.flags("flux", processes), "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
+    arguments = [
+        *adapted.flags("flux", processes),
+        "--output_dir",
+        str(tmp_path),
+        "--resume_from_checkpoint",
+        "latest",
+    ]
     launch("train_senseflow_flux.py", arguments, processes, "no", mode)
     if mode == "single":
         assert_near(weights(whole / f"checkpoint-{LAST}"), weights(tmp_path / f"checkpoint-{LAST}"))
@@ -261,8 +330,28 @@ def test_adapters_go_on_where_they_were(mode, processes, adapted, tmp_path):
 def test_under_fsdp2_a_process_holds_its_part_of_one_base(teacher, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red square\na blue circle\n")
     arguments = ["--pretrained_model_name_or_path", str(teacher), "--prompts_file", str(tmp_path / "prompts.txt")]
-    arguments += ["--gan_weight", "0", "--backward_simulation_prob", "1", "--resolution", "64", "--max_sequence_length", "16"]
-    arguments += ["--train_batch_size", "2", "--ttur_ratio", "1", "--rank", "4", "--learning_rate", "1e-2", "--report_to", "none"]
+    arguments += [
+        "--gan_weight",
+        "0",
+        "--backward_simulation_prob",
+        "1",
+        "--resolution",
+        "64",
+        "--max_sequence_length",
+        "16",
+    ]
+    arguments += [
+        "--train_batch_size",
+        "2",
+        "--ttur_ratio",
+        "1",
+        "--rank",
+        "4",
+        "--learning_rate",
+        "1e-2",
+        "--report_to",
+        "none",
+    ]
     launch("tests/one_base.py", [*arguments, "--output_dir", str(tmp_path)], 2, "no", "fsdp2")
 
 
@@ -320,10 +409,20 @@ def test_what_ends_one_process_ends_all_and_is_said_last(mode, fault, message, f
     assert not traceback_in(said), "no process ends with a traceback"
 
 
-@pytest.mark.parametrize("mode, sent", [("ddp", "SIGTERM"), ("fsdp2", "SIGINT"), ("zero2", "SIGTERM"), ("zero3", "SIGINT")])
+@pytest.mark.parametrize(
+    "mode, sent", [("ddp", "SIGTERM"), ("fsdp2", "SIGINT"), ("zero2", "SIGTERM"), ("zero3", "SIGINT")]
+)
 def test_a_signal_saves_and_says_so(mode, sent, flags, tmp_path):
     """To the launcher, as a cluster or a terminal sends it; all processes stop after the same iteration."""
-    arguments = [*flags("flux"), "--train_batch_size", "1", "--max_train_steps", "100000", "--output_dir", str(tmp_path)]
+    arguments = [
+        *flags("flux"),
+        "--train_batch_size",
+        "1",
+        "--max_train_steps",
+        "100000",
+        "--output_dir",
+        str(tmp_path),
+    ]
     arguments += ["--dataloader_num_workers", "1"]  # whose processes the launcher signals, too
     process = start("train_senseflow_flux.py", arguments, 2, "no", mode)
     while not (tmp_path / "checkpoint-3").exists():
@@ -344,7 +443,11 @@ def test_what_must_be_mended_in_one_process_data_saves_in_all(flags, tmp_path):
     _, said = process.communicate()
     assert process.returncode == 1
     (number,) = re.findall(r"error: --dataset_json data.json: lost.png; mend it, checkpoint-(\d+) is complete\n", said)
-    assert 2 <= int(number) <= 3 and (tmp_path / f"checkpoint-{number}" / "state.json").exists() and not traceback_in(said)
+    assert (
+        2 <= int(number) <= 3
+        and (tmp_path / f"checkpoint-{number}" / "state.json").exists()
+        and not traceback_in(said)
+    )
 
 
 def test_kills_at_any_moment_lose_nothing():

@@ -82,7 +82,11 @@ def test_a_gaussian_is_met_exactly(family, guidance):
     """
     teacher = gaussian_teacher(family, guided=guidance > 1)
     args = make_args(
-        max_train_steps=400, train_batch_size=32, learning_rate=0.03, learning_rate_fake=0.05, dmd_guidance_scale=[guidance] * 2
+        max_train_steps=400,
+        train_batch_size=32,
+        learning_rate=0.03,
+        learning_rate_fake=0.05,
+        dmd_guidance_scale=[guidance] * 2,
     )
     start = Affine(teacher)
     models = distil(args, teacher, start)
@@ -162,7 +166,9 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
 
     with torch.no_grad():
         rows = len(teacher.schedule.table)
-        t_dmd = teacher.schedule.table[rows - 1 - (torch.sigmoid(rng.normal("dmd_timestep", sample_indices)) * rows).long()]
+        t_dmd = teacher.schedule.table[
+            rows - 1 - (torch.sigmoid(rng.normal("dmd_timestep", sample_indices)) * rows).long()
+        ]
         noised = (1 - sigma(t_dmd)) * x0 + sigma(t_dmd) * normal("dmd_noise")
         fake_x0 = noised - sigma(t_dmd) * fake(noised, t_dmd, condition)
         teacher_x0 = noised - sigma(t_dmd) * guided(noised, t_dmd, "dmd_guidance", (2.0, 3.0))
@@ -207,7 +213,9 @@ class Critic(torch.nn.Module):
             self.linear.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
 
     def forward(self, batches, reference, text):
-        return [self.linear(maps[0].flatten(1)) + text * reference[0].flatten(1).mean(1, keepdim=True) for maps in batches]
+        return [
+            self.linear(maps[0].flatten(1)) + text * reference[0].flatten(1).mean(1, keepdim=True) for maps in batches
+        ]
 
 
 def test_the_adversarial_turns_are_the_ones_written_by_hand():
@@ -240,16 +248,23 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
             )
             discriminator = models.discriminator.module
         train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
-        moved[with_gan] = [p.detach() - q.detach() for p, q in zip(models.student.module.parameters(), start.parameters())]
+        moved[with_gan] = [
+            p.detach() - q.detach() for p, q in zip(models.student.module.parameters(), start.parameters())
+        ]
 
     t = torch.full((4,), 1000.0, dtype=torch.float64)
-    noise, condition = rng.normal("input_noise", sample_indices, teacher.shape), models.encode_prompts(batch["prompts"])
+    noise, condition = (
+        rng.normal("input_noise", sample_indices, teacher.shape),
+        models.encode_prompts(batch["prompts"]),
+    )
     fake = diff_augment(decode(noise - start(noise, t, condition)), rng, sample_indices, "fake")
     real, reference = diff_augment(batch["pixel_values"], rng, sample_indices, "real"), [batch["pixel_values"]]
 
     (logits,) = critic(([fake],), reference, text)
     adversarial = -2.0 * (omega(t) * logits.mean(1)).mean()
-    for together, alone, gradient in zip(*moved.values(), torch.autograd.grad(adversarial, start.parameters(), retain_graph=True)):
+    for together, alone, gradient in zip(
+        *moved.values(), torch.autograd.grad(adversarial, start.parameters(), retain_graph=True)
+    ):
         torch.testing.assert_close(together - alone, -0.5 * gradient, rtol=1e-3, atol=2e-6)
         assert gradient.abs().max() > 1e-4
 
@@ -260,7 +275,9 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
     with torch.no_grad():
         for parameter, gradient in zip(expected.parameters(), gradients):
             parameter -= 0.5 * gradient
-    torch.testing.assert_close(dict(discriminator.named_parameters()), dict(expected.named_parameters()), rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(
+        dict(discriminator.named_parameters()), dict(expected.named_parameters()), rtol=1e-4, atol=2e-6
+    )
 
 
 def test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_each():
@@ -274,7 +291,12 @@ def test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_eac
             moved[name].append(not torch.equal(before.get(name, torch.full_like(slope, 0.2)), slope))
             before[name] = slope
 
-    distil(make_args(max_train_steps=6, ttur_ratio=3, train_batch_size=4, lr_scheduler="constant"), teacher, Affine(teacher), watch)
+    distil(
+        make_args(max_train_steps=6, ttur_ratio=3, train_batch_size=4, lr_scheduler="constant"),
+        teacher,
+        Affine(teacher),
+        watch,
+    )
     assert moved == {"student": [False, False, True] * 2, "fake_score": [True] * 6}
 
 

@@ -12,8 +12,6 @@ import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
-from senseflow.training import checkpoints
-from senseflow.models import hub as hub_module
 import train_senseflow_flux as script
 from helpers import (
     ROOT,
@@ -21,10 +19,10 @@ from helpers import (
     assert_same,
     assert_same_image,
     built,
+    image_of,
     launch,
     logged,
     missing,
-    image_of,
     refused,
     resume_is_the_same_run,
     run_card,
@@ -33,7 +31,9 @@ from helpers import (
     without,
     without_gan,
 )
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
+from senseflow.models import hub as hub_module
+from senseflow.training import checkpoints
 from stock_call import assert_called_as_stock
 from tiny_pipelines import write_discriminator, write_flux
 
@@ -47,8 +47,26 @@ def flags(teacher, vision, data):
     return [
         *("--pretrained_model_name_or_path", str(teacher), "--dataset_json", str(data), "--resolution", "64"),
         *("--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")),
-        *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--ttur_ratio", "2", "--learning_rate", "1e-3"),
-        *("--lr_warmup_steps", "4", "--max_train_steps", "4", "--checkpointing_steps", "2", "--max_sequence_length", "16"),
+        *(
+            "--train_batch_size",
+            "2",
+            "--gradient_accumulation_steps",
+            "2",
+            "--ttur_ratio",
+            "2",
+            "--learning_rate",
+            "1e-3",
+        ),
+        *(
+            "--lr_warmup_steps",
+            "4",
+            "--max_train_steps",
+            "4",
+            "--checkpointing_steps",
+            "2",
+            "--max_sequence_length",
+            "16",
+        ),
         *("--export_dtype", "fp32", "--random_flip"),
     ]
 
@@ -58,21 +76,38 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     validation += ["--num_validation_images", "2"]
     whole = resume_is_the_same_run(script, flags, tmp_path, *validation)
     halves = tmp_path / "halves"
-    assert sorted(p.name for p in halves.glob("checkpoint-*")) == ["checkpoint-4"] and len(list(whole.glob("checkpoint-*"))) == 2
+    assert (
+        sorted(p.name for p in halves.glob("checkpoint-*")) == ["checkpoint-4"]
+        and len(list(whole.glob("checkpoint-*"))) == 2
+    )
 
     # What was logged.
     events = logged(whole)
-    losses = {"dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss", "real_logits", "fake_logits"}
+    losses = {
+        "dmd_loss",
+        "isg_loss",
+        "adversarial_loss",
+        "fake_loss",
+        "discriminator_loss",
+        "real_logits",
+        "fake_logits",
+    }
     norms = {"student_grad_norm", "fake_score_grad_norm", "discriminator_grad_norm"}
     assert losses | norms | {"dmd_non_finite", "lr", "samples_per_second"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("fake_loss")] == [1, 2, 3, 4]
-    seen = {f"signal/{name}" for name in "diversity saturation contrast sharpness latent_diversity latent_contrast".split()}
-    assert {f"signal/{name}" for name in "fake_lag fake_error dmd_ratio update_ratio".split()} <= set(events.Tags()["scalars"])
+    seen = {
+        f"signal/{name}" for name in "diversity saturation contrast sharpness latent_diversity latent_contrast".split()
+    }
+    assert {f"signal/{name}" for name in "fake_lag fake_error dmd_ratio update_ratio".split()} <= set(
+        events.Tags()["scalars"]
+    )
     found = json.loads((whole / "checkpoint-4" / "validation.json").read_text())
     assert found.pop("iteration") == 4
     assert found == {name: pytest.approx(events.Scalars(name)[-1].value, rel=1e-6) for name in seen}
     images = events.Tags()["images"]
-    assert {"validation/teacher", "validation/student"} <= set(images) and any(name.startswith("panel/") for name in images)
+    assert {"validation/teacher", "validation/student"} <= set(images) and any(
+        name.startswith("panel/") for name in images
+    )
 
     # The pipeline: a fresh process, the stock call of the card, the levels of training, the image of infer.py.
     record = json.loads((whole / "senseflow.json").read_text())
@@ -102,7 +137,9 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     weights = halves / "checkpoint-4" / "fake_score" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="--resume_from_checkpoint") as error:
-        script.main([*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--max_train_steps", "6"])
+        script.main(
+            [*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--max_train_steps", "6"]
+        )
     assert error.value.exit_code == 1
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10))
     with pytest.raises(UserError, match="GiB are free"):
@@ -112,7 +149,9 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
 @pytest.fixture
 def build(flags, tmp_path):
     """build(*flags) -> what tests/scripts.py `built` has to say, without the adversarial term."""
-    return lambda *add: built(script, [*without_gan(flags), "--output_dir", str(tmp_path), "--report_to", "none", *add])
+    return lambda *add: built(
+        script, [*without_gan(flags), "--output_dir", str(tmp_path), "--report_to", "none", *add]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +184,9 @@ def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(bu
 
 
 def test_a_guidance_that_nothing_embeds_is_refused(build, without_embedder):
-    with pytest.raises(UserError, match="--student_guidance_scale 2: a teacher without guidance embedder has no use for it"):
+    with pytest.raises(
+        UserError, match="--student_guidance_scale 2: a teacher without guidance embedder has no use for it"
+    ):
         build(*without_embedder, "--student_guidance_scale", "2")
     build("--student_guidance_scale", "2")
 
@@ -164,13 +205,18 @@ def test_anchors_that_nobody_gave_serve_or_are_refused(flags, teacher, tmp_path,
     # The user's own are his will; but ISG must find a timestep between them.
     given = ["--anchors", "1000", "743", "425", "20"]
     script.make_schedule(script.parse_args([*flags, *there, *given, "--isg_weight", "0"]), "cpu")
-    refused(script, [*flags, *there, *given, "--isg_margin", "11"], 2, "11 leaves no timestep between 20 and 0", capsys)
+    refused(
+        script, [*flags, *there, *given, "--isg_margin", "11"], 2, "11 leaves no timestep between 20 and 0", capsys
+    )
     script.make_schedule(script.parse_args([*flags, *there, *given, "--isg_margin", "9"]), "cpu")
 
     # Too near each other, for ISG's default margin; without ISG, the margin is not what helps.
     file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_terminal": 0.9}))
     said = "(found for this teacher): --isg_margin 20 leaves no timestep between 1000 and"
-    for isg, fix in (([], "lower it, or give --anchors further apart"), (["--isg_weight", "0"], "; give --anchors, such as 1000")):
+    for isg, fix in (
+        ([], "lower it, or give --anchors further apart"),
+        (["--isg_weight", "0"], "; give --anchors, such as 1000"),
+    ):
         with pytest.raises(UserError) as error:
             script.make_schedule(script.parse_args([*flags, *there, *isg]), "cpu")
         assert said in str(error.value) and fix in str(error.value) and error.value.exit_code == 2
@@ -194,7 +240,9 @@ def test_prompts_alone_train_other_anchors_and_a_warm_start(flags, teacher, tmp_
     flags = without_gan(without(flags, "--dataset_json", "--random_flip"))
     alone = ["--prompts_file", str(prompts), "--backward_simulation_prob", "1", "--max_train_steps", "2"]
     first = tmp_path / "first"
-    script.main([*flags, *alone, "--output_dir", str(first), "--anchors", "1000", "900.5", "300", "120", "--sampler", "euler"])
+    script.main(
+        [*flags, *alone, "--output_dir", str(first), "--anchors", "1000", "900.5", "300", "120", "--sampler", "euler"]
+    )
     record = json.loads((first / "senseflow.json").read_text())
     assert record["timesteps"] == [1000, 900.5, 300, 120] and record["sampler"] == "euler"
     assert record["pipeline_call"]["sigmas"] == record["sigmas"], "no scheduler configuration visits these"
@@ -243,8 +291,16 @@ BAD = {
     "guidance": ([], ["--dmd_guidance_scale", "8", "1"], "--dmd_guidance_scale 8 1"),
     "guidance of three": ([], ["--isg_guidance_scale", "1", "2", "3"], "--isg_guidance_scale"),
     "resolution": ([], ["--resolution", "72"], "--resolution 72"),
-    "teacher": ([], ["--pretrained_model_name_or_path", "/no/such/model"], "--pretrained_model_name_or_path /no/such/model"),
-    "hub id": ([], ["--pretrained_model_name_or_path", "nobody/nothing"], "--pretrained_model_name_or_path nobody/nothing"),
+    "teacher": (
+        [],
+        ["--pretrained_model_name_or_path", "/no/such/model"],
+        "--pretrained_model_name_or_path /no/such/model",
+    ),
+    "hub id": (
+        [],
+        ["--pretrained_model_name_or_path", "nobody/nothing"],
+        "--pretrained_model_name_or_path nobody/nothing",
+    ),
     "resume": ([], ["--resume_from_checkpoint", "latest"], "--resume_from_checkpoint latest"),
     "resume path": ([], ["--resume_from_checkpoint", "/no/such/checkpoint"], "--resume_from_checkpoint /no/such"),
     "8 bit": ([], ["--use_8bit_adam"], "--use_8bit_adam"),
@@ -270,7 +326,9 @@ def test_bad_input_is_one_line_and_exit_code_2(case, flags, tmp_path, monkeypatc
     drop, add, needle = BAD[case]
     missing(monkeypatch, "bitsandbytes", "xformers")
     monkeypatch.setattr(
-        script.FluxTransformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded before the check")
+        script.FluxTransformer2DModel,
+        "from_pretrained",
+        lambda *a, **k: pytest.fail("weights were loaded before the check"),
     )
     monkeypatch.setattr(sys, "argv", ["train_senseflow_flux.py"])
     refused(script, [*without(flags, *drop), "--output_dir", str(tmp_path / "out"), *add], 2, needle, capsys)
@@ -278,14 +336,30 @@ def test_bad_input_is_one_line_and_exit_code_2(case, flags, tmp_path, monkeypatc
 
 def test_latents_of_another_teacher_are_refused(flags, lmdb_of_latents, tmp_path, monkeypatch, capsys):
     """DMD2's LMDB holds latents of one VAE at one size: here 4 x 8 x 8, and this teacher has 4 x 16 x 16 at 128 px."""
-    monkeypatch.setattr(script.FluxTransformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check"))
-    flags = [*without(flags, "--dataset_json", "--random_flip", "--resolution"), "--dataset_lmdb", str(lmdb_of_latents)]
-    refused(script, [*flags, "--resolution", "128", "--output_dir", str(tmp_path / "out")], 2, "--dataset_lmdb", capsys)
+    monkeypatch.setattr(
+        script.FluxTransformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check")
+    )
+    flags = [
+        *without(flags, "--dataset_json", "--random_flip", "--resolution"),
+        "--dataset_lmdb",
+        str(lmdb_of_latents),
+    ]
+    refused(
+        script, [*flags, "--resolution", "128", "--output_dir", str(tmp_path / "out")], 2, "--dataset_lmdb", capsys
+    )
 
 
 def test_a_fresh_process_says_one_line(flags, tmp_path):
     """Nothing that a library has to say at import or while loading stands beside it."""
-    command = [sys.executable, str(ROOT / "train_senseflow_flux.py"), *flags, "--output_dir", str(tmp_path), "--ida_decay", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "train_senseflow_flux.py"),
+        *flags,
+        "--output_dir",
+        str(tmp_path),
+        "--ida_decay",
+        "2",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "train_senseflow_flux.py: error: --ida_decay 2.0: must lie in [0, 1]\n"
@@ -304,7 +378,14 @@ def test_another_run_another_pipeline_and_cut_weights(flags, teacher, tmp_path, 
     shutil.copytree(teacher, other)
     index = json.loads((other / "model_index.json").read_text())
     (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusion3Pipeline"}))
-    bad(2, "StableDiffusion3Pipeline", "--output_dir", str(tmp_path / "a"), "--pretrained_model_name_or_path", str(other))
+    bad(
+        2,
+        "StableDiffusion3Pipeline",
+        "--output_dir",
+        str(tmp_path / "a"),
+        "--pretrained_model_name_or_path",
+        str(other),
+    )
     (other / "model_index.json").write_text(json.dumps(index))
     (weights,) = (other / "transformer").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -320,7 +401,13 @@ def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
     for name in ("logs", "logs.old", "checkpoint-2", "checkpoint-2.incomplete", "vae"):
         folder(name)
     made = checkpoints.INCOMPLETE, checkpoints.REPLACED
-    for name in (f"checkpoint-4{made[0]}", f"export{made[0]}", f"checkpoint-1{made[1]}", f"vae{made[1]}", f"transformer{made[1]}"):
+    for name in (
+        f"checkpoint-4{made[0]}",
+        f"export{made[0]}",
+        f"checkpoint-1{made[1]}",
+        f"vae{made[1]}",
+        f"transformer{made[1]}",
+    ):
         folder(name)
     checkpoints.clear_leftovers(str(tmp_path))
     kept = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
@@ -347,7 +434,10 @@ def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch)
         arguments = [*without_gan(flags), "--max_train_steps", steps, "--output_dir", str(tmp_path / folder)]
         with pytest.raises(UserError, match="weights of the student are not finite"):
             script.main(arguments)
-        assert not list((tmp_path / folder).glob("checkpoint-*")) and not (tmp_path / folder / "model_index.json").exists()
+        assert (
+            not list((tmp_path / folder).glob("checkpoint-*"))
+            and not (tmp_path / folder / "model_index.json").exists()
+        )
 
 
 def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):
@@ -358,4 +448,6 @@ def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):
     script_loss = script.dmd_loss
     monkeypatch.setattr(script, "dmd_loss", broken)
     with pytest.raises(UserError, match="dmd_gradient not finite 3 times in a row"):
-        script.main([*without_gan(flags), "--output_dir", str(tmp_path), "--ttur_ratio", "1", "--max_train_steps", "8"])
+        script.main(
+            [*without_gan(flags), "--output_dir", str(tmp_path), "--ttur_ratio", "1", "--max_train_steps", "8"]
+        )

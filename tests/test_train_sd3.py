@@ -14,10 +14,10 @@ from helpers import (
     assert_same_image,
     assert_starts_as_the_teacher,
     built,
+    image_of,
     launch,
     logged,
     missing,
-    image_of,
     refused,
     resume_is_the_same_run,
     states,
@@ -43,13 +43,33 @@ def flags(sd3, vision, data):
     return [
         *("--pretrained_model_name_or_path", str(sd3), "--dataset_json", str(data), "--resolution", "64"),
         *("--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")),
-        *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--ttur_ratio", "2", "--learning_rate", "1e-3"),
-        *("--max_train_steps", "4", "--checkpointing_steps", "2", "--max_sequence_length", "16", "--export_dtype", "fp32"),
+        *(
+            "--train_batch_size",
+            "2",
+            "--gradient_accumulation_steps",
+            "2",
+            "--ttur_ratio",
+            "2",
+            "--learning_rate",
+            "1e-3",
+        ),
+        *(
+            "--max_train_steps",
+            "4",
+            "--checkpointing_steps",
+            "2",
+            "--max_sequence_length",
+            "16",
+            "--export_dtype",
+            "fp32",
+        ),
     ]
 
 
 def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path):
-    whole = resume_is_the_same_run(script, flags, tmp_path, "--validation_prompts", "a red square", "--validation_steps", "2")
+    whole = resume_is_the_same_run(
+        script, flags, tmp_path, "--validation_prompts", "a red square", "--validation_steps", "2"
+    )
     record = json.loads((whole / "senseflow.json").read_text())
     assert record["pipeline_call"]["guidance_scale"] == 1 and record["pipeline_call"]["max_sequence_length"] == 16
     np.testing.assert_allclose(record["sigmas"], [1, 0.9, 0.75, 0.5], atol=1e-6)
@@ -69,7 +89,9 @@ def test_prompts_alone_euler_without_t5_a_warm_start_and_bf16(flags, tmp_path):
     flags += ["--pretrained_model_name_or_path", str(bare), "--prompts_file", str(prompts)]
     flags += ["--backward_simulation_prob", "1", "--max_train_steps", "2"]
     first, second = tmp_path / "first", tmp_path / "second"
-    script.main([*flags, "--output_dir", str(first), "--anchors", "1000", "700", "--sampler", "euler", "--preset", "large"])
+    script.main(
+        [*flags, "--output_dir", str(first), "--anchors", "1000", "700", "--sampler", "euler", "--preset", "large"]
+    )
     record = json.loads((first / "senseflow.json").read_text())
     np.testing.assert_allclose(record["timesteps"], [1000, 700], atol=1e-3)
     assert record["sampler"] == "euler" and image_of(first, tmp_path / "images").std() > 0
@@ -82,7 +104,9 @@ def test_prompts_alone_euler_without_t5_a_warm_start_and_bf16(flags, tmp_path):
 
     low = [*flags, "--output_dir", str(tmp_path / "bf16"), "--gradient_checkpointing", "--export_dtype", "fp16"]
     said = launch("train_senseflow_sd3.py", low, precision="bf16")
-    assert "preset medium: ttur_ratio 2, ida_decay 0.98, isg_weight 0.5" in said, "the choice is logged, flags included"
+    assert "preset medium: ttur_ratio 2, ida_decay 0.98, isg_weight 0.5" in said, (
+        "the choice is logged, flags included"
+    )
     assert all(torch.isfinite(tensor.float()).all() for tensor in states(tmp_path / "bf16" / "checkpoint-2").values())
     for component in ("transformer", "text_encoder", "vae"):
         (file,) = (tmp_path / "bf16" / component).glob("*.safetensors")
@@ -94,20 +118,31 @@ def test_the_preset_follows_the_size_and_flags_override_it(sd3, data, tmp_path):
     write_sd3(large, layers=31)
 
     def chosen(teacher, *add):
-        args = script.parse_args(["--pretrained_model_name_or_path", str(teacher), "--output_dir", str(tmp_path), *add])
+        args = script.parse_args(
+            ["--pretrained_model_name_or_path", str(teacher), "--output_dir", str(tmp_path), *add]
+        )
         script.apply_preset(args, SD3Transformer2DModel.load_config(teacher, subfolder="transformer")["num_layers"])
         names = ("preset", "ttur_ratio", "ida_decay", "isg_weight", "dmd_guidance_scale", "isg_guidance_scale")
         return [getattr(args, name) for name in names]
 
     assert chosen(sd3) == ["medium", 10, 0.98, 0.5, [2, 8], [2, 4]]
     assert chosen(large) == ["large", 5, 0.97, 1.0, [3, 10], [5, 5]]
-    assert chosen(sd3, "--preset", "large", "--ttur_ratio", "7", "--ida_decay", "1") == ["large", 7, 1, 1.0, [3, 10], [5, 5]]
+    assert chosen(sd3, "--preset", "large", "--ttur_ratio", "7", "--ida_decay", "1") == [
+        "large",
+        7,
+        1,
+        1.0,
+        [3, 10],
+        [5, 5],
+    ]
 
 
 @pytest.fixture
 def build(flags, tmp_path):
     """build(*flags) -> what tests/scripts.py `built` has to say, without the adversarial term."""
-    return lambda *add: built(script, [*without_gan(flags), "--output_dir", str(tmp_path), "--report_to", "none", *add])
+    return lambda *add: built(
+        script, [*without_gan(flags), "--output_dir", str(tmp_path), "--report_to", "none", *add]
+    )
 
 
 def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(flags, tmp_path):
@@ -115,13 +150,17 @@ def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(flags, tm
     models, schedule = run.models, run.schedule
     shifted = [3 * sigma / (1 + 2 * sigma) for sigma in (1, 0.75, 0.5, 0.25)]
     torch.testing.assert_close(schedule.anchors, 1000 * torch.tensor(shifted, dtype=torch.float64), atol=1e-3, rtol=0)
-    torch.testing.assert_close(models.omega(schedule.anchors), torch.tensor([0, 0.25, 0.5625, 0.81]), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        models.omega(schedule.anchors), torch.tensor([0, 0.25, 0.5625, 0.81]), atol=2e-3, rtol=0
+    )
 
     # t_mid: every index in [i(t_next) + margin, i(t) - margin], ends included, seen as the table's level.
     sample_indices = list(range(4000))
     index = {anchor: number for anchor, number in zip(schedule.anchors.tolist(), script.ANCHOR_INDICES)} | {0.0: 0}
     for t, t_next in zip(schedule.anchors, schedule.next_timesteps):
-        student_samples = schedule.draw_mid_timesteps(StatelessRNG(0, 0), sample_indices, t.expand(4000), t_next.expand(4000), 50)
+        student_samples = schedule.draw_mid_timesteps(
+            StatelessRNG(0, 0), sample_indices, t.expand(4000), t_next.expand(4000), 50
+        )
         indices = schedule.index_of(student_samples)
         assert torch.equal(schedule.table[indices], student_samples)
         assert indices.min() == index[t_next.item()] + 50 and indices.max() == index[t.item()] - 50
@@ -162,6 +201,8 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(case, flags, teacher, tmp_path, monkeypatch, capsys):
     add, needle = BAD[case]
     missing(monkeypatch, "bitsandbytes", "xformers")
-    monkeypatch.setattr(SD3Transformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check"))
+    monkeypatch.setattr(
+        SD3Transformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check")
+    )
     add = [part.format(flux=teacher) for part in add]
     refused(script, [*flags, "--output_dir", str(tmp_path / "out"), *add], 2, needle, capsys)

@@ -15,10 +15,10 @@ from helpers import (
     assert_same_image,
     assert_starts_as_the_teacher,
     built,
+    image_of,
     launch,
     logged,
     missing,
-    image_of,
     refused,
     resume_is_the_same_run,
     run_card,
@@ -26,7 +26,7 @@ from helpers import (
     the_cards_call_is_infers_image,
     without,
 )
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 from senseflow.models.discriminator import LatentClassifier
 from senseflow.training.roles import Role
 from senseflow_utils import StatelessRNG
@@ -45,8 +45,26 @@ def sdxl(tmp_path_factory):
 def flags(sdxl, data):
     """DMD2 with accumulation 2, the student in every second iteration."""
     return [
-        *("--pretrained_model_name_or_path", str(sdxl), "--dataset_json", str(data), "--resolution", "64", "--method", "dmd2"),
-        *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--ttur_ratio", "2", "--learning_rate", "1e-3"),
+        *(
+            "--pretrained_model_name_or_path",
+            str(sdxl),
+            "--dataset_json",
+            str(data),
+            "--resolution",
+            "64",
+            "--method",
+            "dmd2",
+        ),
+        *(
+            "--train_batch_size",
+            "2",
+            "--gradient_accumulation_steps",
+            "2",
+            "--ttur_ratio",
+            "2",
+            "--learning_rate",
+            "1e-3",
+        ),
         *("--max_train_steps", "4", "--checkpointing_steps", "2", "--export_dtype", "fp32"),
     ]
 
@@ -61,7 +79,9 @@ def senseflow(flags, vision):
 @pytest.mark.parametrize("method", ["senseflow", "dmd2"])
 def test_each_method_resume_export_and_a_stock_call(method, flags, senseflow, tmp_path):
     flags = {"dmd2": [*flags, "--classifier_weight", "1"], "senseflow": senseflow}[method]
-    whole = resume_is_the_same_run(script, flags, tmp_path, "--validation_prompts", "a red square", "--validation_steps", "2")
+    whole = resume_is_the_same_run(
+        script, flags, tmp_path, "--validation_prompts", "a red square", "--validation_steps", "2"
+    )
     record = json.loads((whole / "senseflow.json").read_text())
     assert record["timesteps"] == [999, 749, 499, 249] and "timesteps" not in record["pipeline_call"]
     the_cards_call_is_infers_image(whole, "timesteps", tmp_path)
@@ -77,9 +97,24 @@ def test_latents_another_vae_other_levels_and_bf16(senseflow, lmdb_of_latents, t
     other = tmp_path / "other_vae"
     torch.manual_seed(7)
     tiny_vae(scaling_factor=0.2).save_pretrained(other)
-    flags = [*without(senseflow, "--dataset_json"), "--dataset_lmdb", str(lmdb_of_latents), "--anchors", "999", "600", "300"]
+    flags = [
+        *without(senseflow, "--dataset_json"),
+        "--dataset_lmdb",
+        str(lmdb_of_latents),
+        "--anchors",
+        "999",
+        "600",
+        "300",
+    ]
     out = tmp_path / "out"
-    arguments = [*flags, "--pretrained_vae_model_name_or_path", str(other), "--output_dir", str(out), "--gradient_checkpointing"]
+    arguments = [
+        *flags,
+        "--pretrained_vae_model_name_or_path",
+        str(other),
+        "--output_dir",
+        str(out),
+        "--gradient_checkpointing",
+    ]
     arguments += ["--validation_prompts", "a red square", "--validation_steps", "4"]
     launch("train_senseflow_sdxl.py", arguments, precision="bf16")
     record = json.loads((out / "senseflow.json").read_text())
@@ -97,7 +132,13 @@ def test_latents_another_vae_other_levels_and_bf16(senseflow, lmdb_of_latents, t
 def test_prompts_alone_train_dmd2_and_a_warm_start(flags, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\na blue circle\n")
-    flags = [*without(flags, "--dataset_json", "--max_train_steps"), "--prompts_file", str(prompts), "--gan_weight", "0"]
+    flags = [
+        *without(flags, "--dataset_json", "--max_train_steps"),
+        "--prompts_file",
+        str(prompts),
+        "--gan_weight",
+        "0",
+    ]
     flags = [*without(flags, "--export_dtype"), "--export_dtype", "bf16"]
     first, second = tmp_path / "first", tmp_path / "second"
     script.main([*flags, "--output_dir", str(first), "--max_train_steps", "2"])
@@ -167,7 +208,9 @@ def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn
     ran.update(up=0, mid=0)
     turns = []
     backward = Role.backward
-    monkeypatch.setattr(Role, "backward", lambda role, loss: (turns.append((role.name, loss.item())), backward(role, loss)))
+    monkeypatch.setattr(
+        Role, "backward", lambda role, loss: (turns.append((role.name, loss.item())), backward(role, loss))
+    )
     head = [parameter.clone() for parameter in score.classifier.parameters()]
     (values, _), (batch,) = run.step(0)
     assert ran == {"up": 2, "mid": 5}
@@ -202,7 +245,9 @@ def test_the_classifier_is_shown_noised_latents_of_student_and_real_images(build
 
     role.dtype = torch.float32
     rng = StatelessRNG(0, 5)
-    script.classify(schedule, role, real, rng, [0, 1], "real", (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.zeros(2, 6)))
+    script.classify(
+        schedule, role, real, rng, [0, 1], "real", (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.zeros(2, 6))
+    )
     ((asked, inputs),) = told
     t = rng.integers("real_classifier_timestep", [0, 1], 0, 999)
     noise = rng.normal("real_classifier_noise", [0, 1], real.shape[1:])
@@ -230,7 +275,10 @@ def test_the_classifier_takes_any_middle(channels, size, convolutions):
 
 BAD = {
     "another pipeline": (["--pretrained_model_name_or_path", "{flux}"], "holds a FluxPipeline"),
-    "a discriminator for dmd2": (["--discriminator_backbone", "x"], "--discriminator_backbone x: --method dmd2 has no use for it"),
+    "a discriminator for dmd2": (
+        ["--discriminator_backbone", "x"],
+        "--discriminator_backbone x: --method dmd2 has no use for it",
+    ),
     "its rate for dmd2": (["--learning_rate_disc", "1e-4"], "--learning_rate_disc 0.0001: --method dmd2"),
     "its layers for dmd2": (["--discriminator_layers", "1"], "--discriminator_layers 1: --method dmd2"),
     "isg for dmd2": (["--isg_weight", "0.2"], "--isg_weight 0.2: --method dmd2"),
@@ -244,7 +292,10 @@ BAD = {
     "anchors above": (["--anchors", "1000", "500"], "--anchors 1000 500"),
     "classifier weight": (["--classifier_weight", "-1"], "--classifier_weight -1"),
     "resolution": (["--resolution", "60"], "--resolution 60"),
-    "vae": (["--pretrained_vae_model_name_or_path", "/no/such/vae"], "--pretrained_vae_model_name_or_path /no/such/vae"),
+    "vae": (
+        ["--pretrained_vae_model_name_or_path", "/no/such/vae"],
+        "--pretrained_vae_model_name_or_path /no/such/vae",
+    ),
     "student": (["--student_model_name_or_path", "{flux}"], "--student_model_name_or_path"),
     "sampler": (["--sampler", "euler"], "--sampler"),
     "latents of another size": (["--resolution", "72"], "--dataset_lmdb"),
@@ -259,7 +310,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(case, flags, sdxl, teacher, lmdb_of_latents, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(
+    case, flags, sdxl, teacher, lmdb_of_latents, tmp_path, monkeypatch, capsys
+):
     add, needle = BAD[case]
     missing(monkeypatch, "bitsandbytes", "xformers")
     changes = {
@@ -274,6 +327,8 @@ def test_bad_input_is_one_line_and_exit_code_2(case, flags, sdxl, teacher, lmdb_
         config.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
     if "latents" in case:
         flags = [*without(flags, "--dataset_json"), "--dataset_lmdb", str(lmdb_of_latents)]
-    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check"))
+    monkeypatch.setattr(
+        UNet2DConditionModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check")
+    )
     add = [part.format(flux=teacher, v=tmp_path / "v") for part in add]
     refused(script, [*flags, "--output_dir", str(tmp_path / "out"), *add], 2, needle, capsys)

@@ -89,7 +89,9 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 def t5_tokenizer() -> T5TokenizerFast:
     """Unigram pieces: transformers does not restore a T5 tokenizer of any other kind."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    pieces += [(f"\u2581{word}", -2.0) for word in WORDS if len(word) > 1] + [(character, -4.0) for character in T5_CHARACTERS]
+    pieces += [(f"\u2581{word}", -2.0) for word in WORDS if len(word) > 1] + [
+        (character, -4.0) for character in T5_CHARACTERS
+    ]
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
@@ -207,7 +209,11 @@ def write_sdxl(path, seed: int = 0) -> None:
     tokenizer = clip_tokenizer()
     StableDiffusionXLPipeline(
         scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            timestep_spacing="leading",
+            steps_offset=1,
         ),
         vae=tiny_vae(scaling_factor=0.13),
         unet=vivid(unet),
@@ -221,7 +227,9 @@ def write_sdxl(path, seed: int = 0) -> None:
 def write_discriminator(path, seed: int = 0) -> None:
     """A DINOv2 (4 blocks, 8 px patches) and a CLIP text encoder with projection."""
     torch.manual_seed(seed)
-    config = Dinov2Config(hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8)
+    config = Dinov2Config(
+        hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8
+    )
     vivid(Dinov2Model(config)).save_pretrained(Path(path) / "dinov2")
     tokenizer = clip_tokenizer()
     vivid(CLIPTextModelWithProjection(clip_config(tokenizer))).save_pretrained(Path(path) / "clip")

@@ -21,7 +21,16 @@ from huggingface_hub import DatasetCard
 
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 METADATA = tuple(ImageFolder.METADATA_FILENAMES)
-TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".tar", ".lance")  # what else datasets makes rows of
+TABLES = (
+    ".parquet",
+    ".arrow",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".tar",
+    ".lance",
+)  # what else datasets makes rows of
 
 
 class FolderError(ValueError):
@@ -78,7 +87,9 @@ def is_image(path: str) -> bool:
 def says_its_splits(folder: str) -> bool:
     """Whether a README.md says which of a folder's files are which split, for datasets."""
     card = os.path.join(folder, "README.md")
-    return os.path.isfile(card) and bool(DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict().get("configs"))
+    return os.path.isfile(card) and bool(
+        DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict().get("configs")
+    )
 
 
 def holds_images(folder: str) -> bool:
@@ -89,7 +100,9 @@ def holds_images(folder: str) -> bool:
     return images > 0 and images > max(kinds[kind] for kind in TABLES)
 
 
-def read_folder(folder: str, caption_column: str, image_column: Optional[str], limit: Optional[int] = None) -> FolderRows:
+def read_folder(
+    folder: str, caption_column: str, image_column: Optional[str], limit: Optional[int] = None
+) -> FolderRows:
     """The rows of a folder: those of its metadata files or, where it has none, its images.
 
     Where the folder has no metadata file itself and a folder called train, only that one is read: datasets' layout for splits.
@@ -98,7 +111,7 @@ def read_folder(folder: str, caption_column: str, image_column: Optional[str], l
         image_column: `image` for the metadata's `file_name`, `x` for its `x_file_name`; None: no image is read.
         limit: use the first so many rows.
     Raises:
-        FolderError: no image, no caption file, metadata that cannot be read, a image that is not there.
+        FolderError: no image, no caption file, metadata that cannot be read, an image that is not there.
     """
     folder, notes = os.path.normpath(folder), []
     files, inside = files_below(folder), os.path.join(folder, "train", "")
@@ -115,7 +128,9 @@ def read_folder(folder: str, caption_column: str, image_column: Optional[str], l
     if archives:
         notes.append(f"archives are left aside: {len(archives)}, one is {archives[0]}; unpack them to use them")
     if not images:
-        raise FolderError(f"has no images{''.join(f'; {note}' for note in notes)}", "give a folder of images with captions")
+        raise FolderError(
+            f"has no images{''.join(f'; {note}' for note in notes)}", "give a folder of images with captions"
+        )
     columns = (caption_column, image_column)
     rows = _read_metadata(metadata, *columns) if metadata else _read_texts(images, *columns)
     if not rows.captions:
@@ -127,7 +142,9 @@ def read_folder(folder: str, caption_column: str, image_column: Optional[str], l
     known = set(files)
     missing = [row for row, path in enumerate(rows.images) if path not in known and not os.path.isfile(path)]
     if missing:
-        problem = f"{len(missing)} of {len(rows.images)} images are missing, the first is that of {rows.place(missing[0])}"
+        problem = (
+            f"{len(missing)} of {len(rows.images)} images are missing, the first is that of {rows.place(missing[0])}"
+        )
         raise FolderError(problem, "give their paths relative to the metadata file, and drop what is gone")
     rows.left_aside = "; ".join(notes)
     return rows
@@ -139,7 +156,9 @@ def _read_metadata(files: list[str], caption_column: str, image_column: Optional
         folder = os.path.dirname(file)
         copy_sharing_base = next((other for other in files if other < file and os.path.dirname(other) == folder), None)
         if copy_sharing_base:
-            raise FolderError(f"has two metadata files in one folder, {copy_sharing_base} and {file}", "keep one of them")
+            raise FolderError(
+                f"has two metadata files in one folder, {copy_sharing_base} and {file}", "keep one of them"
+            )
         entries = _entries(file, caption_column)
         columns = {name: None for entry in entries for name in entry}
         shown = ", ".join(_shown(name) for name in columns)
@@ -216,7 +235,9 @@ def _read_texts(images: list[str], caption_column: str, image_column: Optional[s
         raise FolderError(problem, "caption them, or take them out of the folder")
     if caption_column != "text" or image_column not in ("image", None):
         wanted = f"--caption_column {caption_column}" if caption_column != "text" else f"--image_column {image_column}"
-        raise FolderError(f"has a .txt beside each image and no metadata file, where {wanted} could stand", "leave it out")
+        raise FolderError(
+            f"has a .txt beside each image and no metadata file, where {wanted} could stand", "leave it out"
+        )
     rows = FolderRows()
     for text in texts.values():
         try:

@@ -35,7 +35,9 @@ def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Op
         return (image.transpose(TURNS[orientation]) if orientation in TURNS else image), ""
     except UnidentifiedImageError:  # its message names a place in the memory
         return None, "in no format that Pillow reads"
-    except Exception as error:  # Each decoder raises what it likes over a broken file: AVIF's RuntimeError, others struct.error ...
+    except (
+        Exception
+    ) as error:  # Each decoder raises what it likes over a broken file: AVIF's RuntimeError, others struct.error ...
         return None, " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]
 
 

@@ -17,7 +17,7 @@ from typing import Iterable, Optional
 
 import numpy as np
 
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 
 
 class LatentRows:
@@ -40,7 +40,9 @@ class LatentRows:
         self.folder, self.origin = folder, f"--dataset_lmdb {folder}"
         self.folders, self.starts, shapes = [folder], [0], []
         if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "data.mdb")):
-            inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+            inside = sorted(
+                entry.path for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+            )
             self.folders = inside or [folder]
         for part in self.folders:
             count, *shape = self._header(part)
@@ -57,7 +59,9 @@ class LatentRows:
         file = os.path.join(folder, "data.mdb")
         where = "" if folder == self.folder else f"{folder}: "
         if not os.path.isfile(file):
-            raise self._refusal(f"{where}there is no data.mdb in such a folder", "give a folder that has one, or folders that have")
+            raise self._refusal(
+                f"{where}there is no data.mdb in such a folder", "give a folder that has one, or folders that have"
+            )
         try:
             with self._opened(folder) as environment:
                 promised = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
@@ -72,7 +76,9 @@ class LatentRows:
             if len(shape) != 4 or min(shape) < 1:
                 raise ValueError(f"latents_shape is {text!r}")
         except (OSError, ValueError) as error:
-            raise self._refusal(f"{where}no shape can be read ({error})", 'store latents_shape as text, "N C H W"') from error
+            raise self._refusal(
+                f"{where}no shape can be read ({error})", 'store latents_shape as text, "N C H W"'
+            ) from error
         return shape
 
     def _place(self, row: int) -> tuple[str, int]:

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from senseflow.arguments import UserError
 from senseflow.data.captions import draw_caption
+from senseflow.errors import UserError
 from senseflow_utils import StatelessRNG
 
 
@@ -145,7 +145,9 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         if epoch not in self._orders:
             # A batch that crosses epochs needs two orders; an order can be drawn again at any time.
             self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
-            self._orders[epoch] = torch.randperm(self.num_rows, generator=StatelessRNG(self.seed, epoch).generator("epoch_order"))
+            self._orders[epoch] = torch.randperm(
+                self.num_rows, generator=StatelessRNG(self.seed, epoch).generator("epoch_order")
+            )
         return int(self._orders[epoch][place])
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -153,7 +155,10 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         while True:
             for micro in range(self.accumulation):
                 first = (micro * self.world_size + self.rank) * self.batch_size
-                yield [(self.row(seen + sample_index), iteration, sample_index) for sample_index in range(first, first + self.batch_size)]
+                yield [
+                    (self.row(seen + sample_index), iteration, sample_index)
+                    for sample_index in range(first, first + self.batch_size)
+                ]
             iteration, seen = iteration + 1, seen + self.global_batch
 
 
@@ -225,7 +230,10 @@ class PromptImageLoader(DataLoader):
         global _fetching
         try:
             batches = super().__iter__()
-        except (OSError, RuntimeError) as error:  # no room in the shared memory for a semaphore, or in the memory for a process
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # no room in the shared memory for a semaphore, or in the memory for a process
             raise self._without_workers(error) from error
         if self.num_workers > 0 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, _on_worker_end)
@@ -243,7 +251,9 @@ class PromptImageLoader(DataLoader):
             yield batch
 
     def _without_workers(self, error: Exception) -> UserError:
-        problem = f"the processes that read the data have died, cannot start or do not answer ({str(error).rstrip('. ')})"
+        problem = (
+            f"the processes that read the data have died, cannot start or do not answer ({str(error).rstrip('. ')})"
+        )
         fix = "give fewer --dataloader_num_workers, or more memory and shared memory (docker run --memory, --shm-size)"
         return UserError(f"{self.dataset.rows.origin}: {problem}; {fix}")
 

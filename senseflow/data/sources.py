@@ -25,13 +25,13 @@ import datasets
 import pyarrow as pa
 from PIL import Image
 
-from senseflow.arguments import UserError, require_package
-from senseflow.data.loader import GlobalBatchSampler, PromptImageLoader, PromptImageDataset, collate
 from senseflow.data.captions import caption_array, captions_of, first_empty, what_column_holds
 from senseflow.data.imagefolder import FolderError, files_below, holds_images, read_folder, says_its_splits
-from senseflow.data.lmdb import LatentRows
 from senseflow.data.images import read_image
+from senseflow.data.lmdb import LatentRows
+from senseflow.data.loader import GlobalBatchSampler, PromptImageDataset, PromptImageLoader, collate
 from senseflow.data.streaming import StreamedBatches, StreamedRows, undecoded
+from senseflow.errors import UserError, require_package
 
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,13 @@ class Rows:
         self, origin: str, prompts: datasets.Dataset, images: Optional[datasets.Dataset] = None, folder: str = "",
         left_aside: str = "",
     ):  # fmt: skip
-        self.origin, self.prompts, self.images, self.folder, self.left_aside = origin, prompts, images, folder, left_aside
+        self.origin, self.prompts, self.images, self.folder, self.left_aside = (
+            origin,
+            prompts,
+            images,
+            folder,
+            left_aside,
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -82,7 +88,7 @@ class Rows:
         if isinstance(cell, str):
             cell = {"path": os.path.join(self.folder, cell), "bytes": None}
         path, content = (cell["path"], cell["bytes"]) if cell else (None, None)
-        # A image that lives in a table has a file name at best.
+        # An image that lives in a table has a file name at best.
         name = path if path and content is None else f"{path or 'image'} (row {row} of {self.origin})"
         return name, *read_image(path, content)
 
@@ -169,7 +175,9 @@ def load_rows(args, checked: Optional[AnyRows] = None) -> AnyRows:
         return _stream(args, f"--{flag} {path}", dataset, left_aside)
     empty = first_empty(prompts.with_format("arrow")[:][args.caption_column])
     if empty is not None:
-        raise _refusal("caption_column", args.caption_column, f"is empty in row {empty} of --{flag} {path}", "caption every row")
+        raise _refusal(
+            "caption_column", args.caption_column, f"is empty in row {empty} of --{flag} {path}", "caption every row"
+        )
     # Decoding is left to `Rows`: a broken image is to be passed over, not to end the run.
     images = images and images.cast_column(args.image_column, datasets.Image(decode=False))
     return Rows(f"--{flag} {path}", prompts, images, left_aside=left_aside)
@@ -267,7 +275,9 @@ def _read_folder(args, flag: str, path: str) -> Rows:
     try:
         captions = caption_array(found.captions, found.place)
     except ValueError as error:
-        raise _refusal("caption_column", args.caption_column, f"{error} (--{flag} {path})", "caption every image") from error
+        raise _refusal(
+            "caption_column", args.caption_column, f"{error} (--{flag} {path})", "caption every image"
+        ) from error
     prompts = datasets.Dataset(pa.table({"prompts": captions}))
     images = datasets.Dataset(pa.table({"images": pa.array(found.images, pa.string())})) if image_column else None
     return Rows(f"--{flag} {path}", prompts, images, left_aside=found.left_aside)
@@ -281,7 +291,9 @@ def _read_prompts(args) -> Rows:
         if not prompts:
             raise ValueError("it is empty")
     except (OSError, ValueError) as error:
-        raise _refusal(flag, path, f"no prompt can be read ({error})", "give a UTF-8 text file, one prompt a line") from error
+        raise _refusal(
+            flag, path, f"no prompt can be read ({error})", "give a UTF-8 text file, one prompt a line"
+        ) from error
     table = pa.table({"prompts": pa.array(prompts[: args.max_train_samples], pa.string())})
     return Rows(f"--{flag} {path}", datasets.Dataset(table))
 
@@ -292,14 +304,20 @@ def _read_json(args) -> Rows:
         with open(path, encoding="utf-8-sig") as file:
             parsed = json.load(file)
     except (OSError, ValueError) as error:
-        raise _refusal(flag, path, f"is not there, cut or not valid JSON ({error})", "give a whole JSON file") from error
+        raise _refusal(
+            flag, path, f"is not there, cut or not valid JSON ({error})", "give a whole JSON file"
+        ) from error
     wrong = [f'"{key}"' for key in JSON_KEYS if not (isinstance(parsed, dict) and isinstance(parsed.get(key), list))]
     if wrong:
-        raise _refusal(flag, path, f"has no list {', no list '.join(wrong)}", f"give an object of three lists: {JSON_KEYS}")
+        raise _refusal(
+            flag, path, f"has no list {', no list '.join(wrong)}", f"give an object of three lists: {JSON_KEYS}"
+        )
     lengths = [len(parsed[key]) for key in JSON_KEYS]
     if len(set(lengths)) > 1 or lengths[0] == 0:
         counts = ", ".join(f"{key} {length}" for key, length in zip(JSON_KEYS, lengths))
-        raise _refusal(flag, path, f"its lists have the lengths {counts}", "write one entry of each per row, one row at least")
+        raise _refusal(
+            flag, path, f"its lists have the lengths {counts}", "write one entry of each per row, one row at least"
+        )
 
     def where(row: int) -> str:
         return f"row {row}"
@@ -312,7 +330,9 @@ def _read_json(args) -> Rows:
                 raise ValueError("holds lists")
         except ValueError as error:
             kind = "string" if key == "image_paths" else "string or a list of strings"
-            raise _refusal(flag, path, f"not every entry of {key} is a {kind}: it {error}", "write it again") from error
+            raise _refusal(
+                flag, path, f"not every entry of {key} is a {kind}: it {error}", "write it again"
+            ) from error
         columns[key] = datasets.Dataset(pa.table({key: array}))
     if not _images_needed(args):
         return Rows(f"--{flag} {path}", columns["prompts"])
@@ -323,7 +343,9 @@ def _read_json(args) -> Rows:
     missing = [row for row in looked_at if not os.path.isfile(os.path.join(folder, paths[row]))]
     if missing:
         problem = f"{len(missing)} of {len(looked_at)} images looked at are missing, one is {paths[missing[0]]}"
-        raise _refusal(flag, path, problem, f"give paths that are absolute or relative to {folder}, and drop what is gone")
+        raise _refusal(
+            flag, path, problem, f"give paths that are absolute or relative to {folder}, and drop what is gone"
+        )
     return Rows(f"--{flag} {path}", columns["prompts"], columns["image_paths"], folder)
 
 
@@ -333,7 +355,9 @@ def _read_lmdb(args) -> LatentRows:
     for other in ("center_crop", "random_flip"):
         if getattr(args, other):
             # Not even a flip: mirrored latents are not the latents of a mirrored image.
-            raise UserError(f"--{other}: the latents of --{flag} {path} are taken as they are; leave it out", exit_code=2)
+            raise UserError(
+                f"--{other}: the latents of --{flag} {path} are taken as they are; leave it out", exit_code=2
+            )
     rows = LatentRows(path, args.max_train_samples)
     sample = random.Random(args.seed).sample(range(len(rows)), min(LOOKED_AT, len(rows)))
     rows.check(sorted({0, len(rows) - 1, *sample}), latents=_images_needed(args))
@@ -342,14 +366,24 @@ def _read_lmdb(args) -> LatentRows:
 
 # Batches -------------------------------------------------------------------------------------------------------------
 def make_dataloader(
-    args, rows: AnyRows, rank: int, world_size: int, iteration: int, samples_seen: int, needs_images: Callable[[int], bool]
+    args,
+    rows: AnyRows,
+    rank: int,
+    world_size: int,
+    iteration: int,
+    samples_seen: int,
+    needs_images: Callable[[int], bool],
 ) -> PromptImageLoader:
     """Endless micro-batches (see `PromptImageLoader`) of this rank, `--gradient_accumulation_steps` of them an iteration.
 
     `iteration` and `samples_seen` say where to start (see `GlobalBatchSampler`; `iteration` alone in a stream, see
     senseflow.data.streaming), `needs_images` when images are read. Rank 0 logs how large the data set is, and what of it is not used.
     """
-    batch_size, accumulation, workers = args.train_batch_size, args.gradient_accumulation_steps, args.dataloader_num_workers
+    batch_size, accumulation, workers = (
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        args.dataloader_num_workers,
+    )
     if rank == 0:
         logger.info("%s: %s%s", rows.origin, rows.size, f" ({rows.left_aside})" if rows.left_aside else "")
     if isinstance(rows, StreamedRows):
@@ -359,7 +393,9 @@ def make_dataloader(
         )  # fmt: skip
         batches = StreamedBatches(rows, samples, args.seed, batch_size, accumulation, rank, world_size, iteration)
         return PromptImageLoader(batches, batch_size=None, collate_fn=collate, num_workers=workers)
-    sampler = GlobalBatchSampler(len(rows), args.seed, batch_size, accumulation, rank, world_size, iteration, samples_seen)
+    sampler = GlobalBatchSampler(
+        len(rows), args.seed, batch_size, accumulation, rank, world_size, iteration, samples_seen
+    )
     dataset = PromptImageDataset(rows, args.resolution, args.center_crop, args.random_flip, args.seed, needs_images)
     # One endless iterator: its workers live as long as the run without being told to persist.
     timeout = STALLED if workers > 0 else 0

@@ -22,14 +22,14 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from senseflow.arguments import UserError
 from senseflow.data.captions import captions_of
 from senseflow.data.images import read_image
+from senseflow.errors import UserError
 
 
 logger = logging.getLogger(__name__)
 
-# Rows to draw from, per worker. datasets holds half as many again, and cannot shuffle more than 2 GiB: 5 MB a image.
+# Rows to draw from, per worker. datasets holds half as many again, and cannot shuffle more than 2 GiB: 5 MB an image.
 SHUFFLE_BUFFER = 256
 HEAD = 16  # rows from which the columns are known where the data set does not say
 # What datasets raises over a file that is lost, cut or unlike the others.
@@ -66,7 +66,9 @@ class StreamedRows:
         """
         files = split_dataset_by_node(self.dataset, rank=0, world_size=world_size).num_shards
         if workers > files:
-            problem = f"{self.origin} has {files} file{'s' * (files > 1)} for a process, and a worker needs one of its own"
+            problem = (
+                f"{self.origin} has {files} file{'s' * (files > 1)} for a process, and a worker needs one of its own"
+            )
             raise UserError(f"--dataloader_num_workers {workers}: {problem}; give {files} or fewer", exit_code=2)
         parts = max(workers, 1) * world_size
         if limit is not None and limit < parts:
@@ -108,11 +110,15 @@ class Substream:
             # Not `set_epoch`: it writes to memory that all workers share, and they are not in the same epoch. One file after the
             # other: from several at a time, datasets would hold two row groups of each, and sleep for 5 s after each epoch.
             generator = np.random.default_rng((seed, epoch))
-            order = self.rows.dataset.shuffle(generator=generator, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
+            order = self.rows.dataset.shuffle(
+                generator=generator, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1
+            )
             for row in split_dataset_by_node(order, rank=rank, world_size=world_size):
                 yield row
             if row is None:
-                raise UserError(f"{self.origin}: a worker has files without a row; give fewer --dataloader_num_workers")
+                raise UserError(
+                    f"{self.origin}: a worker has files without a row; give fewer --dataloader_num_workers"
+                )
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -138,14 +144,20 @@ class Substream:
             return captions_of(self[position][self.rows.caption_column])
         except ValueError as error:
             flag = f"--caption_column {self.rows.caption_column}"
-            raise UserError(f"{flag}: {error} in row {position} of a worker's share of {self.origin}; caption it") from error
+            raise UserError(
+                f"{flag}: {error} in row {position} of a worker's share of {self.origin}; caption it"
+            ) from error
 
     def read(self, position: int) -> tuple[str, Optional[Image.Image], str]:
         """(name for messages, upright RGB image, ""); (name, None, why) if it cannot be read."""
         cell = self[position][self.rows.image_column] or {"path": None, "bytes": None}
         path, content = cell["path"], cell["bytes"]
         # Rows of a stream have no numbers. The name is the same in every epoch, so that it is warned of once.
-        name = path if path and content is None else f"{path or 'image'} of {self.captions(position)[0][:80]!r} in {self.origin}"
+        name = (
+            path
+            if path and content is None
+            else f"{path or 'image'} of {self.captions(position)[0][:80]!r} in {self.origin}"
+        )
         return name, *read_image(path, content)
 
 
@@ -165,7 +177,13 @@ class StreamedBatches(IterableDataset):
         self, rows: StreamedRows, samples: Callable[[Substream], Any], seed: int, batch_size: int, accumulation: int,
         rank: int, world_size: int, iteration: int,
     ):  # fmt: skip
-        self.rows, self.samples, self.seed, self.batch_size, self.accumulation = rows, samples, seed, batch_size, accumulation
+        self.rows, self.samples, self.seed, self.batch_size, self.accumulation = (
+            rows,
+            samples,
+            seed,
+            batch_size,
+            accumulation,
+        )
         self.rank, self.world_size, self.iteration = rank, world_size, iteration
         if iteration > 0 and rank == 0:
             passed = iteration * accumulation * batch_size
@@ -184,5 +202,7 @@ class StreamedBatches(IterableDataset):
             iteration, micro = divmod(number, self.accumulation)
             position = number // workers * self.batch_size
             sample_index = (micro * self.world_size + self.rank) * self.batch_size
-            yield samples.__getitems__([(position + place, iteration, sample_index + place) for place in range(self.batch_size)])
+            yield samples.__getitems__(
+                [(position + place, iteration, sample_index + place) for place in range(self.batch_size)]
+            )
             stream.forget(position + self.batch_size)

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
 
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 from senseflow.models.hub import few
 
 
@@ -134,7 +134,10 @@ def read_hpsv2(file: Path, flag: str = "--hpsv2") -> CLIPModel:
     state = read_weights(flag, file)
 
     def read() -> CLIPConfig:
-        patches, (width, _, patch, _) = state["visual.positional_embedding"].shape[0] - 1, state["visual.conv1.weight"].shape
+        patches, (width, _, patch, _) = (
+            state["visual.positional_embedding"].shape[0] - 1,
+            state["visual.conv1.weight"].shape,
+        )
         vocabulary, text_width = state["token_embedding.weight"].shape
         vision = {
             "hidden_size": width,
@@ -154,7 +157,9 @@ def read_hpsv2(file: Path, flag: str = "--hpsv2") -> CLIPModel:
             "eos_token_id": vocabulary - 1,  # at which the text is pooled
         }
         own = {"hidden_act": "gelu"}
-        return CLIPConfig(text_config=text | own, vision_config=vision | own, projection_dim=state["visual.proj"].shape[1])
+        return CLIPConfig(
+            text_config=text | own, vision_config=vision | own, projection_dim=state["visual.proj"].shape[1]
+        )
 
     network = CLIPModel(sizes_of(flag, file, read)).eval()
     fill_all(flag, file, network, renamed(state, CLIP_NAMES))
@@ -162,7 +167,7 @@ def read_hpsv2(file: Path, flag: str = "--hpsv2") -> CLIPModel:
 
 
 def hpsv2_pixels(side: int, image: Image.Image) -> torch.Tensor:
-    """A image as HPS v2 looks at it, (3, side, side): the longer side scaled to `side`, not rounded to bytes; the rest black."""
+    """An image as HPS v2 looks at it, (3, side, side): the longer side scaled to `side`, not rounded to bytes; the rest black."""
     scale, pixels = side / max(image.size), _pixels_of(image)
     size = [round(length * scale) for length in pixels.shape[1:]]
     if scale != 1:
@@ -183,7 +188,9 @@ class ImageReward(torch.nn.Module):
         super().__init__()
         self.vision, self.text = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
         # Between the linear layers stood dropout alone; their places in the file are what it left.
-        self.mlp = torch.nn.ModuleDict({place: torch.nn.Linear(*shape) for place, shape in zip(("0", "2", "4", "6", "7"), head)})
+        self.mlp = torch.nn.ModuleDict(
+            {place: torch.nn.Linear(*shape) for place, shape in zip(("0", "2", "4", "6", "7"), head)}
+        )
 
     def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Scores (B,) of images (B, 3, H, W) and the tokens (B, L) of their prompts."""
@@ -235,7 +242,7 @@ def read_imagereward(file: Path, flag: str = "--imagereward") -> ImageReward:
 
 
 def imagereward_pixels(side: int, image: Image.Image) -> torch.Tensor:
-    """A image as ImageReward looks at it, (3, side, side): the shorter side scaled to `side`, the center of the other."""
+    """An image as ImageReward looks at it, (3, side, side): the shorter side scaled to `side`, the center of the other."""
     width, height = image.size
     short = min(width, height)
     image = image.resize((side * width // short, side * height // short), Image.Resampling.BICUBIC)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 
 
 def find_checkpoints(run: Path) -> dict[int, Path]:
@@ -24,7 +24,14 @@ def find_checkpoints(run: Path) -> dict[int, Path]:
 
 def draw(checkpoint: Path, prompts_file: str, images: Path, batch_size: int, device: str) -> None:
     """Has infer.py draw what is missing. UserError (1) where it ends with an error, which it has said."""
-    command = [sys.executable, Path(__file__).with_name("infer.py"), "--model", checkpoint, "--prompts_file", prompts_file]
+    command = [
+        sys.executable,
+        Path(__file__).parents[2] / "infer.py",
+        "--model",
+        checkpoint,
+        "--prompts_file",
+        prompts_file,
+    ]
     command += ["--output_dir", images, "--batch_size", batch_size, "--device", device]
     code = subprocess.run([str(word) for word in command]).returncode
     if code:

@@ -8,7 +8,7 @@ from typing import Optional
 
 from PIL import Image
 
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -87,12 +87,16 @@ def _numbered(path: str, files: list[Path]) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts_file {path}: cannot be read ({error}); give a UTF-8 text file, one prompt a line", 2) from error
+        raise UserError(
+            f"--prompts_file {path}: cannot be read ({error}); give a UTF-8 text file, one prompt a line", 2
+        ) from error
     prompts = []
     for file in files:
         line = int(file.stem) if file.stem.isdecimal() else -1
         if not (0 <= line < len(lines) and lines[line].strip()):
-            raise UserError(f"--prompts_file {path}: no line is that of {file.name}; 0007.png's would be the eighth", 2)
+            raise UserError(
+                f"--prompts_file {path}: no line is that of {file.name}; 0007.png's would be the eighth", 2
+            )
         prompts.append(lines[line].strip())
     return prompts
 
@@ -107,4 +111,6 @@ def check_images(flag: str, path: str, files: list[Path]) -> None:
         except Exception:  # each format has its own
             broken.append(file.name)
     if broken:
-        raise UserError(f"{flag} {path}: {len(broken)} images cannot be read, one is {broken[0]}; draw or copy them again", 2)
+        raise UserError(
+            f"{flag} {path}: {len(broken)} images cannot be read, one is {broken[0]}; draw or copy them again", 2
+        )

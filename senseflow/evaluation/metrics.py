@@ -33,7 +33,9 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return (shift + spread - 2 * torch.linalg.svdvals(first @ second.T).sum()).item()
 
 
-def bootstrap(distance: Callable, first: torch.Tensor, second: torch.Tensor, groups: Sequence[int], times: int, seed=0) -> float:
+def bootstrap(
+    distance: Callable, first: torch.Tensor, second: torch.Tensor, groups: Sequence[int], times: int, seed=0
+) -> float:
     """The standard error of `distance(first, second)` over the choice of prompts: its deviation where prompts are drawn anew.
 
     Args:
@@ -52,7 +54,7 @@ def bootstrap(distance: Callable, first: torch.Tensor, second: torch.Tensor, gro
 
 
 def centre_patch(image: Image.Image, side: int = PATCH) -> Image.Image:
-    """The center of a image, not scaled (Patch FID: Lin et al., SDXL-Lightning, 2024); ValueError where it is smaller."""
+    """The center of an image, not scaled (Patch FID: Lin et al., SDXL-Lightning, 2024); ValueError where it is smaller."""
     width, height = image.size
     if min(width, height) < side:
         raise ValueError(f"{width} x {height} pixels")

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
-from senseflow.evaluation.converters import hpsv2_pixels, imagereward_pixels, read_hpsv2, read_imagereward
 from senseflow.arguments import DTYPES
-from senseflow.models.hub import fingerprint, from_hub, loading_model
+from senseflow.evaluation.converters import hpsv2_pixels, imagereward_pixels, read_hpsv2, read_imagereward
 from senseflow.evaluation.metrics import centre_patch
+from senseflow.models.hub import fingerprint, from_hub, loading_model
 
 
 TOKENS_OF_IMAGEREWARD = 35
@@ -26,7 +26,7 @@ class Network:
 
     Attributes:
         name: of the files of its features; says everything that these depend on besides images and prompts.
-        prepare: a image -> a tensor.
+        prepare: an image -> a tensor.
         look: a batch of these, on the device -> features (B, D); where `reads_while_looking`, of these and their prompts.
         read: prompts -> embeddings (B, D), where it reads them by themselves.
         logit_scale: of a CLIPModel.
@@ -52,7 +52,11 @@ def load_inception(args, patch: bool) -> Network:
 
 def _bytes_of(image: Image.Image) -> torch.Tensor:
     """(3, H, W) uint8."""
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)
+    return (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .view(image.height, image.width, 3)
+        .permute(2, 0, 1)
+    )
 
 
 def load_vision(args) -> Network:
@@ -96,7 +100,9 @@ def _clip(args, model: CLIPModel, prepare: Callable, flag: str, path: str) -> Ne
         return model.visual_projection(model.vision_model(pixel_values=pixels.to(dtype)).pooler_output)
 
     def read(prompts: list[str]) -> torch.Tensor:
-        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(args.device)
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(
+            args.device
+        )
         return model.text_projection(model.text_model(**tokens).pooler_output)
 
     return Network(name, prepare, look, read, model.logit_scale.item())

@@ -55,7 +55,9 @@ def tell(found: dict[str, Any], mode: str, processes: int) -> None:
             print(f"{owner:15}" + "".join(f"{gib(size) if size else '':>13}" for size in row))
     print(f"peak {gib(found['peak'])} GiB, in: {', '.join(filter(None, found['where']))}")
     for_good = "for good" if found["at_peak"].get((HOST, WEIGHTS)) else "while they are loaded"
-    print(f"in the host's memory: text encoders, {gib(found['encoders'])} GiB, {for_good}; of other networks a tensor at a time")
+    print(
+        f"in the host's memory: text encoders, {gib(found['encoders'])} GiB, {for_good}; of other networks a tensor at a time"
+    )
     print(f"on disk: a checkpoint {gib(found['checkpoint'])} GiB, the export {gib(found['export'])} GiB")
     for stage, flops in found["flops"].items():
         by_owner: dict[str, float] = defaultdict(float)
@@ -99,7 +101,9 @@ def candidates(args, mode: str) -> list[tuple[list[str], Sequence[str]]]:
 def traced_with(command: list[str], processes: int) -> Optional[float]:
     """The peak, in bytes, of a command line with `--dry_run`, traced in a process of its own; None where it is refused there."""
     environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
-    result = subprocess.run([sys.executable, *command, "--dry_run"], env=environment, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(
+        [sys.executable, *command, "--dry_run"], env=environment, stdout=subprocess.PIPE, text=True
+    )
     found = re.search(r"^peak ([\d.]+) GiB", result.stdout, re.MULTILINE)
     return float(found[1]) * GIB if found and result.returncode == 0 else None
 
@@ -115,11 +119,17 @@ def suggest(args, command: list[str], mode: str, processes: int, peak: float, ca
         found = traced_with(tried, more)
         what = f"{more} processes" if flags == [MORE] else " ".join(flags)
         better = found is not None and found < 0.99 * peak
-        said = "refused, left out" if found is None else f"{found / GIB:.2f} GiB" + ("" if better else "; no help, left out")
+        said = (
+            "refused, left out"
+            if found is None
+            else f"{found / GIB:.2f} GiB" + ("" if better else "; no help, left out")
+        )
         print(f"with {' '.join([*added, what])}: {said}", flush=True)
         if better:
             command, processes, peak, added = tried, more, found, [*added, what]
-    print(f"{'fits' if peak <= USABLE * card * GIB else 'does not fit'} in {card:g} GB with {' '.join(added) or 'what was tried'}")
+    print(
+        f"{'fits' if peak <= USABLE * card * GIB else 'does not fit'} in {card:g} GB with {' '.join(added) or 'what was tried'}"
+    )
 
 
 def without(command: list[str], names: Sequence[str]) -> list[str]:

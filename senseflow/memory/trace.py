@@ -8,9 +8,11 @@ FLOPs. A sharded run of many processes is one process here, with a process group
 
 import math
 import os
+import sys
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from types import FunctionType
 from typing import Any, Callable, Iterator, Optional
 from unittest import mock
 
@@ -24,8 +26,10 @@ from transformers import PreTrainedModel
 
 from senseflow.arguments import DTYPES
 from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
-from senseflow.models.hub import subfolder_of
+from senseflow.models.hub import fingerprint, subfolder_of
+from senseflow.models.quantization import quantize_network
 from senseflow.models.text_encoders import text_encoders_of
+from senseflow.models.weights import from_pretrained_meta
 
 
 ENCODERS, FROZEN = "text encoders", "other frozen"
@@ -36,13 +40,17 @@ STAGES = {"networks": 20, "optimizers": 5, "other iteration": 25, "student's tur
 # ---------------------------------------------------------------------------------------------------------------------
 # What stands in for weights, optimizers that need a GPU, and other processes
 # ---------------------------------------------------------------------------------------------------------------------
-def of_diffusers(kind, path, subfolder=None, dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_):
+def of_diffusers(
+    kind, path, subfolder=None, dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_
+):
     config = kind.load_config(path, subfolder=subfolder, revision=revision)
     network = without_values(kind.from_config(config)).to(dtype or torch_dtype or torch.float32).eval()
     return (network, {"missing_keys": [], "unexpected_keys": []}) if output_loading_info else network
 
 
-def of_transformers(kind, path, subfolder="", dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_):
+def of_transformers(
+    kind, path, subfolder="", dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_
+):
     config = kind.config_class.from_pretrained(path, subfolder=subfolder or "", revision=revision or "main")
     network = without_values(kind(config)).to(dtype or torch_dtype or torch.float32).eval()
     return (network, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else network
@@ -90,7 +98,9 @@ class AdamW8bit(torch.optim.Optimizer):
             if not self.state[parameter]:
                 small = parameter.numel() < 4096
                 for name in ("state1", "state2"):
-                    self.state[parameter][name] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
+                    self.state[parameter][name] = torch.zeros_like(
+                        parameter, dtype=torch.float32 if small else torch.uint8
+                    )
                     if not small:
                         self.state[parameter][f"absmax_{name}"] = torch.zeros(math.ceil(parameter.numel() / BLOCK))
 
@@ -98,14 +108,7 @@ class AdamW8bit(torch.optim.Optimizer):
 @contextmanager
 def patch_loaders(args) -> Iterator[None]:
     """Networks without weights, fingerprints without values, 8-bit Adam without a GPU."""
-    from senseflow.training import checkpoints
-    from senseflow.models import discriminator
-    from senseflow.models import hub
-    from senseflow.models import lora
-    from senseflow.training import roles
-    from senseflow.training import runtime
-    from senseflow.models import weights
-
+    replaced = {from_pretrained_meta: opened, fingerprint: lambda network: "", quantize_network: quantize_fake}
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)))
@@ -113,19 +116,12 @@ def patch_loaders(args) -> Iterator[None]:
         stack.enter_context(mock.patch.object(PreTrainedModel, "initialize_weights", lambda network: None))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
-        stack.enter_context(mock.patch.object(senseflow_weights, "open_network", opened))
-        modules = (
-            senseflow_checkpoints,
-            senseflow_discriminator,
-            senseflow_hub,
-            senseflow_lora,
-            senseflow_roles,
-            senseflow_runtime,
-        )
-        for module in modules:
-            if hasattr(module, "fingerprint"):
-                stack.enter_context(mock.patch.object(module, "fingerprint", lambda network: ""))
-        stack.enter_context(mock.patch.object(senseflow_lora, "quantize_network", quantize_fake))
+        for module in [
+            module for name, module in sys.modules.items() if name.startswith(("senseflow", "train_", "__main__"))
+        ]:
+            for name, value in list(vars(module).items()):  # wherever it was imported by name
+                if isinstance(value, FunctionType) and value in replaced:
+                    stack.enter_context(mock.patch.object(module, name, replaced[value]))
         if args.use_8bit_adam:
             stack.enter_context(mock.patch("bitsandbytes.optim.AdamW8bit", AdamW8bit))
         yield
@@ -207,7 +203,9 @@ def watch(counter: Counter, owner, name: str, who: Callable[[Any], str], what: s
     return mock.patch.object(owner, name, counted)
 
 
-def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, bar: tqdm, device="cpu") -> dict[str, Any]:
+def trace(
+    args, make_schedule, load_parts, train_iteration, counter: Counter, bar: tqdm, device="cpu"
+) -> dict[str, Any]:
     """Runs `load_parts`, a step of every optimizer, an iteration without the student's turn and one with it, under `counter`.
 
     Args:
@@ -235,7 +233,12 @@ def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, ba
     with ExitStack() as stack:
         stack.enter_context(counter.resizing())
         for owner in (Role, *subclasses_of(Role)):
-            for name, what in (("__call__", "forward"), ("backward", "backward"), ("step", "step"), ("align_with", "IDA")):
+            for name, what in (
+                ("__call__", "forward"),
+                ("backward", "backward"),
+                ("step", "step"),
+                ("align_with", "IDA"),
+            ):
                 if name in vars(owner):
                     stack.enter_context(watch(counter, owner, name, lambda role: role.name, what, step))
         stack.enter_context(watch(counter, VisionFeatures, "forward", lambda _: "DINOv2", "forward", step))
@@ -283,11 +286,16 @@ def trace(args, make_schedule, load_parts, train_iteration, counter: Counter, ba
             enter(stage)
             counter.flops.clear()
             with counter.during("loop", ""):
-                batches = [batch_of(args, models, sample_indices[i::micro_batches], runtime.device) for i in range(micro_batches)]
+                batches = [
+                    batch_of(args, models, sample_indices[i::micro_batches], runtime.device)
+                    for i in range(micro_batches)
+                ]
                 train_iteration(iteration, batches, models, schedule, args, runtime.device)
             scale = args.gradient_accumulation_steps / micro_batches
             found["flops"][stage] = {phase: count * scale for phase, count in counter.flops.items()}
-        found |= {"peak": counter.peak, "at_peak": counter.at_peak, "where": counter.where} | sizes_on_disk(args, models, pipeline)
+        found |= {"peak": counter.peak, "at_peak": counter.at_peak, "where": counter.where} | sizes_on_disk(
+            args, models, pipeline
+        )
         found["numbers"] = {name: sum(p.numel() for p in role.module.parameters()) for name, role in roles.items()}
     bar.update(bar.total - bar.n)
     return found
@@ -297,7 +305,9 @@ def subclasses_of(kind: type) -> list[type]:
     return [each for child in kind.__subclasses__() for each in (child, *subclasses_of(child))]
 
 
-def label_gradients_of(counter: Counter, parameter: torch.nn.Parameter, owner: str, kept: Optional[dict]) -> Callable[[], None]:
+def label_gradients_of(
+    counter: Counter, parameter: torch.nn.Parameter, owner: str, kept: Optional[dict]
+) -> Callable[[], None]:
     """Has the gradient of a parameter, and those to come, counted as such, and kept in `kept` for good; returns what ends that."""
 
     def label(parameter):
@@ -342,4 +352,7 @@ def sizes_on_disk(args, models, pipeline) -> dict[str, int]:
     if not args.rank:
         network = {id(t) for t in models.teacher.module.parameters()}
         export += sum(t.numel() for t in tensors_of(pipeline) if id(t) not in network)
-    return {"checkpoint": sum(role.weight_bytes + moments * role.trained_numbers for role in trained), "export": export * size}
+    return {
+        "checkpoint": sum(role.weight_bytes + moments * role.trained_numbers for role in trained),
+        "export": export * size,
+    }

@@ -5,7 +5,7 @@ Three parts, of which only the last learns:
 
     VisionFeatures    images -> maps of a frozen DINOv2, one per chosen depth
     TextFeatures      prompts -> embedding of a frozen CLIP text encoder
-    Discriminator     a head per map: features of a image, given those of a reference image and the text -> logits
+    Discriminator     a head per map: features of an image, given those of a reference image and the text -> logits
 
 and DiffAugment, on what is judged, never on the reference.
 """
@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, Dinov2Model
 
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 from senseflow.models.hub import UNREADABLE, from_hub, hub_error, hub_reason, loading_model, refuse_file, variants_of
 from senseflow_utils import StatelessRNG
 
@@ -52,11 +52,15 @@ def check_discriminator_args(args) -> None:
     config = _config("--discriminator_backbone", path, "DINOv2", ("dinov2",))
     name = "resolution" if args.discriminator_resolution is None else "discriminator_resolution"
     if getattr(args, name) < config.patch_size:
-        raise UserError(f"--{name} {getattr(args, name)}: below the patch size {config.patch_size} of {path}", exit_code=2)
+        raise UserError(
+            f"--{name} {getattr(args, name)}: below the patch size {config.patch_size} of {path}", exit_code=2
+        )
     if getattr(args, name) > args.resolution:
         fix = "lower it, or drop it to look at images as they are"
         raise UserError(f"--{name} {getattr(args, name)}: above --resolution {args.resolution}: {fix}", exit_code=2)
-    if layers is not None and (layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers):
+    if layers is not None and (
+        layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers
+    ):
         shown = " ".join(map(str, layers))
         last = config.num_hidden_layers - 1
         message = f"--discriminator_layers {shown}: must increase and lie in 0..{last}, the blocks of {path}"
@@ -68,12 +72,18 @@ def _config(flag: str, path: str, kind: str, model_types: Sequence[str]):
     try:
         config = from_hub(AutoConfig.from_pretrained, path)
     except UNREADABLE as error:
-        reason = f"no such folder, and {hub_reason(error)}" if hub_error(error) else f"no readable config.json; give a {kind}"
+        reason = (
+            f"no such folder, and {hub_reason(error)}"
+            if hub_error(error)
+            else f"no readable config.json; give a {kind}"
+        )
         raise UserError(f"{flag} {path}: {reason}", exit_code=2) from error
     if config.model_type not in model_types:
         raise UserError(f"{flag} {path}: is a {config.model_type}, give a {kind}", exit_code=2)
     if None not in (variants_of(path, None) or {None}):
-        raise UserError(f"{flag} {path}: its weights have a variant in their names; rename them without it", exit_code=2)
+        raise UserError(
+            f"{flag} {path}: its weights have a variant in their names; rename them without it", exit_code=2
+        )
     return config
 
 
@@ -151,7 +161,9 @@ class VisionFeatures(_Frozen):
 
     def _run(self, block: nn.Module, states: torch.Tensor) -> torch.Tensor:
         if self.gradient_checkpointing and states.requires_grad:
-            return checkpoint(block, states, use_reentrant=False, preserve_rng_state=False)  # in eval mode it draws nothing
+            return checkpoint(
+                block, states, use_reentrant=False, preserve_rng_state=False
+            )  # in eval mode it draws nothing
         return block(states)
 
     def _positions(self, height: int, width: int) -> torch.Tensor:
@@ -170,7 +182,9 @@ class TextFeatures(_Frozen):
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.tokenizer = from_hub(AutoTokenizer.from_pretrained, path)
-        self.model, info = from_hub(CLIPTextModelWithProjection.from_pretrained, path, dtype=dtype, output_loading_info=True)
+        self.model, info = from_hub(
+            CLIPTextModelWithProjection.from_pretrained, path, dtype=dtype, output_loading_info=True
+        )
         _refuse_missing(info)
         self.channels = self.model.config.projection_dim
         self.requires_grad_(False).eval()
@@ -179,7 +193,9 @@ class TextFeatures(_Frozen):
     def forward(self, prompts: list[str]) -> torch.Tensor:
         """(B, T) float32, of unit length."""
         length = self.model.config.max_position_embeddings
-        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         ids = tokens.input_ids.to(self.model.device)
         return F.normalize(self.model(ids).text_embeds.float(), dim=-1)
 
@@ -252,7 +268,11 @@ class Tower(nn.Sequential):
             one: 1, with gradient where the tower learns: FSDP2 frees a tower behind its backward only if an input takes gradient.
         """
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._contexts}  # it draws nothing
+            how = {
+                "use_reentrant": False,
+                "preserve_rng_state": False,
+                "context_fn": self._contexts,
+            }  # it draws nothing
             return checkpoint(self._run, maps, one, **how)
         return self._run(maps, one)
 
@@ -365,7 +385,7 @@ def load_discriminator(args, runtime) -> tuple:
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)
     for tower in (*heads.cls, *heads.refmap):
         tower.gradient_checkpointing = args.gradient_checkpointing
-    return runtime.trained_role("discriminator", heads, args.learning_rate_disc, half=False), vision, text
+    return runtime.trained_role("discriminator", heads, args.learning_rate_disc, gather_bf16=False), vision, text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,7 +420,9 @@ def _translate(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str, ra
         indices.append((torch.arange(1, size + 1, device=x.device) - shift[:, None]).clamp(0, size + 1))
     rows, columns = indices
     samples = torch.arange(len(x), device=x.device)[:, None, None]
-    return F.pad(x, [1, 1, 1, 1]).permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return (
+        F.pad(x, [1, 1, 1, 1]).permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    )
 
 
 def _cutout(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str, ratio: float = 0.2) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants, errors, hf_hub_download, model_info, resolve_revision, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
-from senseflow.arguments import UserError, loading
+from senseflow.errors import UserError, loading
 
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,12 @@ def resolve_repo(name: str, revision: Optional[str] = None) -> Repository:
     refused = None
     if not constants.HF_HUB_OFFLINE:
         try:
-            commit = resolve_revision(name, revision=revision).resolved  # notes it in the cache, for when the Hub is off
-            return Repository(commit, False, frozenset(file.rfilename for file in model_info(name, revision=commit).siblings))
+            commit = resolve_revision(
+                name, revision=revision
+            ).resolved  # notes it in the cache, for when the Hub is off
+            return Repository(
+                commit, False, frozenset(file.rfilename for file in model_info(name, revision=commit).siblings)
+            )
         except errors.RevisionNotFoundError:
             raise
         except (HTTPError, errors.RevisionResolutionError) as error:
@@ -58,7 +62,9 @@ def resolve_repo(name: str, revision: Optional[str] = None) -> Repository:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[], local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise refused or error from None
-    return Repository(folder.name, True, frozenset(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
+    return Repository(
+        folder.name, True, frozenset(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    )
 
 
 def from_hub(load: Callable, path: str, revision: Optional[str] = None, **options):
@@ -84,7 +90,9 @@ def hub_error(error: BaseException) -> Optional[BaseException]:
         chain.append(error)
         error = error.__cause__ or error.__context__
     absent = (errors.OfflineModeIsEnabled, LocalEntryNotFoundError, errors.RevisionResolutionError, HFValidationError)
-    return next((error for kind in (HfHubHTTPError, HTTPError, absent) for error in chain if isinstance(error, kind)), None)
+    return next(
+        (error for kind in (HfHubHTTPError, HTTPError, absent) for error in chain if isinstance(error, kind)), None
+    )
 
 
 def hub_reason(error: BaseException) -> str:
@@ -134,7 +142,11 @@ def refuse_file(flag: str, path: str, wanted: str) -> None:
     if os.path.isfile(path):
         around = next((folder for folder in Path(path).resolve().parents if (folder / wanted).is_file()), None)
         what = "the index of a sharded network" if path.endswith(".index.json") else "a single file"
-        fix = f"give its folder, {around}" if around else f"give a folder with a {wanted}, as diffusers' save_pretrained writes it"
+        fix = (
+            f"give its folder, {around}"
+            if around
+            else f"give a folder with a {wanted}, as diffusers' save_pretrained writes it"
+        )
         raise UserError(f"{flag} {path}: is {what}; {fix}", exit_code=2)
 
 
@@ -174,7 +186,9 @@ def variants_of(path: str, subfolder: Optional[str], revision: Optional[str] = N
     return {match["variant"] for match in map(WEIGHTS.fullmatch, names) if match}
 
 
-def choose_variant(flag: str, path: str, subfolder: Optional[str], variant: Optional[str], revision: Optional[str] = None):
+def choose_variant(
+    flag: str, path: str, subfolder: Optional[str], variant: Optional[str], revision: Optional[str] = None
+):
     """`variant` where the weights come in it, else None: as pipelines choose for each component. UserError (exit code 2) where
     they come in others alone."""
     found = variants_of(path, subfolder, revision)
@@ -195,7 +209,9 @@ def missing_components(pipeline_class, index: dict) -> dict[str, None]:
     return dict.fromkeys(sorted(named - set(pipeline_class._optional_components)))
 
 
-def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str] = None, variant: Optional[str] = None):
+def check_pipeline(
+    pipeline_class, flag: str, path: str, revision: Optional[str] = None, variant: Optional[str] = None
+):
     """Refuses (exit code 2) an unknown folder or Hub id, and one that holds another pipeline class, or no such weights.
 
     Returns:
@@ -203,13 +219,17 @@ def check_pipeline(pipeline_class, flag: str, path: str, revision: Optional[str]
     """
     index = read_json(flag, path, "model_index.json", revision)
     if index is None:
-        raise UserError(f"{flag} {path}: has no model_index.json; give a diffusers pipeline folder or a Hub id", exit_code=2)
+        raise UserError(
+            f"{flag} {path}: has no model_index.json; give a diffusers pipeline folder or a Hub id", exit_code=2
+        )
     if index.get("_class_name") != pipeline_class.__name__:
         message = f"{flag} {path}: holds a {index.get('_class_name')}, this script trains a {pipeline_class.__name__}"
         raise UserError(message, exit_code=2)
     commit = commit_of(path, revision)
     if variant not in {None, *(choose_variant(flag, path, part, variant, commit) for part in components_of(index))}:
-        raise UserError(f"--variant {variant}: {path} holds no weights *.{variant}.safetensors; drop --variant", exit_code=2)
+        raise UserError(
+            f"--variant {variant}: {path} holds no weights *.{variant}.safetensors; drop --variant", exit_code=2
+        )
     return commit
 
 
@@ -230,7 +250,9 @@ def config_of(kind, flag: str, path: str, subfolder=None, revision: Optional[str
     return config
 
 
-def check_compatible(flag: str, path: str, kind, subfolder: str, teacher: dict, names: Sequence[str], variant=None) -> None:
+def check_compatible(
+    flag: str, path: str, kind, subfolder: str, teacher: dict, names: Sequence[str], variant=None
+) -> None:
     """Refuses (exit code 2) a network to take the place of the teacher's own that is not there, or whose configuration differs in
     one of `names`, the entries that say which latents and prompts it speaks of."""
     place = subfolder_of(path, subfolder)
@@ -253,13 +275,22 @@ def has_file(path: str, file: str, revision: Optional[str] = None) -> bool:
 def files_of(path: str) -> list[str]:
     """The paths of the files of a Hub repository, or of a folder and the folders in it."""
     if os.path.isdir(path):
-        return [str(file.relative_to(path)) for pattern in ("*", "*/*") for file in Path(path).glob(pattern) if file.is_file()]
+        return [
+            str(file.relative_to(path))
+            for pattern in ("*", "*/*")
+            for file in Path(path).glob(pattern)
+            if file.is_file()
+        ]
     return sorted(resolve_repo(path).files)
 
 
 def subfolder_of(path: str, name: str, revision: Optional[str] = None) -> Optional[str]:
     """Where a network lies in a folder or Hub repository: under its name in a pipeline, or by itself (None)."""
-    return name if name and (has_file(path, f"{name}/config.json", revision) or not has_file(path, "config.json", revision)) else None
+    return (
+        name
+        if name and (has_file(path, f"{name}/config.json", revision) or not has_file(path, "config.json", revision))
+        else None
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +315,13 @@ def few(names: Iterable[str]) -> str:
 
 
 def load_network(
-    kind, flag: str, path: str, subfolder: str, revision: Optional[str] = None, variant: Optional[str] = None, **options: Any
+    kind,
+    flag: str,
+    path: str,
+    subfolder: str,
+    revision: Optional[str] = None,
+    variant: Optional[str] = None,
+    **options: Any,
 ) -> torch.nn.Module:
     """A network of a pipeline, or one by itself. UserError (exit code 1) where weights are missing or damaged."""
     with loading_model(flag, path):
@@ -298,9 +335,13 @@ def load_network(
 def check_complete(flag: str, path: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
     """UserError (exit code 1) where weights are missing; a warning where some have no place."""
     if missing:
-        raise UserError(f"{flag} {path}: {len(missing)} weights are missing ({few(missing)}); download or copy them again")
+        raise UserError(
+            f"{flag} {path}: {len(missing)} weights are missing ({few(missing)}); download or copy them again"
+        )
     if unexpected:
-        logger.warning("%s %s: %d weights have no place in its config.json (%s)", flag, path, len(unexpected), few(unexpected))
+        logger.warning(
+            "%s %s: %d weights have no place in its config.json (%s)", flag, path, len(unexpected), few(unexpected)
+        )
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -308,7 +349,10 @@ def fingerprint(module: torch.nn.Module) -> str:
 
     Values are rounded to bfloat16, so that it is the same in whatever precision the network was loaded.
     """
-    digest, unread = hashlib.sha256(), vars(module).get("weights")  # of senseflow.models.weights: the network is empty yet
+    digest, unread = (
+        hashlib.sha256(),
+        vars(module).get("weights"),
+    )  # of senseflow.models.weights: the network is empty yet
     for name, parameter in module.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         first = parameter.detach().flatten()[:8] if unread is None else unread.first(name, 8)
@@ -316,10 +360,14 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_pipeline(kind, flag: str, path: str, revision: Optional[str] = None, variant: Optional[str] = None, **components):
+def load_pipeline(
+    kind, flag: str, path: str, revision: Optional[str] = None, variant: Optional[str] = None, **components
+):
     """A pipeline around `components`, and other arguments of from_pretrained; UserError (exit code 1) where weights are damaged."""
     with loading_model(flag, path):
         index = read_json(flag, path, "model_index.json", revision)
-        held = set().union(*(variants_of(path, part, revision) for part in components_of(index) if part not in components))
+        held = set().union(
+            *(variants_of(path, part, revision) for part in components_of(index) if part not in components)
+        )
         components = {"variant": variant if variant in held else None} | missing_components(kind, index) | components
         return from_hub(kind.from_pretrained, path, revision, **components)

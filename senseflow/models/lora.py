@@ -20,7 +20,7 @@ from diffusers.training_utils import cast_training_params
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from senseflow.arguments import UserError, loading, require_package
+from senseflow.errors import UserError, loading, require_package
 from senseflow.models.hub import UNREADABLE, few, file_of, files_of, fingerprint, hub_reason, loading_model
 from senseflow.models.quantization import BACKENDS, quantization_states, quantize_network
 from senseflow.models.weights import materialize
@@ -95,7 +95,9 @@ def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str
         require_package("bitsandbytes", f"--base_quantization {args.base_quantization}")
         if args.teacher_lora:
             fix = "fuse it into a whole pipeline first, and give that"
-            raise UserError(f"--teacher_lora {args.teacher_lora}: stock pipelines fuse none into a quantized base; {fix}", 2)
+            raise UserError(
+                f"--teacher_lora {args.teacher_lora}: stock pipelines fuse none into a quantized base; {fix}", 2
+            )
     if args.teacher_lora:
         find_lora("--teacher_lora", args.teacher_lora)
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
@@ -110,10 +112,14 @@ def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str
             wanted = LoraConfig(target_modules=targets if isinstance(targets, str) else [target])
             found = {name for name in modules if name and check_target_module_exists(wanted, name)}
         except re.error as error:
-            raise UserError(f"--lora_layers {target}: is no regular expression ({error}); mend it, or give names", 2) from error
+            raise UserError(
+                f"--lora_layers {target}: is no regular expression ({error}); mend it, or give names", 2
+            ) from error
         if not found & possible:
             near = ", ".join(similar_layers(target, possible))
-            raise UserError(f"--lora_layers {target}: no linear or convolutional layer is called so; there are {near}, ...", 2)
+            raise UserError(
+                f"--lora_layers {target}: no linear or convolutional layer is called so; there are {near}, ...", 2
+            )
         if found - possible:
             other = sorted(found - possible)[0]
             message = f"--lora_layers {target}: also means {other}, a {type(modules[other]).__name__}, which takes no adapter"
@@ -135,7 +141,9 @@ def check_start(args, network: torch.nn.Module) -> None:
             said = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
     alpha = next((value for name, value in said.items() if name.rpartition(".")[2] == "lora_alpha"), args.lora_alpha)
     if alpha != args.lora_alpha:
-        raise UserError(f"{start}: its adapter has alpha {alpha:g}, this run's {args.lora_alpha:g}; give --lora_alpha {alpha:g}", 2)
+        raise UserError(
+            f"{start}: its adapter has alpha {alpha:g}, this run's {args.lora_alpha:g}; give --lora_alpha {alpha:g}", 2
+        )
     network.add_adapter(lora_config(args))
     own = {stored_name(name): list(tensor.shape) for name, tensor in network.named_parameters() if ".lora_" in name}
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name} - {args.rank}
@@ -143,7 +151,9 @@ def check_start(args, network: torch.nn.Module) -> None:
         raise UserError(f"{start}: its adapter has rank {min(ranks)}; give --rank {min(ranks)}", 2)
     other = [name for name in {**own, **shapes} if own.get(name) != shapes.get(name)]
     if other:
-        raise UserError(f"{start}: its adapter has other layers ({few(other)}); give the --lora_layers it was trained with", 2)
+        raise UserError(
+            f"{start}: its adapter has other layers ({few(other)}); give the --lora_layers it was trained with", 2
+        )
 
 
 def start_file(args) -> Path:
@@ -198,8 +208,13 @@ def share_base(network: torch.nn.Module, base: torch.nn.Module) -> None:
     As FSDP2 needs it, which gives every network shards of its own: after both are sharded, and before FSDP looks at the twin's.
     """
     (adapted,) = (part for part in network.modules() if hasattr(part, "peft_config"))
-    own, names = dict(base.named_parameters()), [name for name, _ in adapted.named_parameters() if ".lora_" not in name]
-    adapted.load_state_dict({name: own[name.replace(".base_layer.", ".")] for name in names}, strict=False, assign=True)
+    own, names = (
+        dict(base.named_parameters()),
+        [name for name, _ in adapted.named_parameters() if ".lora_" not in name],
+    )
+    adapted.load_state_dict(
+        {name: own[name.replace(".base_layer.", ".")] for name in names}, strict=False, assign=True
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +260,9 @@ def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[floa
         layers = {match["layer"] for match in map(ends.fullmatch, weights) if match}
         unknown = layers - {name for name, part in module.named_modules() if hasattr(part, "lora_A")}
         if unknown:
-            logger.warning(f"{flag} {path}: {len(unknown)} of its {len(layers)} layers have no place there ({few(unknown)})")
+            logger.warning(
+                f"{flag} {path}: {len(unknown)} of its {len(layers)} layers have no place there ({few(unknown)})"
+            )
         found = fingerprint(module)
         if scale is not None:
             pipeline.fuse_lora(lora_scale=scale)
@@ -290,4 +307,6 @@ def metadata_of(network: torch.nn.Module) -> dict[str, Any]:
 
 def save_adapter(folder: Path, network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Writes what `network.save_lora_adapter(folder)` writes, of `weights` by their names in a file."""
-    LoraBaseMixin.write_lora_layers(weights, str(folder), True, FILE, None, True, lora_adapter_metadata=metadata_of(network))
+    LoraBaseMixin.write_lora_layers(
+        weights, str(folder), True, FILE, None, True, lora_adapter_metadata=metadata_of(network)
+    )

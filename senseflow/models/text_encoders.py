@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 
 
 logger = get_logger(__name__)
@@ -30,7 +30,9 @@ def place_text_encoders(args, pipeline, device) -> None:
     for encoder in text_encoders_of(pipeline).values():
         encoder.requires_grad_(False).eval().to("cpu" if args.offload_text_encoders else device)
     if args.offload_text_encoders:
-        pipeline.encode_prompt = partial(_encode_where_they_are, pipeline, pipeline.encode_prompt)  # the stock call's, too
+        pipeline.encode_prompt = partial(
+            _encode_where_they_are, pipeline, pipeline.encode_prompt
+        )  # the stock call's, too
 
 
 def _encode_where_they_are(pipeline, encode_prompt, *args, device, **kwargs) -> tuple:
@@ -59,7 +61,9 @@ def encode_small_set(args, rows, pipeline, encode_prompts, device):
         encoder.to("cpu")
     if not args.validation_prompts:
         pipeline.register_modules(**dict.fromkeys(encoders))
-    logger.info(f"{len(table)} prompts are encoded; the text encoders are {'on the CPU' if args.validation_prompts else 'freed'}")
+    logger.info(
+        f"{len(table)} prompts are encoded; the text encoders are {'on the CPU' if args.validation_prompts else 'freed'}"
+    )
     return lambda prompts: tuple(torch.cat(parts).to(device) for parts in zip(*[table[prompt] for prompt in prompts]))
 
 
@@ -80,7 +84,9 @@ def pad_condition(
     texts = list(embeds) if mask is None else [text[own.bool()] for text, own in zip(embeds, mask, strict=True)]
     longest = max(map(len, texts))
     if longest > length:
-        raise UserError(f"--max_sequence_length {length}: a prompt has {longest} tokens; raise it, or shorten the prompt")
+        raise UserError(
+            f"--max_sequence_length {length}: a prompt has {longest} tokens; raise it, or shorten the prompt"
+        )
     padded = torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])
     lengths = torch.tensor([len(text) for text in texts], device=padded.device)
     return padded, torch.arange(length, device=padded.device) < lengths[:, None]

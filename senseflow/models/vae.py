@@ -41,14 +41,16 @@ def fold_of(config: dict) -> int:
 
 
 def has_frames(config: dict) -> bool:
-    """Whether this is a VAE of films, for which a image is one of a single frame: (B, C, 1, H, W)."""
+    """Whether this is a VAE of films, for which an image is one of a single frame: (B, C, 1, H, W)."""
     return "temperal_downsample" in config  # diffusers' spelling
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-def load_vae(kind, flag: str, path: str, args, device, encodes: bool, decodes: bool, auto: str, **source) -> Optional[ModelMixin]:
+def load_vae(
+    kind, flag: str, path: str, args, device, encodes: bool, decodes: bool, auto: str, **source
+) -> Optional[ModelMixin]:
     """The frozen VAE on its device, without the half that nothing will run; None where neither is.
 
     Args:
@@ -57,7 +59,9 @@ def load_vae(kind, flag: str, path: str, args, device, encodes: bool, decodes: b
     if not (encodes or decodes):
         return None
     auto = auto if args.mixed_precision == "bf16" else "fp32"
-    vae = load_network(kind, flag, path, "vae", dtype=DTYPES[auto if args.vae_dtype == "auto" else args.vae_dtype], **source)
+    vae = load_network(
+        kind, flag, path, "vae", dtype=DTYPES[auto if args.vae_dtype == "auto" else args.vae_dtype], **source
+    )
     if not encodes:
         vae.encoder = torch.nn.Module()  # not None: some count the layers of both halves whenever they run one
     if not decodes:
@@ -83,7 +87,9 @@ def checkpoint_decoder(vae: ModelMixin) -> None:
 def _recomputed(forward, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # in eval mode it draws nothing
+    return checkpoint(
+        forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+    )  # in eval mode it draws nothing
 
 
 def _in_own_precision(vae: ModelMixin, function, x: torch.Tensor, *args, **kwargs):

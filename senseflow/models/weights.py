@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from senseflow.arguments import loading
+from senseflow.errors import loading
 from senseflow.models.hub import (
     check_complete,
     choose_variant,
@@ -37,7 +37,14 @@ from senseflow.models.hub import (
 
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+NAMES |= {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +87,10 @@ class Weights:
             whole = self._tensors[name]
             return whole[rows] if whole.dim() else whole
         file, own = self._places[name]
-        with loading(self.flag, self.path), safe_open(file, "pt") as held:  # opened anew: what was read before is let go
+        with (
+            loading(self.flag, self.path),
+            safe_open(file, "pt") as held,
+        ):  # opened anew: what was read before is let go
             part = held.get_slice(own)
             return part[rows] if part.get_shape() else held.get_tensor(own)
 
@@ -227,7 +237,9 @@ def is_meta(network: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def materialize(network: torch.nn.Module, device, take: Optional[Callable[[torch.nn.Module], None]] = None) -> torch.nn.Module:
+def materialize(
+    network: torch.nn.Module, device, take: Optional[Callable[[torch.nn.Module], None]] = None
+) -> torch.nn.Module:
     """Gives what is on the meta device memory on `device`, moves the rest there, and reads the values: of shards those of this
     process alone, one tensor after the other. Parameters become other objects; those that were one stay one.
 

@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterable, Optional, Sequence
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
 
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 from senseflow.models.hub import fingerprint
 from senseflow.models.lora import FILE, LORA_FLAGS, adapter_of
 from senseflow.training.roles import Role, launch_config
@@ -100,15 +100,19 @@ def read_state(checkpoint: Path) -> dict:
             raise ValueError("incomplete")
         return state
     except (TypeError, ValueError) as error:
-        raise UserError(f"--resume_from_checkpoint {checkpoint}: state.json is damaged; use another one", exit_code=2) from error
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: state.json is damaged; use another one", exit_code=2
+        ) from error
 
 
 def fingerprints_of(models) -> dict[str, Any]:
-    """What stored state belongs to, of a script's `Parts`: the frozen networks, the adapters, and the kind of optimizer."""
+    """What stored state belongs to, of a script's `TrainingModels`: the frozen networks, the adapters, and the kind of optimizer."""
     fingerprints = {"teacher": models.teacher.fingerprint, "optimizer": type(models.student.optimizer).__name__}
     fingerprints |= adapter_of(models.student.module)
     if models.discriminator is not None:
-        fingerprints["discriminator_backbone"] = f"{fingerprint(models.vision_features)} {models.vision_features.layers}"
+        fingerprints["discriminator_backbone"] = (
+            f"{fingerprint(models.vision_features)} {models.vision_features.layers}"
+        )
         fingerprints["discriminator_resolution"] = models.vision_features.resolution
         fingerprints["discriminator_text_encoder"] = fingerprint(models.text_features)
     return fingerprints
@@ -136,7 +140,9 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, fingerprints: d
                 given, stored = getattr(args, name), state["args"].get(name)
                 if isinstance(given, list):
                     given, stored = " ".join(given), " ".join(stored or [])
-                raise UserError(f"--{name} {given}: {checkpoint} was made with {stored}; give that, or start in a new --output_dir")
+                raise UserError(
+                    f"--{name} {given}: {checkpoint} was made with {stored}; give that, or start in a new --output_dir"
+                )
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: made with another {name}; give the {name} it was made with, "
                 "or start in a new --output_dir"
@@ -146,7 +152,9 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, fingerprints: d
             stored, given = state["args"].get(name), getattr(args, name)
             if stored != given and (stored or name == "variant"):
                 fix = f"give --{name} {stored}" if stored else f"drop --{name}"
-                raise UserError(f"--{name} {given}: {checkpoint} was made with {stored}; {fix}, or start in a new --output_dir")
+                raise UserError(
+                    f"--{name} {given}: {checkpoint} was made with {stored}; {fix}, or start in a new --output_dir"
+                )
     ignored = {"resume_from_checkpoint", "output_dir"}
     # The stored student is what goes on: how this run's would have started does not matter any more.
     ignored |= {"student_model_name_or_path", *(() if args.rank else ("student_guidance_scale",))}
@@ -155,7 +163,9 @@ def compare_with_checkpoint(checkpoint: Path, state: dict, args, fingerprints: d
         for name, value in vars(args).items()
         if name not in ignored and state["args"].get(name) != value
     ]
-    logger.info(f"resuming from {checkpoint} at iteration {state['iteration']}; changed: {', '.join(changed) or 'nothing'}")
+    logger.info(
+        f"resuming from {checkpoint} at iteration {state['iteration']}; changed: {', '.join(changed) or 'nothing'}"
+    )
 
 
 def check_disk(args, roles: Iterable[Role]) -> None:
@@ -171,7 +181,9 @@ def check_disk(args, roles: Iterable[Role]) -> None:
         )
 
 
-def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, fingerprints: dict, extras: Callable[[Path], None]) -> None:
+def save_checkpoint(
+    runtime: Runtime, iteration: int, samples_seen: int, fingerprints: dict, extras: Callable[[Path], None]
+) -> None:
     """Writes checkpoint-{iteration}/ aside and renames it when complete, then drops what --checkpoints_total_limit allows.
 
     Args:
@@ -195,7 +207,12 @@ def save_checkpoint(runtime: Runtime, iteration: int, samples_seen: int, fingerp
         main.wait_for_everyone()
         if main.is_main_process:
             extras(aside)
-            state = {"iteration": iteration, "samples_seen": samples_seen, "args": vars(args), "fingerprint": fingerprints}
+            state = {
+                "iteration": iteration,
+                "samples_seen": samples_seen,
+                "args": vars(args),
+                "fingerprint": fingerprints,
+            }
             state["launch"] = launch_record()
             (aside / "state.json").write_text(json.dumps(state, indent=1))
             replace_folder(aside, final)
@@ -219,7 +236,9 @@ def check_finished(runtime: Runtime, metrics: Metrics, iteration: int) -> None:
     if iteration < args.max_train_steps:
         what = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM"}[metrics.ended_by]
         message = f"stopped by {what}; checkpoint-{iteration} in {args.output_dir} is complete: go on with"
-        raise UserError(f"{message} --resume_from_checkpoint latest", exit_code=ENDINGS[metrics.ended_by], everywhere=True)
+        raise UserError(
+            f"{message} --resume_from_checkpoint latest", exit_code=ENDINGS[metrics.ended_by], everywhere=True
+        )
 
 
 @contextmanager

@@ -11,11 +11,12 @@ import yaml
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard
 
-from senseflow.arguments import DTYPES, UserError
-from senseflow.training.checkpoints import INCOMPLETE, publish_folder, writing
-from senseflow.models.hub import UNREADABLE, file_of, missing_components, load_pipeline, read_json
+from senseflow.arguments import DTYPES
+from senseflow.errors import UserError
+from senseflow.models.hub import UNREADABLE, file_of, load_pipeline, missing_components, read_json
 from senseflow.models.lora import FILE, find_lora, metadata_of
 from senseflow.models.quantization import quantization_config
+from senseflow.training.checkpoints import INCOMPLETE, publish_folder, writing
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow_utils import Schedule
@@ -115,7 +116,11 @@ def export(runtime: Runtime, args, pipeline_class, student: Role, components: di
         return
     network = student.network()
     if runtime.accelerator.is_main_process:
-        dtype, flag, path = DTYPES[args.export_dtype], "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
+        dtype, flag, path = (
+            DTYPES[args.export_dtype],
+            "--pretrained_model_name_or_path",
+            args.pretrained_model_name_or_path,
+        )
         aside = Path(args.output_dir) / f"export{INCOMPLETE}"
         others = {student.subfolder: None, **components}
         source = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
@@ -144,7 +149,11 @@ def export_adapter(runtime: Runtime, args, pipeline_class, student: Role, compon
             pipeline_class.save_lora_weights(aside, **{layers: weights, metadata: metadata_of(student.module)})
             write_student_config(aside, record, components)
             write_model_card(
-                aside, lines_with_adapter(pipeline_class, student.subfolder, components, record, args), record, args, adapter=True
+                aside,
+                lines_with_adapter(pipeline_class, student.subfolder, components, record, args),
+                record,
+                args,
+                adapter=True,
             )
             publish_folder(aside, Path(args.output_dir), last=FILE)
         logger.info(f"the adapter is in {args.output_dir}")
@@ -169,7 +178,11 @@ def keywords(arguments: dict) -> str:
 def lines_with_adapter(pipeline_class, network: str, components: dict, record: dict, args) -> str:
     """The code that makes `pipeline` of the teacher's, with its `network` as it was trained over, what of it is not the
     teacher's, and the adapter."""
-    flag, path, dtype = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, DTYPES[args.export_dtype]
+    flag, path, dtype = (
+        "--pretrained_model_name_or_path",
+        args.pretrained_model_name_or_path,
+        DTYPES[args.export_dtype],
+    )
     classes = sorted({pipeline_class.__name__, *(type(component).__name__ for component in components.values())})
     source = {name: record[f"teacher_{name}"] for name in ("revision", "variant") if record[f"teacher_{name}"]}
     absent = missing_components(pipeline_class, read_json(flag, path, "model_index.json", args.revision))
@@ -215,7 +228,9 @@ def write_model_card(folder: Path, lines: str, record: dict, args, adapter: bool
     call = keywords(record["pipeline_call"])
     arguments = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
     levels = ", ".join(f"{t:g} (sigma {sigma:.4f})" for t, sigma in zip(record["timesteps"], record["sigmas"]))
-    source = "".join(f", {name} `{record[f'teacher_{name}']}`" for name in ("revision", "variant") if record[f"teacher_{name}"])
+    source = "".join(
+        f", {name} `{record[f'teacher_{name}']}`" for name in ("revision", "variant") if record[f"teacher_{name}"]
+    )
     license_name = teacher_license.get("license_name", teacher_license["license"])
     (folder / "README.md").write_text(
         f"""---

@@ -26,10 +26,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from senseflow.arguments import UserError, loading, require_package
+from senseflow.errors import UserError, loading, require_package
 from senseflow.models.lora import save_adapter, share_base, stored_name
+from senseflow.models.weights import Weights, is_meta, materialize, meta_network, read_into, rows_of, save_tensors
 from senseflow_utils import ida_update
-from senseflow.models.weights import Weights, meta_network, materialize, is_meta, read_into, rows_of, save_tensors
 
 
 SAMPLE = 2**20  # values of a network, by which an update is measured
@@ -58,14 +58,18 @@ class LaunchConfig:
             zero = self.plugin.deepspeed_config["zero_optimization"]
             for entry in sorted({"optimizer", "scheduler"} & set(self.plugin.deepspeed_config)):
                 self._refuse(
-                    f"{entry} of the DeepSpeed file", "leave it out; --learning_rate, --adam_beta1, --lr_scheduler, ... say it"
+                    f"{entry} of the DeepSpeed file",
+                    "leave it out; --learning_rate, --adam_beta1, --lr_scheduler, ... say it",
                 )
-            offloaded = {(zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
+            offloaded = {
+                (zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")
+            }
             if self.plugin.zero_stage not in (2, 3):
                 self._refuse(f"zero_stage {self.plugin.zero_stage}", "give 2 or 3, or take ddp.yaml")
             if offloaded - {"none", None}:
                 self._refuse(
-                    "offload_optimizer_device, offload_param_device", "set them to none; more processes or ZeRO-3 save memory"
+                    "offload_optimizer_device, offload_param_device",
+                    "set them to none; more processes or ZeRO-3 save memory",
                 )
         elif _set("ACCELERATE_USE_FSDP"):
             self.plugin = FullyShardedDataParallelPlugin()
@@ -97,7 +101,9 @@ def launch_config() -> LaunchConfig:
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         os.environ.pop(variable, None)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # not looked for, with a warning, when a library imports deepspeed
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # not looked for, with a warning, when a library imports deepspeed
     if launch.mode.startswith("zero"):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -111,7 +117,7 @@ def launch_config() -> LaunchConfig:
 class Role:
     """One of the networks that the loop speaks of.
 
-    Called, it runs its network: inside its own `turn` and with gradients enabled through whatever synchronizes gradients
+    Called, it runs its network: inside its own `accumulate` and with gradients enabled through whatever synchronizes gradients
     between processes, everywhere else as a frozen network (gradient still flows to its inputs). Made by `Runtime`.
 
     Args:
@@ -178,7 +184,7 @@ class Role:
             return network(*args, **kwargs)
 
     @contextmanager
-    def turn(self):
+    def accumulate(self):
         """The role's turn to learn from one micro-batch: forward, loss and `backward` happen inside, `step` after the last.
 
         Entered once per micro-batch. Only this role's parameters take gradient; what other roles accumulated stays.
@@ -202,10 +208,10 @@ class Role:
             parameter.requires_grad_(learning)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Backward of a micro-batch's mean loss; divides by the number of accumulated micro-batches. Inside `turn` only."""
+        """Backward of a micro-batch's mean loss; divides by the number of accumulated micro-batches. Inside `accumulate` only."""
         (loss / self.accumulation).backward()
 
-    def step(self) -> torch.Tensor:
+    def _step(self) -> torch.Tensor:
         """Clips, steps optimizer and schedule, clears the gradients. Returns the gradient norm before clipping (no host sync).
 
         A step whose norm is not finite is not taken: weights and moments stay as they are, and the schedule goes on. 8-bit Adam
@@ -225,10 +231,17 @@ class Role:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def measured_step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`step`, and the norm of its update over that of the weights, both of about SAMPLE of their values (no host sync)."""
-        before = self._some_values()
-        norm = self.step()
+    def step(self, measure_update: bool = False):
+        """Clips, steps optimizer and schedule, clears the gradients (no host sync).
+
+        Returns:
+            The gradient norm before clipping; with `measure_update` (it, norm of the update over that of the weights), both of about
+            SAMPLE of their values.
+        """
+        before = self._some_values() if measure_update else None
+        norm = self._step()
+        if before is None:
+            return norm
         after = self._some_values()
         update, weights = self._over_parts(torch.stack([(after - before).square().sum(), after.square().sum()])).sqrt()
         return norm, update / weights
@@ -254,7 +267,9 @@ class Role:
         """Refuses (UserError, in all processes) weights that hold NaN or infinity: they shall not be saved over sound ones."""
         finite = torch.stack([tensor.isfinite().all() for tensor in self._masters()]).all()
         if self.accelerator.reduce(finite.float(), reduction="mean") < 1:
-            raise UserError(f"the weights of the {self.name} are not finite; resume from a checkpoint with a lower --learning_rate")
+            raise UserError(
+                f"the weights of the {self.name} are not finite; resume from a checkpoint with a lower --learning_rate"
+            )
 
     # Checkpoints: the whole weights in one place, as a single process would write them; the optimizer's state by parts.
     def network(self) -> Optional[torch.nn.Module]:
@@ -336,7 +351,9 @@ class Role:
             self._load_weights(weights)
             self._load_optimizer_state([part["state"] for part in parts])
         steps = self.lr_scheduler.last_epoch = parts[0]["steps"]
-        for group, base, factor in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas):
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas
+        ):
             group["lr"] = base * factor(steps)
 
     @torch.no_grad()
@@ -404,7 +421,9 @@ class ShardedRole(Role):
 
 
 # FSDP2 ---------------------------------------------------------------------------------------------------------------
-def shard(module: torch.nn.Module, mesh: DeviceMesh, reshard: bool, policy: Optional[MixedPrecisionPolicy] = None) -> None:
+def shard(
+    module: torch.nn.Module, mesh: DeviceMesh, reshard: bool, policy: Optional[MixedPrecisionPolicy] = None
+) -> None:
     """Shares a network's weights out over the mesh, in place: its blocks (`_no_split_modules`) one by one, then the rest.
 
     Args:
@@ -430,7 +449,9 @@ class FSDP2Role(ShardedRole):
         base: the sharded network whose twin the module is, or holds; None where it is none.
     """
 
-    def __init__(self, *args, mesh: DeviceMesh, reshard: bool, gather_bf16: bool, base: Optional[torch.nn.Module], **kwargs):
+    def __init__(
+        self, *args, mesh: DeviceMesh, reshard: bool, gather_bf16: bool, base: Optional[torch.nn.Module], **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self._mesh, self._reshard, self._gather_bf16, self._base = mesh, reshard, gather_bf16, base
 
@@ -438,7 +459,9 @@ class FSDP2Role(ShardedRole):
         policy = None
         if self._gather_bf16:
             # Inputs are cast by the caller: a timestep of 759 would be 760 in bfloat16.
-            policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            policy = MixedPrecisionPolicy(
+                param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
         shard(self.module, self._mesh, self._reshard, policy)
         if is_meta(self.module):
             materialize(self.module, self.accelerator.device)
@@ -488,7 +511,9 @@ class FSDP2Role(ShardedRole):
             if name in parts[0]:
                 state = _joined(parts, name, rows_of(parameter))
                 # The number of steps goes to the device, too, where a fused optimizer wants it.
-                own = {k: self._shard_like(parameter, v) if v.dim() else v.to(parameter.device) for k, v in state.items()}
+                own = {
+                    k: self._shard_like(parameter, v) if v.dim() else v.to(parameter.device) for k, v in state.items()
+                }
                 self.optimizer.state[parameter] = own
 
     @staticmethod
@@ -546,7 +571,7 @@ class ZeroRole(ShardedRole):
     def backward(self, loss):
         self._wrapped.backward(loss / self.accumulation, scale_wrt_gas=False)
 
-    def step(self):
+    def _step(self):
         self._wrapped.step()
         self.lr_scheduler.step()
         return torch.as_tensor(self._wrapped.get_global_grad_norm(), device=self.accelerator.device)
@@ -581,7 +606,9 @@ class ZeroRole(ShardedRole):
 
     def _optimizer_state(self):
         state = self.optimizer.state
-        return {str(i): {"master": master.detach(), **state.get(master, {})} for i, master in enumerate(self._masters())}
+        return {
+            str(i): {"master": master.detach(), **state.get(master, {})} for i, master in enumerate(self._masters())
+        }
 
     @torch.no_grad()
     def _load_weights(self, weights):

@@ -32,11 +32,19 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 
-from senseflow.arguments import INTERRUPTED, TERMINATED, UserError, exit_now, print_now
+from senseflow.errors import INTERRUPTED, TERMINATED, UserError, exit_now, print_from_signal_handler
 from senseflow.models.hub import fingerprint
-from senseflow.training.roles import Role, FSDP2Role, ZeroRole, deepspeed_engine, materialize_for_deepspeed, launch_config, shard
+from senseflow.models.weights import is_meta, materialize
+from senseflow.training.roles import (
+    FSDP2Role,
+    Role,
+    ZeroRole,
+    deepspeed_engine,
+    launch_config,
+    materialize_for_deepspeed,
+    shard,
+)
 from senseflow.training.signals import SignalMonitor
-from senseflow.models.weights import materialize, is_meta
 
 
 logger = get_logger(__name__)
@@ -44,7 +52,9 @@ logger = get_logger(__name__)
 # What ends a run early, first things first, and its exit code: data that must be mended, Ctrl-C, a cluster.
 LAG = 100  # iterations, over which the mean of the fake score's loss is taken
 ENDINGS = {"failure": 1, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
-SAME_CTRL_C = 0.5  # seconds in which one Ctrl-C may arrive twice: from the terminal or a cluster, and from the launcher
+SAME_CTRL_C = (
+    0.5  # seconds in which one Ctrl-C may arrive twice: from the terminal or a cluster, and from the launcher
+)
 TAKE_LISTS = ("wandb", "swanlab")  # of accelerate's trackers: images by the list
 
 
@@ -59,21 +69,31 @@ class Runtime:
     def __init__(self, args):
         self.args, self.launch = args, launch_config()
         if args.use_8bit_adam and self.launch.mode == "fsdp2":
-            raise UserError("--use_8bit_adam: bitsandbytes cannot take FSDP2's shards: drop it, or take zero3.yaml", exit_code=2)
+            raise UserError(
+                "--use_8bit_adam: bitsandbytes cannot take FSDP2's shards: drop it, or take zero3.yaml", exit_code=2
+            )
         if args.rank and self.launch.mode.startswith("zero"):
             fix = "take single.yaml, ddp.yaml or fsdp2.yaml, or drop it"
-            raise UserError(f"--rank {args.rank}: adapters share weights, of which DeepSpeed makes copies: {fix}", exit_code=2)
+            raise UserError(
+                f"--rank {args.rank}: adapters share weights, of which DeepSpeed makes copies: {fix}", exit_code=2
+            )
         if args.base_quantization != "none" and self.launch.mode != "replicated":
             fix = "take single.yaml or ddp.yaml, or drop it"
-            raise UserError(f"--base_quantization {args.base_quantization}: FSDP2 cannot shard such a base: {fix}", exit_code=2)
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+            raise UserError(
+                f"--base_quantization {args.base_quantization}: FSDP2 cannot shard such a base: {fix}", exit_code=2
+            )
+        logging.basicConfig(
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO
+        )
         if not torch.cuda.is_available() and self.launch.world_size > 1:
             # A multi-GPU configuration launched on a machine without a GPU runs on its CPU, over gloo.
             os.environ["ACCELERATE_USE_CPU"] = "true"
         folder = Path(args.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # a role counts its micro-batches itself
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=1
+            ),  # a role counts its micro-batches itself
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir)),
             kwargs_handlers=[
@@ -114,7 +134,9 @@ class Runtime:
                 exit_now("stopped at once by a second Ctrl-C; complete checkpoints are intact")
         elif name == "SIGINT" and self._interrupted_at is None:
             self._interrupted_at = now
-            print_now("Ctrl-C: a checkpoint is saved after this iteration or the next; a second Ctrl-C ends at once")
+            print_from_signal_handler(
+                "Ctrl-C: a checkpoint is saved after this iteration or the next; a second Ctrl-C ends at once"
+            )
         self.endings.add(name)
 
     def frozen_role(self, name: str, module: torch.nn.Module, found: Optional[str] = None) -> Role:
@@ -161,7 +183,10 @@ class Runtime:
         gather_bf16 = gather_bf16 and args.mixed_precision == "bf16"
         kind, how = Role, {}
         if mode == "fsdp2":
-            kind, how = FSDP2Role, {"mesh": self.mesh, "reshard": self.launch.plugin.reshard_after_forward, "half": gather_bf16}
+            kind, how = (
+                FSDP2Role,
+                {"mesh": self.mesh, "reshard": self.launch.plugin.reshard_after_forward, "gather_bf16": gather_bf16},
+            )
             how["base"] = self.base if any(hasattr(part, "peft_config") for part in module.modules()) else None
         elif mode != "replicated":
             kind, how = ZeroRole, {"config": self._deepspeed_config(gather_bf16)}
@@ -253,7 +278,9 @@ class Runtime:
             raise UserError(f"--report_to {self.args.report_to}: {problem}: {fix}", exit_code=2) from error
         for tracker in self.accelerator.trackers:
             if self.args.validation_prompts and not hasattr(tracker, "log_images"):
-                logger.warning(f"--report_to {tracker.name} shows no images: those of --validation_prompts are not logged")
+                logger.warning(
+                    f"--report_to {tracker.name} shows no images: those of --validation_prompts are not logged"
+                )
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         """One image to every tracker that shows images."""
@@ -288,7 +315,13 @@ class Metrics:
     shown = ("dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss")
 
     def __init__(self, runtime: Runtime, student: Role, samples: int, progress, patience: int = 3):
-        self.runtime, self.student, self.samples, self.progress, self.patience = runtime, student, samples, progress, patience
+        self.runtime, self.student, self.samples, self.progress, self.patience = (
+            runtime,
+            student,
+            samples,
+            progress,
+            patience,
+        )
         self.pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
         self.bad_in_a_row, self.since, self.postfix = 0, time.monotonic(), {}
         self.skipped: Counter[str] = Counter()

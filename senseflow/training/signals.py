@@ -37,14 +37,22 @@ class Band:
         return value - self.high if value > self.high and self.above else 0.0
 
 
-RUNS_AWAY = "the student runs away from its fake score: raise --ttur_ratio or --learning_rate_fake, or lower --learning_rate"
-FAKE_SCORE_NOT_LEARNING = "the fake score knows the student's images no better than the teacher: raise --learning_rate_fake or --ttur_ratio"
+RUNS_AWAY = (
+    "the student runs away from its fake score: raise --ttur_ratio or --learning_rate_fake, or lower --learning_rate"
+)
+FAKE_SCORE_NOT_LEARNING = (
+    "the fake score knows the student's images no better than the teacher: raise --learning_rate_fake or --ttur_ratio"
+)
 TOO_FAST = "steps too large to be undone: lower --learning_rate, and go back to an earlier checkpoint"
-COLLAPSES = "images of a prompt become alike: go back to an earlier checkpoint, lower --learning_rate or raise --isg_weight"
+COLLAPSES = (
+    "images of a prompt become alike: go back to an earlier checkpoint, lower --learning_rate or raise --isg_weight"
+)
 SCATTERS = "images of a prompt have less in common than the teacher's: stop, and lower --learning_rate"
 OVERDRIVEN = "images are overdriven: lower --dmd_guidance_scale, --gan_weight or --learning_rate"
 PALE = "images are pale: raise --dmd_guidance_scale, or train on while it rises"
-BLURRED = "images are blurred: raise --isg_weight or --gan_weight, or lower --learning_rate where they were sharp before"
+BLURRED = (
+    "images are blurred: raise --isg_weight or --gan_weight, or lower --learning_rate where they were sharp before"
+)
 NOISY = "images are noisy: lower --gan_weight or --learning_rate"
 
 # None for signal/dmd_ratio: how far scores are apart depends on the guidance of L_DMD. Its course is what counts.
@@ -97,4 +105,6 @@ class SignalMonitor:
             elif self._outside[name] == 2:
                 self._done.add(name)
                 fix = band.below if mean < band.low else band.above
-                logger.warning(f"iteration {iteration}: {name} is {mean:.3g}, outside {band.low:g} to {band.high:g}: {fix}")
+                logger.warning(
+                    f"iteration {iteration}: {name} is {mean:.3g}, outside {band.low:g} to {band.high:g}: {fix}"
+                )

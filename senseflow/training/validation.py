@@ -14,10 +14,10 @@ from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from senseflow.models.vae import decode
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow.training.signals import SignalMonitor
-from senseflow.models.vae import decode
 
 
 THUMBNAIL = 16  # pixels a side, on which images are compared
@@ -48,7 +48,9 @@ class Validation:
         if role.name == "teacher":
             self._teachers = found
             return
-        shares = {f"signal/{name}": value / self._teachers[name] for name, value in found.items() if self._teachers[name] > 0}
+        shares = {
+            f"signal/{name}": value / self._teachers[name] for name, value in found.items() if self._teachers[name] > 0
+        }
         self.runtime.accelerator.log(shares, step=iteration)
         self._watch.look(iteration, shares)
         self.signals = {"iteration": iteration, **shares}
@@ -80,7 +82,9 @@ def kept_latents(vae: ModelMixin) -> Iterator[list[torch.Tensor]]:
         vae.decode = decode
 
 
-def generate_images(runtime: Runtime, pipeline, args, call: dict) -> tuple[list[list[Image.Image]], list[list[torch.Tensor]]]:
+def generate_images(
+    runtime: Runtime, pipeline, args, call: dict
+) -> tuple[list[list[Image.Image]], list[list[torch.Tensor]]]:
     """Validation images and their latents (C, ...) of a stock pipeline call, lists of lists, one for each prompt.
 
     Each process draws its own, and gets all.
@@ -134,7 +138,7 @@ def image_statistics(rows: Sequence[Sequence[Image.Image]]) -> dict[str, float]:
     Returns:
         diversity: mean distance (root of the mean square) of two images of one prompt, as thumbnails; only where there are two.
         saturation: mean of largest less smallest channel.
-        contrast: standard deviation of the luminance within a image.
+        contrast: standard deviation of the luminance within an image.
         sharpness: energy of the luminance at more than half of the highest frequency, in either direction, per pixel.
     """
     found = {"saturation": [], "contrast": [], "sharpness": []}
@@ -162,7 +166,11 @@ def latent_statistics(rows: Sequence[Sequence[torch.Tensor]]) -> dict[str, float
         latent_diversity: distance (root of the mean square) of two of one prompt; only where there are two.
         latent_contrast: standard deviation within a channel, mean over channels.
     """
-    found = {"latent_contrast": [latents.flatten(1).std(1, correction=0).mean().item() for latents in itertools.chain(*rows)]}
+    found = {
+        "latent_contrast": [
+            latents.flatten(1).std(1, correction=0).mean().item() for latents in itertools.chain(*rows)
+        ]
+    }
     pairs = itertools.chain(*(itertools.combinations(row, 2) for row in rows))
     distances = [(one - other).square().mean().sqrt().item() for one, other in pairs]
     if distances:

@@ -9,11 +9,11 @@ import datasets
 import pyarrow as pa
 import pytest
 from PIL import Image
-from test_data import PROMPTS_ONLY, always, changed, make_args, take
+from test_sources import PROMPTS_ONLY, always, changed, make_args, take
 
-from senseflow.arguments import UserError
 from senseflow.data.captions import draw_caption, first_empty
 from senseflow.data.sources import check_data_args, load_rows, make_dataloader
+from senseflow.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +22,16 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def write(root, files):
-    """{path: what a file holds}: a image's color, a table's lines, any text."""
+    """{path: what a file holds}: an image's color, a table's lines, any text."""
     for path, content in files.items():
         file = root / path
         file.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, tuple):
             Image.new("RGB", (16, 16), content).save(file)
         else:
-            file.write_text(content if isinstance(content, str) else "\n".join(map(json.dumps, content)), encoding="utf-8")
+            file.write_text(
+                content if isinstance(content, str) else "\n".join(map(json.dumps, content)), encoding="utf-8"
+            )
     return str(root)
 
 
@@ -64,7 +66,9 @@ SPLITS = {  # name: (files, captions used, what the log says of the others)
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", [{}, {"streaming": True}, {"by": "dataset_name"}, {"by": "dataset_name", "streaming": True}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"streaming": True}, {"by": "dataset_name"}, {"by": "dataset_name", "streaming": True}]
+)
 @pytest.mark.parametrize("case", SPLITS)
 def test_every_row_is_used_or_said_to_be_left_aside(case, flags, tmp_path, caplog):
     files, captions, says = SPLITS[case]
@@ -124,7 +128,10 @@ def test_folders_may_be_called_anything(name, tmp_path):
         assert all(rows.read(row)[1] is not None for row in range(2))
     # datasets cannot look into such folders for tables, nor into the latter ones at all.
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
-    saved, table = (tmp_path / "saved").rename(tmp_path / name / "saved"), write(tmp_path / name / "table", table_files("a"))
+    saved, table = (
+        (tmp_path / "saved").rename(tmp_path / name / "saved"),
+        write(tmp_path / name / "table", table_files("a")),
+    )
     for path, works in ((str(saved), "::" not in name), (table, False)):
         args = make_args(dataset_name=path, **PROMPTS_ONLY)
         if works:
@@ -148,7 +155,10 @@ def json_file(*captions):
 WORDS = {
     "words for nothing": (csv_file("a.png,None", "b.png,NA"), [["None"], ["NA"]]),
     "null": (csv_file("a.png,null", "b.png,nan"), [["null"], ["nan"]]),
-    "a number among words": (csv_file("a.png,7", 'b.png,"a ""red"", cube\nand more"'), [["7"], ['a "red", cube\nand more']]),
+    "a number among words": (
+        csv_file("a.png,7", 'b.png,"a ""red"", cube\nand more"'),
+        [["7"], ['a "red", cube\nand more']],
+    ),
     "lists": (json_file(["a", "b"], ["c"]), [["a", "b"], ["c"]]),
     "a list among strings": (json_file("a", ["b", "c"]), [["a"], ["b", "c"]]),
     "lines": ({"a.png": (0, 0, 0), "a.txt": "\ufeffred\r\n\n green \n"}, [["red", "green"]]),
@@ -202,7 +212,10 @@ def test_one_of_a_list_of_captions_is_drawn_by_iteration_and_slot(tmp_path):
 
 def test_each_slot_draws_its_own_caption_and_every_part_of_a_column_is_looked_at():
     assert {draw_caption("abcd", 3, 0, sample_index) for sample_index in range(40)} == set("abcd")
-    strings, lists = pa.chunked_array([["a", "b"], ["c"], ["d", None]]), pa.chunked_array([[["a"]], [["b"], ["c", None]], [None]])
+    strings, lists = (
+        pa.chunked_array([["a", "b"], ["c"], ["d", None]]),
+        pa.chunked_array([[["a"]], [["b"], ["c", None]], [None]]),
+    )
     assert (first_empty(strings), first_empty(lists), first_empty(strings[:4])) == (4, 2, None)
 
 

@@ -10,10 +10,10 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, TiffImagePlugin
-from test_data import make_args
+from test_sources import make_args
 
-from senseflow.data.sources import check_data_args
 from senseflow.data.images import read_image
+from senseflow.data.sources import check_data_args
 
 
 RAMP = np.arange(256, dtype=np.uint8)[None].repeat(4, 0)
@@ -109,7 +109,11 @@ KEYS = {  # name: (image, its transparency, the places that are white then)
     "an entry": (lambda: palette(1)[0], 1, {1}),
     "the entries' alpha": (lambda: palette(0)[0], bytes([0, 255, 0, 255]), {0, 2}),
     "a grey": (lambda: Image.fromarray(np.array([[7, 8, 9, 7]], np.uint8)), 7, {0, 3}),
-    "a color": (lambda: Image.fromarray(np.array([[[1, 2, 3], [1, 2, 4], [3, 2, 1], [1, 2, 3]]], np.uint8)), (1, 2, 3), {0, 3}),
+    "a color": (
+        lambda: Image.fromarray(np.array([[[1, 2, 3], [1, 2, 4], [3, 2, 1], [1, 2, 3]]], np.uint8)),
+        (1, 2, 3),
+        {0, 3},
+    ),
     "sixteen bits": (lambda: Image.fromarray(np.array([[700, 701, 702, 700]], np.uint16)), 700, {0, 3}),
 }
 
@@ -131,7 +135,11 @@ def test_a_transparent_key_is_put_on_white(case):
 def exif_block(orientation=6):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    exif[0x010E], exif[0x0132], exif[0x011A] = "a description", "2026:01:01 00:00:00", TiffImagePlugin.IFDRational(72, 1)
+    exif[0x010E], exif[0x0132], exif[0x011A] = (
+        "a description",
+        "2026:01:01 00:00:00",
+        TiffImagePlugin.IFDRational(72, 1),
+    )
     exif.get_ifd(0x8769)[0x9003] = "2026:01:01 00:00:00"
     return exif.tobytes()
 
@@ -161,7 +169,9 @@ def test_no_exif_block_makes_a_sound_image_unreadable():
     for _ in range(400):
         broken = bytearray(block)
         for _ in range(numbers.choice((1, 2, 8))):
-            broken[numbers.randrange(6, len(broken))] = numbers.choice((0, 1, 2, 127, 128, 255, numbers.randrange(256)))
+            broken[numbers.randrange(6, len(broken))] = numbers.choice(
+                (0, 1, 2, 127, 128, 255, numbers.randrange(256))
+            )
         if numbers.random() < 0.2:
             del broken[numbers.randrange(6, len(broken)) :]
         found, why = read_image(None, white_left(bytes(broken), numbers.choice(("JPEG", "PNG", "WEBP"))))

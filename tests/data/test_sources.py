@@ -25,12 +25,12 @@ import pytest
 import torch
 from PIL import Image
 
+from senseflow.data import lmdb as lmdb_module
 from senseflow.data import loader as loader_module
 from senseflow.data import sources
-from senseflow.data import lmdb as lmdb_module
-from senseflow.arguments import UserError
 from senseflow.data.loader import GlobalBatchSampler, PromptImageDataset, UnreadableCounter, collate
 from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.errors import UserError
 
 
 def make_args(**changes) -> SimpleNamespace:
@@ -107,7 +107,12 @@ def test_global_batch_does_not_depend_on_its_division(shape, num_rows):
 
 def test_a_micro_batch_is_a_slice_over_ranks():
     sampler = GlobalBatchSampler(100, 5, batch_size=2, accumulation=3, rank=1, world_size=2)
-    assert [[sample_index for _, _, sample_index in keys] for keys in take(sampler, 4)] == [[2, 3], [6, 7], [10, 11], [2, 3]]
+    assert [[sample_index for _, _, sample_index in keys] for keys in take(sampler, 4)] == [
+        [2, 3],
+        [6, 7],
+        [10, 11],
+        [2, 3],
+    ]
     assert sampler.global_batch == 12
 
 
@@ -187,7 +192,9 @@ def test_flip_follows_from_iteration_and_slot_alone():
     flipped = [transform(half, 2, sample_index, random_flip=True)[0, 0, 0].item() < 0 for sample_index in range(64)]
     assert 16 < sum(flipped) < 48
     torch.manual_seed(1)
-    backwards = [transform(half, 2, sample_index, random_flip=True)[0, 0, 0].item() < 0 for sample_index in reversed(range(64))]
+    backwards = [
+        transform(half, 2, sample_index, random_flip=True)[0, 0, 0].item() < 0 for sample_index in reversed(range(64))
+    ]
     assert backwards[::-1] == flipped
     assert not any(transform(half, 2, sample_index)[0, 0, 0].item() < 0 for sample_index in range(64))
 
@@ -199,7 +206,9 @@ def test_unreadable_gives_way_to_the_next_readable_row(tmp_path, caplog):
     for row, used, passed_over in [(0, 0, []), (2, 4, [2, 3]), (3, 4, [3]), (5, 0, [5])]:
         sample = dataset[row, 0, 7]
         assert (sample["row"], sample["prompt"], sample["slot"]) == (used, f"prompt {used}", 7)
-        assert [name for name, _ in sample["unreadable"]] == [str(tmp_path / "images" / f"{name}.png") for name in passed_over]
+        assert [name for name, _ in sample["unreadable"]] == [
+            str(tmp_path / "images" / f"{name}.png") for name in passed_over
+        ]
         assert sample["pixel_values"][:, 8, 8].tolist() == list(colour(used))
 
     with caplog.at_level(logging.WARNING):
@@ -232,7 +241,9 @@ def test_share_rule(field):
     def batch(bad):
         sample = {field: image, "prompt": "", "row": 0, "slot": 0}
         # A bad sample passed over three rows; it counts as one.
-        return collate([{**sample, "unreadable": [("lost.png", "torn")] * 3 if place < bad else []} for place in range(100)])
+        return collate(
+            [{**sample, "unreadable": [("lost.png", "torn")] * 3 if place < bad else []} for place in range(100)]
+        )
 
     counter = UnreadableCounter("--dataset_json data.json")
     for _ in range(9):
@@ -256,7 +267,9 @@ def test_too_many_unreadable_rows_are_a_failure_for_the_loop_to_ask_for(tmp_path
     assert loader.failure is None  # 1 of 6, but of fewer than 8 rows
     take(batches, 1)
     failure = loader.failure
-    assert failure.exit_code == 1 and re.search(f"^--dataset_json {args.dataset_json}: . of 8 rows .*2.png; ", str(failure))
+    assert failure.exit_code == 1 and re.search(
+        f"^--dataset_json {args.dataset_json}: . of 8 rows .*2.png; ", str(failure)
+    )
     (batch,) = take(batches, 1)  # it is the loop that ends the run
     assert batch["pixel_values"].shape == (2, 3, 16, 16) and loader.failure is failure
 
@@ -324,7 +337,9 @@ def test_kinds_of_datasets(kind, tmp_path):
         assert rows.captions(row) == [f"prompt {row}"]
         assert rows.read(row)[1].getpixel((3, 3)) == colour(row)
     shorter = load_rows(changed(args, max_train_samples=4))
-    assert len(shorter) == 4 and shorter.captions(3) == ["prompt 3"] and shorter.read(3)[1].getpixel((3, 3)) == colour(3)
+    assert (
+        len(shorter) == 4 and shorter.captions(3) == ["prompt 3"] and shorter.read(3)[1].getpixel((3, 3)) == colour(3)
+    )
     # Prompts alone train from a data set with images, too; then no image column is asked for.
     alone = load_rows(changed(args, image_column="nowhere", **PROMPTS_ONLY))
     assert alone.images is None and alone.captions(5) == ["prompt 5"]
@@ -344,7 +359,7 @@ def test_prompts_file(tmp_path):
 def test_a_broken_image_in_a_table_is_passed_over(tmp_path):
     good = tmp_path / "good.png"
     Image.new("RGB", (16, 16)).save(good)
-    cells = [{"bytes": b"not a image", "path": "b.png"}, None, {"bytes": good.read_bytes(), "path": None}]
+    cells = [{"bytes": b"not an image", "path": "b.png"}, None, {"bytes": good.read_bytes(), "path": None}]
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     datasets.Dataset.from_dict({"image": cells, "text": list("abc")}, features).save_to_disk(tmp_path / "saved")
     rows = load_rows(make_args(dataset_name=str(tmp_path / "saved")))
@@ -365,7 +380,10 @@ def test_a_checked_json_is_not_parsed_again(tmp_path, monkeypatch):
 # The loader ----------------------------------------------------------------------------------------------------------
 def test_workers_change_nothing_and_images_are_read_when_needed(tmp_path, monkeypatch):
     args = make_args(
-        dataset_json=write_json(tmp_path, broken=(1,)), center_crop=False, random_flip=True, gradient_accumulation_steps=2
+        dataset_json=write_json(tmp_path, broken=(1,)),
+        center_crop=False,
+        random_flip=True,
+        gradient_accumulation_steps=2,
     )
     rows = load_rows(args)
     batches = {}
@@ -409,7 +427,9 @@ def never_answer():
 def ends(read, workers=2):
     """How the loader over such rows ends."""
     args = make_args(dataset_json="x", dataloader_num_workers=workers)
-    with pytest.raises(UserError, match="--dataset_json x: .* give fewer --dataloader_num_workers, or more memory") as caught:
+    with pytest.raises(
+        UserError, match="--dataset_json x: .* give fewer --dataloader_num_workers, or more memory"
+    ) as caught:
         take(make_dataloader_of(args, Reads(read)), 1)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
     return str(caught.value)
@@ -422,7 +442,9 @@ def make_dataloader_of(args, rows):
 def test_a_worker_that_dies_or_stalls_is_one_line(monkeypatch):
     assert "DataLoader worker (pid" in ends(kill_worker)
     monkeypatch.setattr(sources, "STALLED", 0.2)
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # what it then waits for the worker to leave
+    monkeypatch.setattr(
+        torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1
+    )  # what it then waits for the worker to leave
     assert "timed out after 0.2 seconds" in ends(never_answer, workers=1)
     gc.collect()
 
@@ -471,7 +493,10 @@ def write_lmdb(folder, count=6, shape=SHAPE, **changes):
     """As DMD2 writes it; `changes` replaces values, or drops those that are None."""
     values = {"latents_shape": " ".join(map(str, (count, *shape))).encode()}
     for row in range(count):
-        values |= {f"latents_{row}_data": latents(row, shape).tobytes(), f"prompts_{row}_data": f"ein Würfel {row}".encode()}
+        values |= {
+            f"latents_{row}_data": latents(row, shape).tobytes(),
+            f"prompts_{row}_data": f"ein Würfel {row}".encode(),
+        }
     with lmdb.open(str(folder / "lmdb"), map_size=2**24) as environment, environment.begin(write=True) as transaction:
         for key, value in (values | changes).items():
             if value is not None:
@@ -493,14 +518,18 @@ def test_latents_and_prompts_are_read_back_exactly_by_workers_too(tmp_path):
         loader = make_dataloader(changed(args, dataloader_num_workers=workers), rows, 1, 2, 4, 32, odd_only)
         for batch, expected in zip(take(loader, 8), keys):
             used = [row for row, _, _ in expected]
-            assert batch["rows"] == used and batch["sample_indices"] == [sample_index for _, _, sample_index in expected]
+            assert batch["rows"] == used and batch["sample_indices"] == [
+                sample_index for _, _, sample_index in expected
+            ]
             assert batch["prompts"] == tuple(f"ein Würfel {row}" for row in used)
             assert "pixel_values" not in batch and batch["unreadable"] == []
             if expected[0][1] % 2 == 0:
                 assert batch["latents"] is None
                 continue
             assert batch["latents"].dtype == torch.float32
-            assert torch.equal(batch["latents"], torch.tensor(np.stack([latents(row) for row in used]).astype(np.float32)))
+            assert torch.equal(
+                batch["latents"], torch.tensor(np.stack([latents(row) for row in used]).astype(np.float32))
+            )
 
 
 def test_a_folder_of_several_lmdbs_is_one(tmp_path):
@@ -550,7 +579,10 @@ def test_unreadable_latents_give_way(tmp_path, caplog):
     rows = lmdb_module.LatentRows(folder)
     assert rows.read(5)[1] is not None and rows.read(6)[1] is None
     args = make_args(dataset_lmdb=folder, center_crop=False)
-    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="prompt of row 5 .*prompts_5_data is missing") as caught:
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(UserError, match="prompt of row 5 .*prompts_5_data is missing") as caught,
+    ):
         take(make_dataloader(args, rows, 0, 1, 0, 0, always), 7)
     assert caught.value.exit_code == 1
     caplog.clear()
@@ -670,7 +702,11 @@ BAD = {  # name: (the arguments, what the message says, whose value it names whe
     "no image column": (lambda f: table(f, image_column="img"), "image, caption, number", "image_column"),
     "image column": (lambda f: table(f, image_column="number"), "holds numbers (int64), not images", "image_column"),
     "no caption column": (lambda f: table(f, caption_column="txt"), "image, caption, number", "caption_column"),
-    "caption column": (lambda f: table(f, caption_column="number"), "holds numbers (int64), not strings", "caption_column"),
+    "caption column": (
+        lambda f: table(f, caption_column="number"),
+        "holds numbers (int64), not strings",
+        "caption_column",
+    ),
     "captions missing": (lambda f: table(f, caption_column="sparse"), "is empty in row 1 of", "caption_column"),
     "no samples": (lambda f: dict(dataset_name="a/b", max_train_samples=0), "leaves no row", "max_train_samples"),
     "no lmdb": (lambda f: dict(dataset_lmdb=str(f / "gone"), center_crop=False), "no data.mdb"),
@@ -682,7 +718,10 @@ BAD = {  # name: (the arguments, what the message says, whose value it names whe
     "zero in the shape": (lambda f: lmdb_args(f, latents_shape=b"6 0 2 3"), "'6 0 2 3'"),
     "binary shape": (lambda f: lmdb_args(f, latents_shape=b"\xff\xfe"), "N C H W"),
     "fewer rows than promised": (lambda f: lmdb_args(f, latents_shape=b"7 4 2 3"), "prompts_6_data is missing"),
-    "latents missing": (lambda f: lmdb_args(f, latents_3_data=None), "row 3 cannot be read (latents_3_data is missing"),
+    "latents missing": (
+        lambda f: lmdb_args(f, latents_3_data=None),
+        "row 3 cannot be read (latents_3_data is missing",
+    ),
     "float32 latents": (lambda f: lmdb_args(f, latents_3_data=bytes(96)), "96 bytes, 4 x 2 x 3 in float16 has 48"),
     "prompt missing": (lambda f: lmdb_args(f, prompts_3_data=None), "prompts_3_data is missing"),
     "binary prompt": (lambda f: lmdb_args(f, prompts_3_data=b"\xff"), "row 3 cannot be read"),
@@ -692,7 +731,11 @@ BAD = {  # name: (the arguments, what the message says, whose value it names whe
     "one of several without a shape": (lambda f: several(f, latents_shape=None), "all/b: no shape can be read"),
     "one of several is none": (lambda f: emptied(f, "b"), "all/b: there is no data.mdb"),
     "a row of one of several": (lambda f: several(f, latents_3_data=None), "row 3 of "),
-    "config": (lambda f: dict(train_data_dir="a", dataset_config_name="en"), "--train_data_dir", "dataset_config_name"),
+    "config": (
+        lambda f: dict(train_data_dir="a", dataset_config_name="en"),
+        "--train_data_dir",
+        "dataset_config_name",
+    ),
 }
 
 
@@ -734,6 +777,8 @@ def test_a_data_set_that_the_hub_does_not_give_is_no_typo(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'some/data' is a gated dataset on the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset", gated)
-    with pytest.raises(UserError, match="some/data: cannot be loaded .*is a gated dataset.*accept its license") as caught:
+    with pytest.raises(
+        UserError, match="some/data: cannot be loaded .*is a gated dataset.*accept its license"
+    ) as caught:
         load_rows(make_args(dataset_name="some/data"))
     assert caught.value.exit_code == 2

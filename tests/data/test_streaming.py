@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import PROMPTS_ONLY, always, changed, make_args, odd_only, take, write_folder, write_json
+from test_sources import PROMPTS_ONLY, always, changed, make_args, odd_only, take, write_folder, write_json
 
 import train_senseflow_flux as script
 from helpers import resume_is_the_same_run
-from senseflow.arguments import UserError
-from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
 from senseflow.data.images import read_image
+from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.errors import UserError
 
 
 ROWS = 24
@@ -128,16 +128,20 @@ def test_a_resumed_run_goes_on_to_the_bit(workers, tmp_path, caplog):
         whole = take(make_dataloader(args, rows, 0, 1, 0, 0, always), 24)
     assert "passes over" not in caplog.text
     warned = [record.getMessage() for record in caplog.records if "unreadable" in record.getMessage()]
-    assert len(warned) == 3  # once a image, though two epochs passed
+    assert len(warned) == 3  # once an image, though two epochs passed
     assert all(sum(f"of 'prompt {row}' in --dataset_name" in message for message in warned) == 1 for row in BROKEN)
     assert [batch["sample_indices"] for batch in whole[:4]] == [[0, 1], [2, 3], [4, 5], [0, 1]]
 
     # An unreadable image and its prompt gave way to the next readable row of the same sub-stream.
     for worker in range(max(workers, 1)):
-        samples = [(p, r) for batch in whole[worker :: max(workers, 1)] for p, r in zip(batch["prompts"], batch["rows"])]
+        samples = [
+            (p, r) for batch in whole[worker :: max(workers, 1)] for p, r in zip(batch["prompts"], batch["rows"])
+        ]
         own = {row: prompt for place, (prompt, row) in enumerate(samples) if row == place}
         gone = [place for place, (_, row) in enumerate(samples) if row != place]
-        assert gone and all(samples[place][1] == min([row for row in own if row > place], default=None) for place in gone[:-1])
+        assert gone and all(
+            samples[place][1] == min([row for row in own if row > place], default=None) for place in gone[:-1]
+        )
         assert all(prompt == own.get(row, prompt) for prompt, row in samples)
     assert sum(batch["gave_way"] for batch in whole) == 2 * len(BROKEN)
     assert {f"prompt {row_of(pixels)}" for batch in whole for pixels in batch["pixel_values"]} == {
@@ -195,7 +199,9 @@ def unknown_features(monkeypatch):
 KINDS = {
     "parquet": lambda folder, _: dict(dataset_name=write_files(folder / "a", 2, rows=6)),
     "imagefolder": lambda folder, _: dict(train_data_dir=write_folder(folder / "a", "jsonl")),
-    "webdataset": lambda folder, _: dict(dataset_name=write_tars(folder / "a"), image_column="png", caption_column="txt"),
+    "webdataset": lambda folder, _: dict(
+        dataset_name=write_tars(folder / "a"), image_column="png", caption_column="txt"
+    ),
     "unknown features": lambda folder, monkeypatch: unknown_features(monkeypatch),
 }
 
@@ -234,14 +240,20 @@ def no_captions(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage, says", [(cut_second_file, "cannot be read on"), (no_captions, "--caption_column text")])
+@pytest.mark.parametrize(
+    "damage, says", [(cut_second_file, "cannot be read on"), (no_captions, "--caption_column text")]
+)
 def test_a_stream_that_breaks_is_one_line(damage, says, workers, tmp_path):
     args = stream_args(dataset_name=write_files(tmp_path / "d"), dataloader_num_workers=workers)
     rows = rows_of(args)
     damage(tmp_path / "d")
     with pytest.raises(UserError, match=says) as caught:
         take(make_dataloader(args, rows, 0, 1, 0, 0, always), 13)
-    assert caught.value.exit_code == 1 and "\n" not in str(caught.value) and f"--dataset_name {tmp_path / 'd'}" in str(caught.value)
+    assert (
+        caught.value.exit_code == 1
+        and "\n" not in str(caught.value)
+        and f"--dataset_name {tmp_path / 'd'}" in str(caught.value)
+    )
 
 
 def saved(folder):
@@ -270,10 +282,19 @@ BAD = {  # name: (arguments, what the message says, whose value it names, the nu
     "caption column": (lambda f: table(f, caption_column="number"), "not strings", "caption_column"),
     "image column": (lambda f: table(f, image_column="text"), "holds strings, not images", "image_column"),
     "no rows": (lambda f: dict(dataset_name=write_files(f / "d", rows=0)), "has no rows", "dataset_name"),
-    "no parquet": (lambda f: dict(dataset_name=written(f / "d" / "a.parquet", "x")), "cannot be loaded", "dataset_name"),
+    "no parquet": (
+        lambda f: dict(dataset_name=written(f / "d" / "a.parquet", "x")),
+        "cannot be loaded",
+        "dataset_name",
+    ),
     "workers": (lambda f: table(f, dataloader_num_workers=5), "give 4 or fewer", "dataloader_num_workers"),
     "workers of two": (lambda f: table(f, dataloader_num_workers=3), "give 2 or fewer", "dataloader_num_workers", "2"),
-    "samples": (lambda f: table(f, dataloader_num_workers=2, max_train_samples=3), "give 4 or more", "max_train_samples", "2"),
+    "samples": (
+        lambda f: table(f, dataloader_num_workers=2, max_train_samples=3),
+        "give 4 or more",
+        "max_train_samples",
+        "2",
+    ),
 }
 
 
@@ -292,10 +313,25 @@ def test_bad_input_is_one_line_with_flag_value_and_fix(case, tmp_path, monkeypat
 # The script ------------------------------------------------------------------------------------------------------------
 def test_flux_trains_and_resumes_from_a_stream(teacher, vision, tmp_path):
     flags = [
-        *("--pretrained_model_name_or_path", str(teacher), "--dataset_name", write_files(tmp_path / "d"), "--streaming"),
+        *(
+            "--pretrained_model_name_or_path",
+            str(teacher),
+            "--dataset_name",
+            write_files(tmp_path / "d"),
+            "--streaming",
+        ),
         *("--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")),
         *("--resolution", "64", "--train_batch_size", "2", "--ttur_ratio", "2", "--learning_rate", "1e-3"),
-        *("--lr_warmup_steps", "4", "--max_train_steps", "4", "--checkpointing_steps", "2", "--max_sequence_length", "16"),
+        *(
+            "--lr_warmup_steps",
+            "4",
+            "--max_train_steps",
+            "4",
+            "--checkpointing_steps",
+            "2",
+            "--max_sequence_length",
+            "16",
+        ),
         *("--export_dtype", "fp32", "--random_flip", "--dataloader_num_workers", "3"),
     ]
     whole = resume_is_the_same_run(script, flags, tmp_path)

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from senseflow.evaluation import converters
 from helpers import ROOT
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
+from senseflow.evaluation import converters
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from judges import SIZES, by_formula, image  # noqa: E402
+from scorer_parity import SIZES, by_formula, image  # noqa: E402
 
 
 def linear(name, outputs, inputs):
@@ -38,13 +38,19 @@ def hpsv2_shapes(vocabulary=40):
     shapes |= {"token_embedding.weight": (vocabulary, 128), "logit_scale": ()}
     shapes |= norm("visual.ln_pre", 160) | norm("visual.ln_post", 160) | norm("ln_final", 128)
     for layer in range(2):
-        shapes |= clip_block(f"visual.transformer.resblocks.{layer}", 160) | clip_block(f"transformer.resblocks.{layer}", 128)
+        shapes |= clip_block(f"visual.transformer.resblocks.{layer}", 160) | clip_block(
+            f"transformer.resblocks.{layer}", 128
+        )
     return shapes
 
 
 def imagereward_shapes(vocabulary=40):
     see, read = "blip.visual_encoder", "blip.text_encoder"
-    shapes = {f"{see}.cls_token": (1, 1, 128), f"{see}.pos_embed": (1, 5, 128), f"{see}.patch_embed.proj.weight": (128, 3, 16, 16)}
+    shapes = {
+        f"{see}.cls_token": (1, 1, 128),
+        f"{see}.pos_embed": (1, 5, 128),
+        f"{see}.patch_embed.proj.weight": (128, 3, 16, 16),
+    }
     shapes |= {f"{see}.patch_embed.proj.bias": (128,), f"{read}.embeddings.position_ids": None}
     shapes |= {f"{read}.embeddings.word_embeddings.weight": (vocabulary, 64)}
     shapes |= {f"{read}.embeddings.position_embeddings.weight": (40, 64)}
@@ -56,12 +62,18 @@ def imagereward_shapes(vocabulary=40):
         block = f"{see}.blocks.{layer}"
         shapes |= norm(f"{block}.norm1", 128) | norm(f"{block}.norm2", 128) | linear(f"{block}.attn.qkv", 384, 128)
         shapes |= (
-            linear(f"{block}.attn.proj", 128, 128) | linear(f"{block}.mlp.fc1", 512, 128) | linear(f"{block}.mlp.fc2", 128, 512)
+            linear(f"{block}.attn.proj", 128, 128)
+            | linear(f"{block}.mlp.fc1", 512, 128)
+            | linear(f"{block}.mlp.fc2", 128, 512)
         )
         block = f"{read}.encoder.layer.{layer}"
         for attention, width in (("attention", 64), ("crossattention", 128)):
-            shapes |= linear(f"{block}.{attention}.self.query", 64, 64) | linear(f"{block}.{attention}.self.key", 64, width)
-            shapes |= linear(f"{block}.{attention}.self.value", 64, width) | linear(f"{block}.{attention}.output.dense", 64, 64)
+            shapes |= linear(f"{block}.{attention}.self.query", 64, 64) | linear(
+                f"{block}.{attention}.self.key", 64, width
+            )
+            shapes |= linear(f"{block}.{attention}.self.value", 64, width) | linear(
+                f"{block}.{attention}.output.dense", 64, 64
+            )
             shapes |= norm(f"{block}.{attention}.output.LayerNorm", 64)
         shapes |= linear(f"{block}.intermediate.dense", 256, 64) | linear(f"{block}.output.dense", 64, 256)
         shapes |= norm(f"{block}.output.LayerNorm", 64)
@@ -117,7 +129,7 @@ def test_pixels_by_hand(size):
 @pytest.mark.parametrize("kind", ["hpsv2", "imagereward"])
 def test_every_weight_has_its_place(kind, tmp_path):
     state = weights({"hpsv2": hpsv2_shapes, "imagereward": imagereward_shapes}[kind]())
-    load, file = getattr(converters, f"load_{kind}"), tmp_path / "file.pt"
+    load, file = getattr(converters, f"read_{kind}"), tmp_path / "file.pt"
 
     def bad(changed, message):
         torch.save(changed, file)

@@ -10,16 +10,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_layouts import hpsv2_shapes, imagereward_shapes, weights
+from test_converters import hpsv2_shapes, imagereward_shapes, weights
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Model
 
 import evaluate
-from senseflow.evaluation import scorers
-from senseflow.evaluation import converters
 import train_senseflow_flux as script
 from helpers import refused
-from senseflow.arguments import UserError
-from senseflow.evaluation.metrics import bootstrap, centre_patch, cosine, diversity, frechet_distance, scaled_cosine, standard_error
+from senseflow.errors import UserError
+from senseflow.evaluation import converters, scorers
+from senseflow.evaluation.metrics import (
+    bootstrap,
+    centre_patch,
+    cosine,
+    diversity,
+    frechet_distance,
+    scaled_cosine,
+    standard_error,
+)
 from tiny_pipelines import clip_config, clip_tokenizer
 
 
@@ -67,7 +74,9 @@ def test_diversity_is_within_prompts():
 def test_a_patch_is_the_unscaled_centre(size, corner):
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     left, top = corner
-    assert np.array_equal(np.asarray(centre_patch(Image.fromarray(pixels))), pixels[top : top + 299, left : left + 299])
+    assert np.array_equal(
+        np.asarray(centre_patch(Image.fromarray(pixels))), pixels[top : top + 299, left : left + 299]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,8 +113,16 @@ def judges(tmp_path_factory, vision):
     """Flags of tiny networks of all kinds."""
     path, tokenizer = tmp_path_factory.mktemp("judges"), clip_tokenizer()
     torch.jit.script(Inception()).save(path / "inception.pt")
-    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
-    config = CLIPConfig(text_config=clip_config(tokenizer).to_dict(), vision_config=sight | {"image_size": 64}, projection_dim=16)
+    sight = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 16,
+    }
+    config = CLIPConfig(
+        text_config=clip_config(tokenizer).to_dict(), vision_config=sight | {"image_size": 64}, projection_dim=16
+    )
     torch.manual_seed(0)
     model = CLIPModel(config).eval()
     for folder in (path / "clip", path / "dinov2"):
@@ -117,7 +134,14 @@ def judges(tmp_path_factory, vision):
     torch.save(weights(hpsv2_shapes(len(tokenizer))), path / "hps.pt")
     torch.save(weights(imagereward_shapes(len(tokenizer))), path / "imagereward.pt")
     flags = ["--inception", path / "inception.pt", "--clip_model", path / "clip", "--pickscore_model", path / "clip"]
-    flags += ["--hpsv2", path / "hps.pt", "--imagereward", path / "imagereward.pt", "--imagereward_tokenizer", path / "clip"]
+    flags += [
+        "--hpsv2",
+        path / "hps.pt",
+        "--imagereward",
+        path / "imagereward.pt",
+        "--imagereward_tokenizer",
+        path / "clip",
+    ]
     return [str(word) for word in (*flags, "--feature_model", path / "dinov2", "--device", "cpu")]
 
 
@@ -137,7 +161,10 @@ def test_all_metrics_and_the_table(folders, judges, tmp_path, caplog):
     assert "fid: of 6 and 6 images, in 48 dimensions" in caplog.text
     run(folders, judges, tmp_path, "--metrics", "clip", "--append_to", table)
     lines = table.read_text().splitlines()
-    assert len(lines) == 4 and lines[0] == "| | n | FID-T | Patch FID-T | CLIP | HPSv2 | Pick | ImageReward | FD | diversity |"
+    assert (
+        len(lines) == 4
+        and lines[0] == "| | n | FID-T | Patch FID-T | CLIP | HPSv2 | Pick | ImageReward | FD | diversity |"
+    )
     assert all(line.count("|") == 11 for line in lines) and f"{found['fid']['value']:.4g} ± " in lines[2]
 
     images = [[Image.open(folder / f"{i:04d}.png") for i in range(6)] for folder in folders]
@@ -149,7 +176,11 @@ def test_all_metrics_and_the_table(folders, judges, tmp_path, caplog):
     assert found["patch_fid"]["value"] == pytest.approx(frechet_distance(*features), rel=1e-6)
 
     path = judges[judges.index("--clip_model") + 1]
-    model, process, tokenizer = CLIPModel.from_pretrained(path), CLIPImageProcessorPil.from_pretrained(path), clip_tokenizer()
+    model, process, tokenizer = (
+        CLIPModel.from_pretrained(path),
+        CLIPImageProcessorPil.from_pretrained(path),
+        clip_tokenizer(),
+    )
     shown = process(images=images[0], return_tensors="pt")
     for name, prefix in (("clip", "A photo depicts "), ("pickscore", "")):
         texts = tokenizer([prefix + prompt for prompt in PROMPTS], padding=True, return_tensors="pt")
@@ -215,7 +246,11 @@ def test_features_are_kept_until_a_image_changes_and_a_killed_run_goes_on(folder
 
 def test_real_images_and_a_file_of_prompts(folders, judges, tmp_path):
     student, teacher = folders
-    rows = {"keys": list("abcdef"), "image_paths": [f"teacher/{i:04d}.png" for i in range(6)], "prompts": [["x", "y"]] * 6}
+    rows = {
+        "keys": list("abcdef"),
+        "image_paths": [f"teacher/{i:04d}.png" for i in range(6)],
+        "prompts": [["x", "y"]] * 6,
+    }
     (tmp_path / "real.json").write_text(json.dumps(rows))
     (student / "metadata.jsonl").unlink()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -230,21 +265,33 @@ REFUSED = {
     "unreadable": (["--images", "{root}/broken"], "1 images cannot be read, one is 0001.png"),
     "no reference": (["--metrics", "fd"], "--metrics fd: compares with other images; give --reference"),
     "no prompts": (["--images", "{root}/bare", "--metrics", "clip"], "--metrics clip: no prompt is known of"),
-    "too few prompts": (["--images", "{root}/bare", "--prompts_file", "{root}/one.txt"], "no line is that of 0001.png"),
+    "too few prompts": (
+        ["--images", "{root}/bare", "--prompts_file", "{root}/one.txt"],
+        "no line is that of 0001.png",
+    ),
     "a line cut": (["--images", "{root}/cut"], "metadata.jsonl has no prompt of 1 images, one is 0001.png"),
     "other prompts": (["--metrics", "fid", "--reference", "{root}/other"], "are of different prompts"),
-    "small": (["--metrics", "patch_fid", "--reference", "{root}/small"], "0000.png is 67 x 64, smaller than a patch of 299"),
+    "small": (
+        ["--metrics", "patch_fid", "--reference", "{root}/small"],
+        "0000.png is 67 x 64, smaller than a patch of 299",
+    ),
     "inception": (
         ["--metrics", "fid", "--reference", "{root}/student", "--inception", "none.pt"],
         "--inception none.pt: is no file",
     ),
-    "hpsv2": (["--metrics", "hpsv2", "--hpsv2", "none"], "--hpsv2 none: is no file, and --metrics hpsv2 needs HPS_v2.1_compr"),
+    "hpsv2": (
+        ["--metrics", "hpsv2", "--hpsv2", "none"],
+        "--hpsv2 none: is no file, and --metrics hpsv2 needs HPS_v2.1_compr",
+    ),
     "device": (["--device", "nowhere"], "--device nowhere: not available here"),
     "no checkpoints": (
         ["--checkpoints", "{root}/empty", "--prompts_file", "x"],
         "{root}/empty: holds no checkpoint-N",
     ),
-    "captions": (["--reference", "{root}/cut/metadata.jsonl", "--metrics", "fd"], "no images and captions can be read"),
+    "captions": (
+        ["--reference", "{root}/cut/metadata.jsonl", "--metrics", "fd"],
+        "no images and captions can be read",
+    ),
 }
 
 
@@ -261,7 +308,9 @@ def test_bad_input_is_one_line_before_a_network_loads(case, judges, tmp_path, ca
     lines = (tmp_path / "cut/metadata.jsonl").read_text().splitlines()
     (tmp_path / "cut/metadata.jsonl").write_text(lines[0] + "\n" + lines[1][:9])
     for name in ("load_inception", "load_vision", "load_clip", "load_hpsv2", "load_imagereward"):
-        monkeypatch.setattr(scorers, name, lambda *args, **kwargs: pytest.fail("a network was loaded before the check"))
+        monkeypatch.setattr(
+            scorers, name, lambda *args, **kwargs: pytest.fail("a network was loaded before the check")
+        )
     flags, needle = REFUSED[case]
     given = [] if "--checkpoints" in flags else ["--images", str(tmp_path / "student")]
     arguments = [*given, *judges, *(flag.format(root=tmp_path) for flag in flags)]

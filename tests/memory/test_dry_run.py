@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from senseflow.memory import report
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
 from helpers import ROOT, refused
+from senseflow.memory import report
 from senseflow.memory.counter import GRADIENTS, STATES, WEIGHTS, Counter
 from senseflow.memory.report import GIB, candidates, under_zero, verdict, without
 from senseflow.memory.trace import patch_loaders, trace
@@ -41,7 +41,12 @@ def flags(teacher, vision, data, tmp_path):
         command = ["--pretrained_model_name_or_path", str(path), "--dataset_json", str(data), "--resolution", "64"]
         command += ["--output_dir", str(tmp_path / "out"), "--train_batch_size", "2", "--report_to", "none", *more]
         if "--gan_weight" not in more and "dmd2" not in more:
-            command += ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+            command += [
+                "--discriminator_backbone",
+                str(vision / "dinov2"),
+                "--discriminator_text_encoder",
+                str(vision / "clip"),
+            ]
         return command + (["--max_sequence_length", "16"] if kind != "sdxl" else [])
 
     return make
@@ -82,7 +87,9 @@ def test_the_counter_counts_what_torchs_allocator_gives_out():
     held = sum(4 * parameter.numel() for parameter in network.parameters())
     assert counter.peak == pytest.approx(allocated(profiler.profiler.kineto_results.events()), rel=0.001)
     assert counter.peak > 4 * held  # with gradients and two moments
-    assert sum(counter.flops.values()) == 2 * 2 * 96 * 64 * 512 * (2 + 3)  # forward two products, backward three: no input learns
+    assert sum(counter.flops.values()) == 2 * 2 * 96 * 64 * 512 * (
+        2 + 3
+    )  # forward two products, backward three: no input learns
 
 
 @pytest.mark.parametrize(
@@ -102,7 +109,9 @@ def test_what_is_foretold_is_what_a_run_takes(kind, more, flags):
     assert true["peak"] == pytest.approx(allocated(profiler.profiler.kineto_results.events()), rel=0.03)
     for key in {*foretold["at_peak"], *true["at_peak"]}:
         assert foretold["at_peak"].get(key, 0) == true["at_peak"].get(key, 0), key
-    assert foretold["peak"] == true["peak"] and foretold["where"] == true["where"] and foretold["flops"] == true["flops"]
+    assert (
+        foretold["peak"] == true["peak"] and foretold["where"] == true["where"] and foretold["flops"] == true["flops"]
+    )
     own = 4 * foretold["numbers"]["student"]
     if "--rank" not in more:
         assert own <= foretold["at_peak"]["student", WEIGHTS] <= 1.01 * own
@@ -121,7 +130,9 @@ def test_no_devices_are_mixed(kind, precision, flags, bfloat16, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-    found = traced(SCRIPTS[kind], flags(kind, "--mixed_precision", precision, "--gradient_checkpointing"), device="cuda")
+    found = traced(
+        SCRIPTS[kind], flags(kind, "--mixed_precision", precision, "--gradient_checkpointing"), device="cuda"
+    )
     assert found["peak"] > 4 * found["numbers"]["student"]
 
 
@@ -165,7 +176,9 @@ def test_configurations_are_enough_and_what_is_printed_says_whether_it_fits(flag
     shutil.copytree(teacher, bare)
     for file in bare.rglob("*.safetensors"):
         file.unlink()
-    arguments = flags("flux", "--gan_weight", "0", "--ida_decay", "0.9", "--dry_run", "--pretrained_model_name_or_path", str(bare))
+    arguments = flags(
+        "flux", "--gan_weight", "0", "--ida_decay", "0.9", "--dry_run", "--pretrained_model_name_or_path", str(bare)
+    )
     train_senseflow_flux.main(arguments)
     said = capsys.readouterr().out
     peak = float(re.search(r"^peak ([\d.]+) GiB, in: ", said, re.MULTILINE)[1])
@@ -176,7 +189,9 @@ def test_configurations_are_enough_and_what_is_printed_says_whether_it_fits(flag
     (bare / "transformer" / "config.json").unlink()
     refused(train_senseflow_flux, arguments, 2, f"{bare} (transformer): no readable FluxTransformer2DModel", capsys)
     needle = "--dry_run: looks at no checkpoint; leave --resume_from_checkpoint latest out"
-    refused(train_senseflow_flux, [*flags("flux", "--dry_run"), "--resume_from_checkpoint", "latest"], 2, needle, capsys)
+    refused(
+        train_senseflow_flux, [*flags("flux", "--dry_run"), "--resume_from_checkpoint", "latest"], 2, needle, capsys
+    )
 
 
 def test_what_does_not_fit_is_tried_with_more_until_it_does(flags, capsys, monkeypatch):
@@ -212,10 +227,19 @@ def test_what_does_not_fit_is_tried_with_more_until_it_does(flags, capsys, monke
 
 
 def test_under_zero_by_arithmetic():
-    held = {("student", WEIGHTS): 400, ("student", GRADIENTS): 400, ("student", STATES): 800, ("teacher", WEIGHTS): 200}
+    held = {
+        ("student", WEIGHTS): 400,
+        ("student", GRADIENTS): 400,
+        ("student", STATES): 800,
+        ("teacher", WEIGHTS): 200,
+    }
     found = {"at_peak": held, "numbers": {"student": 100, "teacher": 100}, "states": {"student": 800}}
     two, three = (under_zero(found, mode, 4, half=True)["at_peak"] for mode in ("zero2", "zero3"))
     # bf16 weights whole or a quarter, a quarter of bf16 gradients, of fp32 masters and moments.
-    assert [two["student", kind] for kind in (WEIGHTS, GRADIENTS, STATES)] == [200, 50, 300] and two["teacher", WEIGHTS] == 200
-    assert [three["student", kind] for kind in (WEIGHTS, GRADIENTS, STATES)] == [50, 50, 300] and three["teacher", WEIGHTS] == 50
+    assert [two["student", kind] for kind in (WEIGHTS, GRADIENTS, STATES)] == [200, 50, 300] and two[
+        "teacher", WEIGHTS
+    ] == 200
+    assert [three["student", kind] for kind in (WEIGHTS, GRADIENTS, STATES)] == [50, 50, 300] and three[
+        "teacher", WEIGHTS
+    ] == 50
     assert under_zero(found, "zero2", 4, half=True)["peak"] == 750

@@ -8,11 +8,11 @@ import diffusers.models.attention_processor
 import pytest
 import torch
 
-from senseflow import arguments
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
 from helpers import built, refused
+from senseflow import arguments
 from tiny_pipelines import write_sd3, write_sdxl
 
 
@@ -69,7 +69,16 @@ def run(request, teacher, data, tmp_path, monkeypatch):
     if kind != "flux":
         path = tmp_path / kind
         {"sd3": write_sd3, "sdxl": write_sdxl}[kind](path)
-    flags = ["--pretrained_model_name_or_path", str(path), "--dataset_json", str(data), "--resolution", "64", "--gan_weight", "0"]
+    flags = [
+        "--pretrained_model_name_or_path",
+        str(path),
+        "--dataset_json",
+        str(data),
+        "--resolution",
+        "64",
+        "--gan_weight",
+        "0",
+    ]
     flags += ["--output_dir", str(tmp_path / "out"), "--train_batch_size", "2"]
     return SCRIPTS[kind], flags + (["--max_sequence_length", "16"] if kind != "sdxl" else [])
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from transformers import Dinov2Config, Dinov2Model
 
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 from senseflow.memory.counter import Counter
 from senseflow.models.discriminator import (
     Discriminator,
@@ -83,7 +83,9 @@ def test_weights_are_spectrally_normalised_once_per_call_and_the_reference_is_re
     heads = Discriminator(8, 2, 6)
     convolutions = [module for module in heads.modules() if parametrize.is_parametrized(module)]
     runs = dict.fromkeys(("norm", "reference", "cls"), 0)
-    convolutions[0].parametrizations.weight[0].register_forward_hook(lambda *_: runs.__setitem__("norm", runs["norm"] + 1))
+    convolutions[0].parametrizations.weight[0].register_forward_hook(
+        lambda *_: runs.__setitem__("norm", runs["norm"] + 1)
+    )
     heads.refmap[0].register_forward_hook(lambda *_: runs.__setitem__("reference", runs["reference"] + 1))
     heads.cls[0].register_forward_hook(lambda *_: runs.__setitem__("cls", runs["cls"] + 1))
     for _ in range(20):
@@ -104,7 +106,9 @@ def test_a_frozen_discriminator_stays_as_it_is_and_passes_gradient_to_the_image(
     assert all(f.grad.abs().sum() > 0 for f in image) and all(p.grad is None for p in heads.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in heads.state_dict().items())
     heads.train()((image,), features(2, seed=1), torch.randn(2, 6))
-    assert any(not torch.equal(before[name], tensor) for name, tensor in heads.state_dict().items()), "training iterates u and v"
+    assert any(not torch.equal(before[name], tensor) for name, tensor in heads.state_dict().items()), (
+        "training iterates u and v"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,7 +187,9 @@ def seen(network: VisionFeatures) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_under_bf16_weights_and_residual_stream_stay_float32(deep):
-    exact, ours, rounded = (VisionFeatures(deep, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+    exact, ours, rounded = (
+        VisionFeatures(deep, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+    )
     rounded.bfloat16()  # as if its weights had been loaded in bf16
     types = []
     for block in ours.blocks:
@@ -233,14 +239,18 @@ def test_layers_scale_with_the_depth():
 
 def test_images_are_scaled_to_a_resolution_of_the_discriminators_own(vision):
     whole, scaled = VisionFeatures(vision / "dinov2"), VisionFeatures(vision / "dinov2", resolution=24)
-    # Of a image that is a slope, scaling keeps the middle exactly: bilinear, and each pixel the mean of those it covers.
+    # Of an image that is a slope, scaling keeps the middle exactly: bilinear, and each pixel the mean of those it covers.
     slope = torch.linspace(-1, 1, 48).expand(1, 3, 48, 48).clone().requires_grad_()
     small = slope.detach().unflatten(3, (24, 2)).mean(4)[:, :, ::2]
     seen_of = []
-    scaled.embeddings.patch_embeddings.projection.register_forward_pre_hook(lambda _, inputs: seen_of.append(inputs[0]))
+    scaled.embeddings.patch_embeddings.projection.register_forward_pre_hook(
+        lambda _, inputs: seen_of.append(inputs[0])
+    )
     maps = scaled(slope)
     assert seen_of[0].shape == (1, 3, 24, 24)
-    torch.testing.assert_close((seen_of[0] * scaled.std + scaled.mean)[..., 2:-2] * 2 - 1, small[..., 2:-2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        (seen_of[0] * scaled.std + scaled.mean)[..., 2:-2] * 2 - 1, small[..., 2:-2], atol=1e-5, rtol=0
+    )
     assert {tuple(m.shape[2:]) for m in maps} == {(3, 3)}
     maps[-1].sum().backward()
     assert (slope.grad != 0).all()
@@ -322,7 +332,9 @@ def test_each_augmentation_against_a_hand_computation():
         torch.testing.assert_close(result, (x + shift) * keep)
     # Saturation 0 leaves each pixel's mean over the channels, 2 doubles the distance from it.
     grey = x.mean(1, keepdim=True)
-    torch.testing.assert_close(diff_augment(x, Fixed(0.5, saturation=0.0, **corner), [0], "x"), grey.expand_as(x) * keep)
+    torch.testing.assert_close(
+        diff_augment(x, Fixed(0.5, saturation=0.0, **corner), [0], "x"), grey.expand_as(x) * keep
+    )
     torch.testing.assert_close(diff_augment(x, Fixed(0.5, saturation=1.0, **corner), [0], "x"), (2 * x - grey) * keep)
     # Contrast .5 and 1.5 about the image's mean.
     for fraction, factor in ((0.0, 0.5), (1.0, 1.5)):

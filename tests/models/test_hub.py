@@ -15,12 +15,12 @@ from huggingface_hub.utils import hf_raise_for_status
 from safetensors.torch import load_file
 
 import infer
-from senseflow.models import discriminator
-from senseflow.models import hub as hub_module
 import train_senseflow_flux
 import train_senseflow_sdxl
 from helpers import assert_same_image, image_of, refused, without
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
+from senseflow.models import discriminator
+from senseflow.models import hub as hub_module
 from tiny_pipelines import cache_repository, only_variant, write_flux, write_sdxl
 
 
@@ -50,7 +50,9 @@ def answer(status: int, code: str = "", message: str = "", file: str = "model_in
     """What huggingface_hub raises for an answer of the Hub."""
     headers = {"X-Error-Code": code, "X-Error-Message": message}
     request = httpx2.Request("GET", f"https://huggingface.co/some/model/resolve/main/{file}")
-    response = httpx2.Response(status, headers={name: value for name, value in headers.items() if value}, request=request)
+    response = httpx2.Response(
+        status, headers={name: value for name, value in headers.items() if value}, request=request
+    )
     with pytest.raises(errors.HfHubHTTPError) as caught:
         hf_raise_for_status(response)
     return caught.value
@@ -59,14 +61,26 @@ def answer(status: int, code: str = "", message: str = "", file: str = "model_in
 GATED = answer(403, "GatedRepo")
 AGAIN = "try again later, or set HF_HUB_OFFLINE=1 if all of it is in the cache"
 ANSWERS = {
-    "gated": (GATED, "gated on the Hub: accept its license at https://huggingface.co/some/model, then .*`hf auth login`"),
+    "gated": (
+        GATED,
+        "gated on the Hub: accept its license at https://huggingface.co/some/model, then .*`hf auth login`",
+    ),
     "gated, no token": (answer(401, "GatedRepo"), "gated on the Hub: accept its license"),
     "no repository": (answer(404, "RepoNotFound"), "no such repository, or hides it: check the spelling, or log in"),
     "private": (answer(401), "no such repository, or hides it"),
-    "no revision": (answer(404, "RevisionNotFound"), "no such revision of it: give .*https://huggingface.co/some/model/commits"),
+    "no revision": (
+        answer(404, "RevisionNotFound"),
+        "no such revision of it: give .*https://huggingface.co/some/model/commits",
+    ),
     "no file": (answer(404, "EntryNotFound", file="vae/config.json"), "has no vae/config.json on the Hub"),
-    "a bad token": (answer(401, message="Invalid credentials in Authorization header"), "answers 401: log in with `hf auth login`"),
-    "a weak token": (answer(403), "answers 403: give your token the right to it at https://huggingface.co/settings/tokens"),
+    "a bad token": (
+        answer(401, message="Invalid credentials in Authorization header"),
+        "answers 401: log in with `hf auth login`",
+    ),
+    "a weak token": (
+        answer(403),
+        "answers 403: give your token the right to it at https://huggingface.co/settings/tokens",
+    ),
     "too often": (answer(429), f"answers 429: {AGAIN}"),
     "down": (answer(503), f"answers 503: {AGAIN}"),
     "no route": (httpx2.ConnectError("no route"), rf"cannot be reached \(no route\): {AGAIN}"),
@@ -89,7 +103,9 @@ def test_the_hubs_reason_is_given(case, hub, tmp_path, monkeypatch):
 
     with pytest.raises(OSError) as passed_on:
         library()
-    assert re.search(reason, hub_module.hub_reason(error)) and re.search(reason, hub_module.hub_reason(passed_on.value))
+    assert re.search(reason, hub_module.hub_reason(error)) and re.search(
+        reason, hub_module.hub_reason(passed_on.value)
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_module, "resolve_revision", refuses)
     with pytest.raises(UserError, match=f"^--flag some/model: no such folder, and .*{reason}") as caught:
@@ -118,15 +134,32 @@ def test_every_flag_that_takes_an_id_gives_it(teacher, vision, data, hub, tmp_pa
     cases += [(train_senseflow_sdxl, tmp_path / "sdxl", "--pretrained_vae_model_name_or_path")]
     for script, model, flag in cases:
         arguments = [TEACHER, str(model), *common, *frozen, flag, "some/model"]
-        refused(script, arguments, 2, "it is gated on the Hub: accept its license at https://huggingface.co/some/model", capsys)
+        refused(
+            script,
+            arguments,
+            2,
+            "it is gated on the Hub: accept its license at https://huggingface.co/some/model",
+            capsys,
+        )
         refused(script, arguments, 2, f"error: {flag} some/model", capsys)
     for flag, model in (("--model", teacher), ("--transformer", teacher), ("--unet", tmp_path / "sdxl")):
-        arguments = ["--model", str(model), flag, "some/model", "--prompt", "a hat", "--output_dir", str(tmp_path / "out")]
+        arguments = [
+            "--model",
+            str(model),
+            flag,
+            "some/model",
+            "--prompt",
+            "a hat",
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
         refused(infer, arguments, 2, f"error: {flag} some/model: no such folder, and it is gated on the Hub", capsys)
 
 
 def test_what_is_not_in_the_cache(hub, no_network, monkeypatch):
-    with pytest.raises(UserError, match=r"some/model: no such folder, and the Hub cannot be reached \(.*not known\): try again"):
+    with pytest.raises(
+        UserError, match=r"some/model: no such folder, and the Hub cannot be reached \(.*not known\): try again"
+    ):
         hub_module.read_json("--flag", "some/model", "model_index.json")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="no such folder, and the cache .*/hub.* lacks it .*: unset HF_HUB_OFFLINE"):
@@ -148,11 +181,17 @@ def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, vision, hu
     alone = hub_module.load_network(FluxTransformer2DModel, "--flag", "some/network", "transformer")
     pipeline = hub_module.load_pipeline(type(whole), "--flag", "some/teacher", transformer=transformer)
     for found in (transformer, alone):
-        assert all(np.array_equal(a, b) for a, b in zip(found.state_dict().values(), whole.transformer.state_dict().values()))
+        assert all(
+            np.array_equal(a, b) for a, b in zip(found.state_dict().values(), whole.transformer.state_dict().values())
+        )
     assert pipeline.transformer is transformer and pipeline.text_encoder_2 is not None
     for name in ("dinov2", "clip"):
         cache_repository(hub, f"some/{name}", vision / name, FIRST)
-    args = {"discriminator_backbone": "some/dinov2", "discriminator_text_encoder": "some/clip", "discriminator_layers": [0]}
+    args = {
+        "discriminator_backbone": "some/dinov2",
+        "discriminator_text_encoder": "some/clip",
+        "discriminator_layers": [0],
+    }
     discriminator.check_discriminator_args(SimpleNamespace(**args, discriminator_resolution=None, resolution=64))
     discriminator.VisionFeatures("some/dinov2")
     assert discriminator.TextFeatures("some/clip")(["a cat"]).isfinite().all()
@@ -178,28 +217,64 @@ def test_a_process_keeps_to_one_commit(hub, tmp_path):
 def test_a_run_remembers_how_its_teacher_is_loaded(teacher, data, hub, tmp_path, capsys):
     """A teacher of the Hub in shards of one variant, without the Hub: trained, drawn from the checkpoint, exported, resumed. Then
     its main branch goes on."""
-    DiffusionPipeline.from_pretrained(teacher).save_pretrained(tmp_path / "fp16", variant="fp16", max_shard_size="100KB")
+    DiffusionPipeline.from_pretrained(teacher).save_pretrained(
+        tmp_path / "fp16", variant="fp16", max_shard_size="100KB"
+    )
     (tmp_path / "fp16/README.md").write_text("---\nlicense: apache-2.0\n---\n")
     cache_repository(hub, "some/teacher", tmp_path / "fp16", FIRST)
     flags = [TEACHER, "some/teacher", "--dataset_json", str(data), "--resolution", "64", "--max_sequence_length", "16"]
-    flags += ["--gan_weight", "0", "--checkpointing_steps", "1", "--export_dtype", "fp32", "--output_dir", str(tmp_path / "out")]
+    flags += [
+        "--gan_weight",
+        "0",
+        "--checkpointing_steps",
+        "1",
+        "--export_dtype",
+        "fp32",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     flags += ["--max_train_steps"]
-    refused(train_senseflow_flux, [*flags, "1"], 2, "text_encoder holds only *.fp16.safetensors: give --variant fp16", capsys)
-    refused(train_senseflow_flux, [*flags, "1", "--variant", "bf16"], 2, "holds only *.fp16.safetensors: give --variant", capsys)
-    flags[-1:] = ["--variant", "fp16", "--student_model_name_or_path", str(tmp_path / "fp16/transformer"), "--max_train_steps"]
+    refused(
+        train_senseflow_flux,
+        [*flags, "1"],
+        2,
+        "text_encoder holds only *.fp16.safetensors: give --variant fp16",
+        capsys,
+    )
+    refused(
+        train_senseflow_flux,
+        [*flags, "1", "--variant", "bf16"],
+        2,
+        "holds only *.fp16.safetensors: give --variant",
+        capsys,
+    )
+    flags[-1:] = [
+        "--variant",
+        "fp16",
+        "--student_model_name_or_path",
+        str(tmp_path / "fp16/transformer"),
+        "--max_train_steps",
+    ]
     train_senseflow_flux.main([*flags, "1"])
     out = tmp_path / "out"
     for folder in (out, out / "checkpoint-1"):
         record = json.loads((folder / "senseflow.json").read_text())
         found = {name: record[name] for name in ("teacher", "teacher_revision", "teacher_variant", "pixel_multiple")}
-        assert found == {"teacher": "some/teacher", "teacher_revision": FIRST, "teacher_variant": "fp16", "pixel_multiple": 16}
+        assert found == {
+            "teacher": "some/teacher",
+            "teacher_revision": FIRST,
+            "teacher_variant": "fp16",
+            "pixel_multiple": 16,
+        }
     card = (out / "README.md").read_text()
     assert f"`some/teacher`, revision `{FIRST}`, variant `fp16`" in card and "license: apache-2.0" in card
     image = image_of(out, tmp_path / "whole")
     assert_same_image(image_of(out / "checkpoint-1", tmp_path / "checkpoint"), image)
 
     write_flux(tmp_path / "later", seed=5)
-    shutil.copytree(tmp_path / "fp16/transformer", tmp_path / "later/transformer", dirs_exist_ok=True)  # the rest is another
+    shutil.copytree(
+        tmp_path / "fp16/transformer", tmp_path / "later/transformer", dirs_exist_ok=True
+    )  # the rest is another
     cache_repository(hub, "some/teacher", tmp_path / "later", SECOND)
     hub_module.resolve_repo.cache_clear()
     assert_same_image(image_of(out / "checkpoint-1", tmp_path / "again"), image)
@@ -225,27 +300,49 @@ def test_variants_are_chosen_for_each_network(teacher, tmp_path):
     shutil.copy(fp16, mixed / "vae/diffusion_pytorch_model-1-of-1.ema.safetensors")
     held = {part: hub_module.variants_of(str(mixed), part) for part in ("vae", "transformer", "scheduler")}
     assert held == {"vae": {"fp16", "ema"}, "transformer": {None}, "scheduler": set()}
-    chosen = {part: hub_module.choose_variant("--flag", str(mixed), part, "fp16") for part in ("vae", "transformer", "tokenizer")}
+    chosen = {
+        part: hub_module.choose_variant("--flag", str(mixed), part, "fp16")
+        for part in ("vae", "transformer", "tokenizer")
+    }
     assert chosen == {"vae": "fp16", "transformer": None, "tokenizer": None}
     for kind, part in ((AutoencoderKL, "vae"), (FluxTransformer2DModel, "transformer")):
         hub_module.load_network(kind, "--flag", str(mixed), part, variant="fp16")
     pipeline = hub_module.load_pipeline(DiffusionPipeline, "--flag", str(mixed), variant="fp16")
     plain = load_file(next((teacher / "vae").glob("*.safetensors")))
     assert all(np.array_equal(plain[name], tensor) for name, tensor in pipeline.vae.state_dict().items())
-    with pytest.raises(UserError, match=r"vae holds only \*.ema.safetensors and \*.fp16.safetensors: give --variant ema"):
+    with pytest.raises(
+        UserError, match=r"vae holds only \*.ema.safetensors and \*.fp16.safetensors: give --variant ema"
+    ):
         hub_module.load_network(AutoencoderKL, "--flag", str(mixed), "vae")
     # Only what is handed over comes in the variant, from elsewhere: the rest of the pipeline is plain.
     args = SimpleNamespace(pretrained_vae_model_name_or_path=str(mixed), variant="fp16")
     assert isinstance(train_senseflow_sdxl.own_vae(args)["vae"], AutoencoderKL)
     for weights in (mixed / "vae").glob("*.safetensors"):
         weights.unlink()
-    assert hub_module.load_pipeline(DiffusionPipeline, "--flag", str(mixed), variant="fp16", vae=pipeline.vae).vae is pipeline.vae
+    assert (
+        hub_module.load_pipeline(DiffusionPipeline, "--flag", str(mixed), variant="fp16", vae=pipeline.vae).vae
+        is pipeline.vae
+    )
 
 
 def test_a_file_or_a_variant_where_a_folder_is_wanted(teacher, vision, data, tmp_path, capsys):
     def bad(needle, *add):
-        flags = [TEACHER, str(teacher), "--dataset_json", str(data), "--resolution", "64", "--output_dir", str(tmp_path / "out")]
-        flags += ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+        flags = [
+            TEACHER,
+            str(teacher),
+            "--dataset_json",
+            str(data),
+            "--resolution",
+            "64",
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+        flags += [
+            "--discriminator_backbone",
+            str(vision / "dinov2"),
+            "--discriminator_text_encoder",
+            str(vision / "clip"),
+        ]
         refused(train_senseflow_flux, [*flags, *map(str, add)], 2, needle, capsys)
 
     (weights,) = (teacher / "transformer").glob("*.safetensors")
@@ -254,8 +351,16 @@ def test_a_file_or_a_variant_where_a_folder_is_wanted(teacher, vision, data, tmp
     for file in (index, tmp_path / "single.safetensors", index.parent / "config.json"):
         file.write_text("{}")
     bad(f"{weights}: is a single file; give its folder, {teacher}", TEACHER, weights)
-    bad(f"{teacher}/model_index.json: is a single file; give its folder, {teacher}", TEACHER, teacher / "model_index.json")
-    bad("single.safetensors: is a single file; give a folder with a model_index.json", TEACHER, tmp_path / "single.safetensors")
+    bad(
+        f"{teacher}/model_index.json: is a single file; give its folder, {teacher}",
+        TEACHER,
+        teacher / "model_index.json",
+    )
+    bad(
+        "single.safetensors: is a single file; give a folder with a model_index.json",
+        TEACHER,
+        tmp_path / "single.safetensors",
+    )
     bad(f"{teacher}/vae: has no model_index.json", TEACHER, teacher / "vae")
     student = "--student_model_name_or_path"
     bad(f"{student} {weights}: is a single file; give its folder, {teacher}/transformer", student, weights)

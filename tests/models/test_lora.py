@@ -20,18 +20,18 @@ from helpers import (
     assert_same,
     assert_same_image,
     built,
+    image_of,
     launch,
     missing,
-    image_of,
     refused,
     resume_is_the_same_run,
     states,
     the_cards_call_is_infers_image,
     without,
 )
-from senseflow.arguments import UserError
-from senseflow.models.lora import FILE
+from senseflow.errors import UserError
 from senseflow.inference import find_model, load_model_pipeline
+from senseflow.models.lora import FILE
 from senseflow.models.quantization import quantization_states
 from senseflow.training.roles import LaunchConfig, Role
 from senseflow_utils import Guidance
@@ -63,9 +63,21 @@ def flags(teachers, data, vision, tmp_path):
     def make(name, *more, gan=False):
         name, _, quantization = name.partition(" ")
         more += ("--base_quantization", quantization) if quantization else ()
-        seen = ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+        seen = [
+            "--discriminator_backbone",
+            str(vision / "dinov2"),
+            "--discriminator_text_encoder",
+            str(vision / "clip"),
+        ]
         return [
-            *("--pretrained_model_name_or_path", str(teachers[name]), "--dataset_json", str(data), "--resolution", "64"),
+            *(
+                "--pretrained_model_name_or_path",
+                str(teachers[name]),
+                "--dataset_json",
+                str(data),
+                "--resolution",
+                "64",
+            ),
             *("--rank", "4", "--report_to", "none"),
             *("--train_batch_size", "2", "--ttur_ratio", "1", "--learning_rate", "1e-3", "--ida_decay", "0.5"),
             *("--output_dir", str(tmp_path / "out"), "--export_dtype", "fp32"),
@@ -101,7 +113,9 @@ def test_three_roles_are_one_base_and_two_adapters(name, flags):
     run = built(SCRIPTS[name.split()[0]], flags(name, gan=True))
     models, base = run.models, own_of(run.models.teacher.module)
     quantized = [key for key, tensor in base.items() if tensor.dtype in (torch.uint8, torch.int8)]
-    assert len(quantized) == (sum(isinstance(m, torch.nn.Linear) for m in models.teacher.module.modules()) if " " in name else 0)
+    assert len(quantized) == (
+        sum(isinstance(m, torch.nn.Linear) for m in models.teacher.module.modules()) if " " in name else 0
+    )
     start = {key: tensor.clone() for key, tensor in base.items()}
 
     def assert_one_base():
@@ -114,7 +128,9 @@ def test_three_roles_are_one_base_and_two_adapters(name, flags):
     assert_one_base()
     students, fakes = models.student.parameters, models.fake_score.parameters
     assert students.keys() == fakes.keys() and len(students) > 20 and all(".lora_" in key for key in students)
-    assert sum(key.endswith("lora_A.default.weight") and tensor.abs().sum() > 0 for key, tensor in students.items()) > 10
+    assert (
+        sum(key.endswith("lora_A.default.weight") and tensor.abs().sum() > 0 for key, tensor in students.items()) > 10
+    )
     assert all(torch.equal(students[key], fakes[key]) and students[key] is not fakes[key] for key in students)
     teacher, student, fake = outputs(run)
     assert torch.equal(teacher, student) and torch.equal(teacher, fake) and teacher.std() > 0
@@ -136,7 +152,9 @@ def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_n
         roles = {key: getattr(run.models, key) for key in ("teacher", "student", "fake_score", "discriminator")}
         assert all(parameter.grad is None for other in roles.values() for parameter in other.module.parameters())
         backward(role, loss)
-        reached = {key: {n for n, p in other.module.named_parameters() if p.grad is not None} for key, other in roles.items()}
+        reached = {
+            key: {n for n, p in other.module.named_parameters() if p.grad is not None} for key, other in roles.items()
+        }
         touched.append((role.name, {key for key, names in reached.items() if names}))
         assert reached[role.name] == set(role.parameters)
         gradients[-1] |= {f"{role.name}/{key}": parameter.grad.clone() for key, parameter in role.parameters.items()}
@@ -147,10 +165,10 @@ def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_n
 
     step = Role.step
 
-    def stepped(role):
+    def stepped(role, measure_update=False):
         for parameter, gradient in held.pop(0) if role.name != "fake_score" else ():
             parameter.grad = gradient
-        return step(role)
+        return step(role, measure_update)
 
     monkeypatch.setattr(Role, "backward", watched)
     monkeypatch.setattr(Role, "step", stepped)
@@ -160,7 +178,9 @@ def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_n
         run = built(SCRIPTS[name.split()[0]], flags(name, "--isg_weight", "1", *more, gan=True))
         for role in (run.models.student, run.models.fake_score):  # the gradient of A is zero as long as B is
             for key, parameter in role.parameters.items():
-                parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key)))
+                parameter.data += 0.01 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(len(key))
+                )
         run.step(0)
     assert touched == [(role, {role}) for role in ("student", "discriminator", "fake_score")] * 2
     plain, checkpointed = gradients
@@ -214,7 +234,9 @@ def test_accumulation_trains_the_same_global_batch_alike(name, flags):
 @pytest.mark.parametrize("name", ["sdxl", "sdxl 4bit"])
 def test_dmd2_in_two_processes_trains_as_in_one_and_goes_on_where_it_was(name, flags, tmp_path):
     """The classifier lies over the fake score's adapter: one network runs three times before its backward."""
-    common = without(flags(name), "--gan_weight", "--ida_decay", "--train_batch_size", "--output_dir", "--learning_rate")
+    common = without(
+        flags(name), "--gan_weight", "--ida_decay", "--train_batch_size", "--output_dir", "--learning_rate"
+    )
     common += ["--method", "dmd2", "--classifier_weight", "1", "--learning_rate", "1e-2"]
     common += ["--adam_epsilon", "1e-3", "--max_train_steps", "3", "--checkpointing_steps", "1"]
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
@@ -235,21 +257,30 @@ def test_dmd2_in_two_processes_trains_as_in_one_and_goes_on_where_it_was(name, f
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_image(name, flags, tmp_path):
-    """Alpha is not the rank, and the rate high enough, for both to be seen in a image."""
+    """Alpha is not the rank, and the rate high enough, for both to be seen in an image."""
     common = without(flags(name, gan=True), "--output_dir", "--ttur_ratio", "--learning_rate")
     common += ["--ttur_ratio", "2", "--learning_rate", "3e-2", "--learning_rate_disc", "1e-3", "--lora_alpha", "8"]
     common += ["--max_train_steps", "4", "--checkpointing_steps", "2"]
-    student_samples = ["--validation_prompts", "a red square", "--validation_steps", "2", "--teacher_num_inference_steps", "2"]
+    student_samples = [
+        "--validation_prompts",
+        "a red square",
+        "--validation_steps",
+        "2",
+        "--teacher_num_inference_steps",
+        "2",
+    ]
     whole = resume_is_the_same_run(SCRIPTS[name], common, tmp_path, *student_samples)
     checkpoint, network = whole / "checkpoint-4", NETWORK[name]
 
     files = {
         str(path.relative_to(whole)): set(load_file(path))
         for path in whole.rglob("*.safetensors")
-        if path.models[-3] != "checkpoint-2"
+        if path.parts[-3] != "checkpoint-2"
     }
     student = files.pop(f"checkpoint-4/{network}/{FILE}")
-    assert student == files.pop(f"checkpoint-4/fake_score/{FILE}") == {key.partition(".")[2] for key in files.pop(FILE)}
+    assert (
+        student == files.pop(f"checkpoint-4/fake_score/{FILE}") == {key.partition(".")[2] for key in files.pop(FILE)}
+    )
     assert all(re.search(r"\.lora_[AB]\.weight$", key) for key in student)
     assert files.keys() == {"checkpoint-4/discriminator/model.safetensors"}
     record = json.loads((whole / "senseflow.json").read_text())
@@ -259,7 +290,13 @@ def test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_image(nam
     student_samples = image_of(whole, tmp_path / "images")
     assert_same_image(image_of(checkpoint, tmp_path / "checkpoint"), student_samples)
     # A whole pipeline by the README's stock lines; and the student as it was trained, its adapter laid over the teacher's by hand.
-    code = (whole / "README.md").read_text().split("```python\n")[1].split("image =")[0].replace("path/of/this/folder", str(whole))
+    code = (
+        (whole / "README.md")
+        .read_text()
+        .split("```python\n")[1]
+        .split("image =")[0]
+        .replace("path/of/this/folder", str(whole))
+    )
     names: dict = {}
     exec(code, names)
     pipeline, taught = names["pipeline"], load_file(checkpoint / network / FILE)
@@ -298,8 +335,22 @@ def exported(teachers, tmp_path_factory):
     (folder / "prompts.txt").write_text("a red square\n")
     train_senseflow_flux.main(
         [
-            *("--pretrained_model_name_or_path", str(folder / "teacher"), "--prompts_file", str(folder / "prompts.txt")),
-            *("--gan_weight", "0", "--backward_simulation_prob", "1", "--resolution", "64", "--max_sequence_length", "16"),
+            *(
+                "--pretrained_model_name_or_path",
+                str(folder / "teacher"),
+                "--prompts_file",
+                str(folder / "prompts.txt"),
+            ),
+            *(
+                "--gan_weight",
+                "0",
+                "--backward_simulation_prob",
+                "1",
+                "--resolution",
+                "64",
+                "--max_sequence_length",
+                "16",
+            ),
             *("--rank", "2", "--max_train_steps", "1", "--output_dir", str(folder / "out"), "--report_to", "none"),
         ]
     )
@@ -314,7 +365,9 @@ def other_weights(folder):
 
 def unknown_layers(folder):
     weights = load_file(folder / "out" / FILE)
-    save_file({key.replace("0.attn.to_q", "7.attn.to_q"): tensor for key, tensor in weights.items()}, folder / "out" / FILE)
+    save_file(
+        {key.replace("0.attn.to_q", "7.attn.to_q"): tensor for key, tensor in weights.items()}, folder / "out" / FILE
+    )
 
 
 def without_alpha(folder):
@@ -364,7 +417,9 @@ def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_
     run, plain = built(SCRIPTS["sd3"], taught), built(SCRIPTS["sd3"], flags("sd3"))
     teacher, student, fake = outputs(run)
     assert (
-        torch.equal(teacher, student) and torch.equal(teacher, fake) and not torch.allclose(teacher, outputs(plain)[0], atol=1e-3)
+        torch.equal(teacher, student)
+        and torch.equal(teacher, fake)
+        and not torch.allclose(teacher, outputs(plain)[0], atol=1e-3)
     )
     wanted, own = (own_of(built_run.models.teacher.module) for built_run in (plain, run))
     weights = load_file(lora)
@@ -388,12 +443,18 @@ def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_
     needle = f"over other weights than those of {teachers['sd3']} with {lora.parent};"
     refused(infer, [*student_samples, str(tmp_path / "changed")], 1, needle, capsys)
     write_lora("sdxl", teachers, lora)
-    with pytest.raises(UserError, match=f"^--teacher_lora {lora.parent}: cannot load the weights .*SD3Transformer2DModel"):
+    with pytest.raises(
+        UserError, match=f"^--teacher_lora {lora.parent}: cannot load the weights .*SD3Transformer2DModel"
+    ):
         built(SCRIPTS["sd3"], taught)
     save_file({"a": torch.ones(1)}, lora.with_name("second.safetensors"))
     refused(SCRIPTS["sd3"], taught, 2, f"--teacher_lora {lora.parent}: holds 2 .safetensors files", capsys)
     refused(
-        SCRIPTS["sd3"], [*flags("sd3"), "--teacher_lora", str(tmp_path / "none")], 2, "none: no such file or folder, and ", capsys
+        SCRIPTS["sd3"],
+        [*flags("sd3"), "--teacher_lora", str(tmp_path / "none")],
+        2,
+        "none: no such file or folder, and ",
+        capsys,
     )
 
 
@@ -419,7 +480,8 @@ def test_adapters_come_from_the_hub(exported, flags, teachers, tmp_path, monkeyp
     write_lora("sd3", teachers, tmp_path / "style/mine.safetensors")
     cache_repository(tmp_path / "hub", "me/style", tmp_path / "style", "01" * 20)
     there, here = (
-        outputs(built(SCRIPTS["sd3"], flags("sd3", "--teacher_lora", place))) for place in ("me/style", str(tmp_path / "style"))
+        outputs(built(SCRIPTS["sd3"], flags("sd3", "--teacher_lora", place)))
+        for place in ("me/style", str(tmp_path / "style"))
     )
     assert torch.equal(there[0], here[0])
 
@@ -460,7 +522,11 @@ def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, c
             "--lora_layers attn.to_kk: no linear or convolutional layer is called so",
         ),
         ("flux", ("--lora_layers", "attn.to_kk"), "there are attn.to_k, "),
-        ("sdxl", ("--lora_layers", r".*attentions\..*"), "also means down_blocks.1.attentions.0, a Transformer2DModel,"),
+        (
+            "sdxl",
+            ("--lora_layers", r".*attentions\..*"),
+            "also means down_blocks.1.attentions.0, a Transformer2DModel,",
+        ),
         ("sd3", ("--lora_layers", "(to_q"), "--lora_layers (to_q: is no regular expression"),
         ("sd3", ("--lora_layers", ".*tooo_q"), "--lora_layers .*tooo_q: no linear"),
         ("sd3", ("--student_model_name_or_path", "x"), "--student_model_name_or_path x: no such file or folder"),
@@ -475,7 +541,11 @@ def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, c
             ("--rank", "0", "--base_quantization", "4bit"),
             "--base_quantization 4bit: a run without --rank has no use for it",
         ),
-        ("sd3", ("--base_quantization", "4bit", "--teacher_lora", "x"), "--teacher_lora x: stock pipelines fuse none into"),
+        (
+            "sd3",
+            ("--base_quantization", "4bit", "--teacher_lora", "x"),
+            "--teacher_lora x: stock pipelines fuse none into",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_loads(name, more, needle, flags, capsys):
@@ -490,18 +560,22 @@ def test_an_adapter_is_not_written_over(flags, tmp_path, capsys):
 
 def test_deepspeed_is_refused(flags, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr("senseflow.training.runtime.launched", LaunchConfig)
-    refused(SCRIPTS["sd3"], flags("sd3"), 2, "--rank 4: adapters share weights, of which DeepSpeed makes copies", capsys)
+    monkeypatch.setattr("senseflow.training.runtime.launch_config", LaunchConfig)
+    refused(
+        SCRIPTS["sd3"], flags("sd3"), 2, "--rank 4: adapters share weights, of which DeepSpeed makes copies", capsys
+    )
 
 
 def test_a_quantised_base_is_refused_where_it_cannot_be(flags, capsys, monkeypatch):
     arguments = flags("flux 4bit")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    monkeypatch.setattr("senseflow.training.runtime.launched", LaunchConfig)
+    monkeypatch.setattr("senseflow.training.runtime.launch_config", LaunchConfig)
     refused(SCRIPTS["flux"], arguments, 2, "--base_quantization 4bit: FSDP2 cannot shard such a base", capsys)
     missing(monkeypatch, "bitsandbytes")
-    refused(SCRIPTS["flux"], arguments, 2, "--base_quantization 4bit needs bitsandbytes, which is not installed", capsys)
+    refused(
+        SCRIPTS["flux"], arguments, 2, "--base_quantization 4bit needs bitsandbytes, which is not installed", capsys
+    )
 
 
 @pytest.mark.parametrize("name", ["flux 4bit", "sdxl 8bit"])
@@ -518,7 +592,9 @@ def test_a_run_over_a_quantised_base_goes_on_where_it_was_and_draws_as_it_was_tr
     code = card.split("```python\n")[1].split("pipeline =")[0].replace("path/of/this/folder", str(whole))
     names: dict = {}
     exec(code, names)
-    assert names["base"].components_to_quantize == [network] and f"load_in_{quantization}" in names["base"].quant_kwargs
+    assert (
+        names["base"].components_to_quantize == [network] and f"load_in_{quantization}" in names["base"].quant_kwargs
+    )
     assert "quantization_config=base" in card
 
     # infer.py's network, over the same base, is the trained student; over the plain one it would not be.
@@ -533,7 +609,9 @@ def test_a_run_over_a_quantised_base_goes_on_where_it_was_and_draws_as_it_was_tr
         taken[key].data = tensor.data  # where a tensor lies decides a last bit, of which a layer in 8 bits makes much
     predict, x_t = run.models.predict, torch.randn(2, *run.models.latent_shape)
     condition = run.models.encode_prompts(("a red square", "blue"))
-    student_samples.requires_grad_(False)  # as the student's are outside its turn: torch multiplies by a weight that learns in another way
+    student_samples.requires_grad_(
+        False
+    )  # as the student's are outside its turn: torch multiplies by a weight that learns in another way
     with torch.no_grad():
         wanted = predict(run.models.student, x_t, torch.tensor([900.0, 500.0]), condition).output
         run.models.student.module = student_samples

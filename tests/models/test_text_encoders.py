@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import PartialState
 
+from senseflow.errors import UserError
 from senseflow.models import text_encoders
-from senseflow.arguments import UserError
 
 
 PROMPTS = ("a red square", "two cats and an old house", "blue")

@@ -25,13 +25,13 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from senseflow.models import vae
-from senseflow.training import validation
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
 from helpers import built
 from senseflow.memory.counter import Counter
+from senseflow.models import vae as vae_module
+from senseflow.training import validation
 from senseflow_utils import StatelessRNG
 from tiny_pipelines import tiny_vae, vivid, write_sd3, write_sdxl
 
@@ -170,17 +170,19 @@ def stock(request, folder):
 def test_images_become_the_latents_and_latents_the_images_of_the_stock_pipeline(stock, monkeypatch):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mean)
     config, images = dict(stock.vae.config), torch.rand(2, 3, SIDE, SIDE) * 2 - 1
-    assert vae.vae_scale_of(config) == stock.scale
-    x0 = vae.encode(stock.vae, images, NoDraws(), [0, 1])
-    assert x0.shape == (2, *vae.latent_shape_of(config, SIDE)) and x0.dtype == torch.float32
+    assert vae_module.vae_scale_of(config) == stock.scale
+    x0 = vae_module.encode(stock.vae, images, NoDraws(), [0, 1])
+    assert x0.shape == (2, *vae_module.latent_shape_of(config, SIDE)) and x0.dtype == torch.float32
     torch.testing.assert_close(x0, stock.encode(images), rtol=1e-4, atol=1e-5)
 
     # A stock call whose scheduler comes to these latents, whatever the network says.
     x0 = torch.randn_like(x0)
     stock.pipeline.scheduler.step = lambda *args, **kwargs: (stock.pack(x0),)
     stock.pipeline.set_progress_bar_config(disable=True)
-    student_samples = stock.pipeline(**stock.call, height=SIDE, width=SIDE, num_inference_steps=1, output_type="pt").images
-    decoded = vae.decode(stock.vae, x0)
+    student_samples = stock.pipeline(
+        **stock.call, height=SIDE, width=SIDE, num_inference_steps=1, output_type="pt"
+    ).images
+    decoded = vae_module.decode(stock.vae, x0)
     torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), student_samples, rtol=1e-4, atol=1e-5)
     assert decoded.shape == images.shape and 0.01 < student_samples.std()
 
@@ -191,18 +193,24 @@ def test_a_vae_is_loaded_without_the_half_that_nothing_runs(stock, tmp_path):
     args = SimpleNamespace(mixed_precision="no", vae_dtype="auto", gradient_checkpointing=True)
 
     def load(encodes, decodes):
-        return vae.load_vae(type(stock.vae), "--vae", str(tmp_path), args, "cpu", encodes, decodes, "bf16")
+        return vae_module.load_vae(type(stock.vae), "--vae", str(tmp_path), args, "cpu", encodes, decodes, "bf16")
 
     images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     encoder, decoder = load(True, False), load(False, True)
-    assert not list(encoder.decoder.parameters()) and not list(decoder.encoder.parameters()) and load(False, False) is None
-    x0 = vae.encode(encoder, images, StatelessRNG(0, 0), [3, 5])
-    torch.testing.assert_close(x0, vae.encode(stock.vae, images, StatelessRNG(0, 0), [3, 5]), rtol=1e-4, atol=1e-5)
+    assert (
+        not list(encoder.decoder.parameters())
+        and not list(decoder.encoder.parameters())
+        and load(False, False) is None
+    )
+    x0 = vae_module.encode(encoder, images, StatelessRNG(0, 0), [3, 5])
+    torch.testing.assert_close(
+        x0, vae_module.encode(stock.vae, images, StatelessRNG(0, 0), [3, 5]), rtol=1e-4, atol=1e-5
+    )
     has_posterior = not isinstance(stock.vae, AutoencoderDC)
-    assert (x0 - vae.encode(encoder, images, NoDraws(), [3, 5])).abs().max() > 1e-3 or not has_posterior
+    assert (x0 - vae_module.encode(encoder, images, NoDraws(), [3, 5])).abs().max() > 1e-3 or not has_posterior
     x0 = (0.1 * torch.randn_like(x0)).requires_grad_()
-    decoded = vae.decode(decoder, x0)
-    torch.testing.assert_close(decoded, vae.decode(stock.vae, x0), rtol=1e-4, atol=1e-5)
+    decoded = vae_module.decode(decoder, x0)
+    torch.testing.assert_close(decoded, vae_module.decode(stock.vae, x0), rtol=1e-4, atol=1e-5)
     decoded.square().mean().backward()
     assert (x0.grad.abs().flatten(1).sum(1) > 0).all() and all(p.grad is None for p in decoder.parameters())
 
@@ -228,11 +236,21 @@ SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": tra
         ("sdxl", "bf16", torch.bfloat16),
     ],
 )
-def test_the_vae_computes_in_its_own_precision_in_training_and_validation(kind, asked, dtype, folder, data, vision, bf16, tmp_path):
+def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
+    kind, asked, dtype, folder, data, vision, bf16, tmp_path
+):
     """Seen in what its convolutions return: under autocast those of a float32 VAE would return bfloat16. A stock call in bfloat16
     does not upcast a VAE with `force_upcast`, which is for float16; training's decode agrees with it in either precision."""
     flags = [
-        *("--pretrained_model_name_or_path", str(folder(kind)), "--dataset_json", str(data), "--resolution", "64", *bf16),
+        *(
+            "--pretrained_model_name_or_path",
+            str(folder(kind)),
+            "--dataset_json",
+            str(data),
+            "--resolution",
+            "64",
+            *bf16,
+        ),
         *("--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")),
         *("--train_batch_size", "2", "--vae_dtype", asked, "--output_dir", str(tmp_path), "--report_to", "none"),
         *("--validation_prompts", "a red square"),
@@ -273,10 +291,10 @@ def test_a_decoder_that_computes_again_gives_the_same_gradient_in_less_memory(tm
     vae.save_pretrained(tmp_path)
     args, found = SimpleNamespace(mixed_precision="no", vae_dtype="auto"), []
     for args.gradient_checkpointing in (False, True):
-        decoder = vae.load_vae(AutoencoderKL, "--vae", str(tmp_path), args, "cpu", False, True, "fp32")
+        decoder = vae_module.load_vae(AutoencoderKL, "--vae", str(tmp_path), args, "cpu", False, True, "fp32")
         x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with Counter() as counter:
-            vae.decode(decoder, x0).square().mean().backward()
+            vae_module.decode(decoder, x0).square().mean().backward()
         found.append((x0.grad, counter.peak))
     (plain, most), (again, less) = found
     assert plain.abs().max() > 0 and torch.equal(plain, again)

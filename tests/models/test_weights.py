@@ -9,11 +9,19 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
 from senseflow.memory.counter import Counter
 from senseflow.models.hub import fingerprint, load_network
 from senseflow.models.quantization import quantize_network
-from senseflow.models.weights import Weights, materialize, is_meta, from_pretrained_meta, part_of, save_tensors, weights_of
+from senseflow.models.weights import (
+    Weights,
+    from_pretrained_meta,
+    is_meta,
+    materialize,
+    part_of,
+    save_tensors,
+    weights_of,
+)
 from tiny_pipelines import write_sd3, write_sdxl
 
 
@@ -59,7 +67,11 @@ def test_a_network_is_as_diffusers_loads_it(files, kind, dtype, networks, tmp_pa
     copy_sharing_base = copy.deepcopy(empty)  # of what is not read yet
     assert_alike(materialize(empty, "cpu"), whole)
     assert_alike(materialize(copy_sharing_base, "cpu"), whole)
-    assert not is_meta(copy_sharing_base) and copy_sharing_base.config == {**whole.config, "_name_or_path": str(tmp_path)} and not copy_sharing_base.training
+    assert (
+        not is_meta(copy_sharing_base)
+        and copy_sharing_base.config == {**whole.config, "_name_or_path": str(tmp_path)}
+        and not copy_sharing_base.training
+    )
     assert {p.data_ptr() for p in empty.parameters()}.isdisjoint(p.data_ptr() for p in copy_sharing_base.parameters())
 
 
@@ -75,7 +87,10 @@ class Tied(torch.nn.Module):
 @pytest.mark.parametrize("by_parts", [False, True])
 def test_tensors_that_are_one_stay_one_and_made_buffers_stay(by_parts, tmp_path):
     whole = Tied()
-    save_file({name: whole.state_dict()[name] for name in ("second.weight", "first.bias", "stored")}, tmp_path / "w.safetensors")
+    save_file(
+        {name: whole.state_dict()[name] for name in ("second.weight", "first.bias", "stored")},
+        tmp_path / "w.safetensors",
+    )
     empty, taken = Tied(), []
     for part in (empty.first, empty.second):
         part.to("meta")
@@ -151,9 +166,14 @@ def test_files_are_written_as_save_pretrained_writes_them(size, networks, tmp_pa
     network = FluxTransformer2DModel.from_pretrained(path, subfolder=name)
     network.save_pretrained(tmp_path / "diffusers", max_shard_size=size)
     (tmp_path / "ours").mkdir()
-    names = {"pattern": "diffusion_pytorch_model{suffix}.safetensors", "index": "diffusion_pytorch_model.safetensors.index.json"}
+    names = {
+        "pattern": "diffusion_pytorch_model{suffix}.safetensors",
+        "index": "diffusion_pytorch_model.safetensors.index.json",
+    }
     state, asked = network.state_dict(), []
-    save_tensors(tmp_path / "nobody", state, lambda key: asked.append(key) or state[key], False, shard_size=size, **names)
+    save_tensors(
+        tmp_path / "nobody", state, lambda key: asked.append(key) or state[key], False, shard_size=size, **names
+    )
     assert sorted(asked) == sorted(state) and not (tmp_path / "nobody").exists()
     save_tensors(tmp_path / "ours", state, state.__getitem__, True, shard_size=size, **names)
     network.save_config(tmp_path / "ours")
@@ -174,7 +194,11 @@ def test_files_are_written_as_save_pretrained_writes_them(size, networks, tmp_pa
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 )
 def test_every_precision_can_be_written(dtype, tmp_path):
-    state = {"scalar": torch.ones((), dtype=dtype), "none": torch.ones(0, 3, dtype=dtype), "some": torch.ones(3, 2, dtype=dtype).T}
+    state = {
+        "scalar": torch.ones((), dtype=dtype),
+        "none": torch.ones(0, 3, dtype=dtype),
+        "some": torch.ones(3, 2, dtype=dtype).T,
+    }
     save_tensors(tmp_path, state, state.__getitem__, True)
     read = Weights([tmp_path / "model.safetensors"])
     for name, tensor in state.items():

@@ -7,13 +7,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from senseflow.training import export
-from senseflow.training import validation
+from senseflow.training import export, validation
 from senseflow_utils import FlowSchedule
 
 
 class EditsImages:
-    """A pipeline whose first argument is a image, and whose call takes no guidance_scale."""
+    """A pipeline whose first argument is an image, and whose call takes no guidance_scale."""
 
     _optional_components: list = []
     scheduler = FlowMatchEulerDiscreteScheduler()
@@ -32,13 +31,22 @@ def test_the_prompt_goes_by_its_name(tmp_path):
     args = SimpleNamespace(validation_prompts=["a cat", "a dog"], num_validation_images=1, seed=0)
     pipeline = EditsImages()
     rows, latents = validation.generate_images(runtime, pipeline, args, {"num_inference_steps": 4})
-    assert [[tuple(each.shape), each.max().item()] for row in latents for each in row] == [[(4, 1, 1), 1], [(4, 1, 1), 2]]
+    assert [[tuple(each.shape), each.max().item()] for row in latents for each in row] == [
+        [(4, 1, 1), 1],
+        [(4, 1, 1), 2],
+    ]
     assert validation.image_grid(rows).size == (8, 16)
     assert pipeline.prompts == ["a cat", "a dog"]
 
     # The record is that of a call without guidance_scale, and the card's call is the record's.
     args = SimpleNamespace(
-        resolution=64, sampler="euler", revision=None, variant="fp16", export_dtype="fp32", rank=0, base_quantization="none"
+        resolution=64,
+        sampler="euler",
+        revision=None,
+        variant="fp16",
+        export_dtype="fp32",
+        rank=0,
+        base_quantization="none",
     )
     args.pretrained_model_name_or_path = str(tmp_path)
     export.check_resolution(args, 32)

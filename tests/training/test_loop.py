@@ -11,8 +11,16 @@ from senseflow.arguments import LR_SCHEDULERS
 from senseflow.data.sources import load_rows, make_dataloader
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
-from senseflow_utils import StatelessRNG, Guidance
-from train_senseflow_flux import TrainingModels, load_parts, make_schedule, needs_images, parse_args, num_simulated_steps, train_iteration
+from senseflow_utils import Guidance, StatelessRNG
+from train_senseflow_flux import (
+    TrainingModels,
+    load_parts,
+    make_schedule,
+    needs_images,
+    num_simulated_steps,
+    parse_args,
+    train_iteration,
+)
 
 
 @pytest.fixture
@@ -21,8 +29,20 @@ def build(teacher, vision, data, tmp_path):
 
     def make(*flags):
         args = parse_args(
-            ["--pretrained_model_name_or_path", str(teacher), "--output_dir", str(tmp_path), "--dataset_json", str(data)]
-            + ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
+            [
+                "--pretrained_model_name_or_path",
+                str(teacher),
+                "--output_dir",
+                str(tmp_path),
+                "--dataset_json",
+                str(data),
+            ]
+            + [
+                "--discriminator_backbone",
+                str(vision / "dinov2"),
+                "--discriminator_text_encoder",
+                str(vision / "clip"),
+            ]
             + ["--resolution", "64", "--train_batch_size", "2", "--report_to", "none", "--lr_warmup_steps", "0"]
             + ["--max_sequence_length", "16", "--learning_rate", "1e-3", *flags]
         )
@@ -71,7 +91,10 @@ def test_each_backward_reaches_only_the_network_of_the_turn(build, monkeypatch):
     run.step(0)
     assert touched == [(name, [name]) for name in ("student", "discriminator", "fake_score")]
     assert all(total == 0 for total in gradients().values()), "a step leaves no gradient behind"
-    assert run.pipeline.vae.decoder.conv_in.weight.grad is None and next(run.models.vision_features.parameters()).grad is None
+    assert (
+        run.pipeline.vae.decoder.conv_in.weight.grad is None
+        and next(run.models.vision_features.parameters()).grad is None
+    )
 
 
 def test_a_frozen_discriminator_does_not_change_the_students_turn(build):
@@ -80,7 +103,9 @@ def test_a_frozen_discriminator_does_not_change_the_students_turn(build):
     on_turn.step(0)
     off_turn.step(0)
     a, b = weights(on_turn.models.discriminator), weights(off_turn.models.discriminator)
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # the student's pass is with gradient in one, without in the other
+    torch.testing.assert_close(
+        a, b, rtol=1e-5, atol=1e-6
+    )  # the student's pass is with gradient in one, without in the other
 
 
 def test_student_learns_every_ttur_th_iteration_and_ida_moves_the_fake_score(build):
@@ -107,9 +132,9 @@ def test_the_fake_score_learns_after_ida_what_the_student_drew_before_its_step(b
     step, align, backward, predict = Role.step, Role.ida_update_from, Role.backward, run.models.predict
 
     def noting(name, function):
-        def noted(role, *args):
+        def noted(role, *args, **kwargs):
             order.append(f"{role.name} {name}")
-            return function(role, *args)
+            return function(role, *args, **kwargs)
 
         return noted
 
@@ -119,7 +144,7 @@ def test_the_fake_score_learns_after_ida_what_the_student_drew_before_its_step(b
         return predict(role, x_t, t, *args, **kwargs)
 
     monkeypatch.setattr(Role, "step", noting("step", step))
-    monkeypatch.setattr(Role, "align_with", noting("align", align))
+    monkeypatch.setattr(Role, "ida_update_from", noting("align", align))
     monkeypatch.setattr(Role, "backward", noting("backward", backward))
     run.models.predict = recording
     _, seen = run.step(0)
@@ -133,7 +158,9 @@ def test_passes_per_ttur_cycle_are_the_minimum(build, gan):
     ratio = 5
     flags = [] if gan else ["--gan_weight", "0"]
     run = build("--ttur_ratio", str(ratio), *flags)
-    counts = dict.fromkeys(("student", "teacher", "fake_score", "vision", "text", "encode", "decode", "heads", "reader"), 0)
+    counts = dict.fromkeys(
+        ("student", "teacher", "fake_score", "vision", "text", "encode", "decode", "heads", "reader"), 0
+    )
 
     def counting(name, module):
         module.register_forward_hook(lambda *_: counts.__setitem__(name, counts[name] + 1))
@@ -153,7 +180,9 @@ def test_passes_per_ttur_cycle_are_the_minimum(build, gan):
     simulated = [num_simulated_steps(StatelessRNG(run.args.seed, i), 0.5, 4) for i in range(ratio)]
     assert None in simulated and any(simulated), "this seed should cover both kinds of input"
     expected = {
-        "student": ratio + sum(filter(None, simulated)) + 1,  # one per iteration, the simulation's, one for the ISG target
+        "student": ratio
+        + sum(filter(None, simulated))
+        + 1,  # one per iteration, the simulation's, one for the ISG target
         "teacher": 2,  # L_DMD and the ISG target, on the student's turn
         "fake_score": ratio + 1,  # its own loss, and L_DMD
         "text": ratio,
@@ -210,10 +239,10 @@ def test_the_student_starts_as_the_teacher_at_the_folded_guidance(build):
 @pytest.mark.parametrize("kind", LR_SCHEDULERS)
 def test_every_learning_rate_schedule_warms_up_in_iterations_and_steps(kind, build):
     args = build("--gan_weight", "0", "--lr_scheduler", kind, "--lr_warmup_steps", "4", "--max_train_steps", "12").args
-    role = Runtime(args).trained_role("student", torch.nn.Linear(2, 2), 1e-3, every=2)
+    role = Runtime(args).trained_role("student", torch.nn.Linear(2, 2), 1e-3, step_every=2)
     rates = []
     for _ in range(6):  # steps of a role that learns in every second of 12 iterations
-        with role.turn():
+        with role.accumulate():
             role.backward(role(torch.ones(1, 2)).sum())
         rates.append(role.learning_rate)
         role.step()

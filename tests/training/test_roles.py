@@ -19,12 +19,12 @@ from accelerate.tracking import TensorBoardTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
-from senseflow.training import checkpoints
-from senseflow.models import text_encoders
-from senseflow.training import runtime as runtime_module
 import train_senseflow_flux as script
 from helpers import ROOT, assert_same, refused, states
-from senseflow.arguments import UserError
+from senseflow.errors import UserError
+from senseflow.models import text_encoders
+from senseflow.training import checkpoints
+from senseflow.training import runtime as runtime_module
 from senseflow.training.roles import LaunchConfig, _joined
 
 
@@ -48,7 +48,12 @@ def the_flags(teacher, vision, data):
 
 @pytest.mark.parametrize(
     "environment, mode, processes",
-    [({}, "replicated", 1), ({"WORLD_SIZE": "4"}, "replicated", 4), ({**FSDP2, "WORLD_SIZE": "2"}, "fsdp2", 2), (ZERO, "zero3", 1)],
+    [
+        ({}, "replicated", 1),
+        ({"WORLD_SIZE": "4"}, "replicated", 4),
+        ({**FSDP2, "WORLD_SIZE": "2"}, "fsdp2", 2),
+        (ZERO, "zero3", 1),
+    ],
 )
 def test_a_launch_is_read_from_what_accelerate_leaves(environment, mode, processes, monkeypatch):
     for name, value in environment.items():
@@ -76,7 +81,11 @@ def test_a_configuration_that_no_role_can_follow_is_refused(environment, needle,
 
 
 def test_a_deepspeed_file_with_an_optimizer_is_refused(tmp_path, monkeypatch):
-    config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto", "optimizer": {"type": "AdamW"}}
+    config = {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": "auto",
+        "optimizer": {"type": "AdamW"},
+    }
     (tmp_path / "ds.json").write_text(json.dumps(config))
     for name, value in {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}.items():
         monkeypatch.setenv(name, value)
@@ -89,7 +98,7 @@ def as_if(monkeypatch, mode: str, processes: int) -> None:
     launch = LaunchConfig()
     launch.mode, launch.world_size = mode, processes
     for module in (checkpoints, runtime_module):
-        monkeypatch.setattr(module, "launched", lambda: launch)
+        monkeypatch.setattr(module, "launch_config", lambda: launch)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +125,13 @@ def test_deepspeeds_state_goes_on_as_it_was_launched(made, now, fits, flags, tmp
         checkpoints.check_launch(tmp_path / "checkpoint-2")
     else:
         arguments = [*flags, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
-        refused(script, arguments, 2, f"made under {made[0]} in {made[1]} processes, and this is {now[0]} in {now[1]}", capsys)
+        refused(
+            script,
+            arguments,
+            2,
+            f"made under {made[0]} in {made[1]} processes, and this is {now[0]} in {now[1]}",
+            capsys,
+        )
 
 
 def test_8_bit_adam_is_refused_under_fsdp2(flags, tmp_path, monkeypatch):
@@ -142,8 +157,22 @@ def whole(teacher, vision, data, tmp_path_factory):
 
 
 def test_a_checkpoint_is_refused_to_another_look_of_the_discriminator(whole, flags, tmp_path, capsys):
-    arguments = [*flags, "--output_dir", str(tmp_path), "--resume_from_checkpoint", str(whole), "--discriminator_resolution", "32"]
-    refused(script, arguments, 1, "made with another discriminator_resolution; give the discriminator_resolution it", capsys)
+    arguments = [
+        *flags,
+        "--output_dir",
+        str(tmp_path),
+        "--resume_from_checkpoint",
+        str(whole),
+        "--discriminator_resolution",
+        "32",
+    ]
+    refused(
+        script,
+        arguments,
+        1,
+        "made with another discriminator_resolution; give the discriminator_resolution it",
+        capsys,
+    )
 
 
 def lost(loader, batches: int, raises: bool):
@@ -186,7 +215,9 @@ def test_what_ends_a_run_saves_and_the_run_goes_on_as_if_nothing_had_been(
     if isinstance(ending, list):
         monkeypatch.setattr(script, "train_iteration", interrupted)
     else:
-        monkeypatch.setattr(script, "make_dataloader", lambda *args: lost(load(*args), 1, raises=ending == "cannot go on"))
+        monkeypatch.setattr(
+            script, "make_dataloader", lambda *args: lost(load(*args), 1, raises=ending == "cannot go on")
+        )
     arguments = [*flags, "--output_dir", str(tmp_path)]
     with pytest.raises(UserError, match=message) as error:
         script.main([*arguments, "--checkpointing_steps", "100"])
@@ -221,8 +252,8 @@ def test_lost_data_in_one_of_several_processes_say_what_is_saved(flags, tmp_path
 
 PRESSES = """
 import os, signal, sys
-import runtime_module, train_senseflow_flux as script
-from senseflow.arguments import run_script
+import senseflow.training.runtime as runtime_module, train_senseflow_flux as script
+from senseflow.errors import run_script
 
 iterate, load, when = script.train_iteration, script.load_parts, sys.argv.pop(1)
 
@@ -254,7 +285,11 @@ def test_ctrl_c_is_one_line_and_130(when, saved, flags, tmp_path):
     arguments = [sys.executable, "-c", PRESSES, when, *arguments, "--checkpointing_steps", "2"]
     ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
     assert ended.returncode == 130 and "Traceback" not in ended.stderr and "Worker" not in ended.stderr, ended.stderr
-    last = {"loading": "stopped by Ctrl-C", "once": "checkpoint-4 in .* is complete", "twice": "at once by a second Ctrl-C"}[when]
+    last = {
+        "loading": "stopped by Ctrl-C",
+        "once": "checkpoint-4 in .* is complete",
+        "twice": "at once by a second Ctrl-C",
+    }[when]
     assert re.search(last, ended.stderr.splitlines()[-1]), ended.stderr
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{number}" for number in saved]
 
@@ -266,7 +301,9 @@ def sync(*_):
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_is_clipped_and_taken_only_where_its_gradient_is_finite(fused, flags, tmp_path, monkeypatch):
     """Against AdamW's own steps. What knows nothing of skipping (8-bit Adam; plain AdamW here) takes the gradient for zero."""
-    args = script.parse_args([*flags, "--max_grad_norm", "0.5", "--learning_rate", "0.1", "--output_dir", str(tmp_path)])
+    args = script.parse_args(
+        [*flags, "--max_grad_norm", "0.5", "--learning_rate", "0.1", "--output_dir", str(tmp_path)]
+    )
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
     copy = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in module.named_parameters()}
@@ -337,7 +374,7 @@ def test_with_gradient_checkpointing_a_layers_weights_are_in_bfloat16_when_it_ru
     module, x = Layers(), torch.randn(3, 5)
     exact = copy.deepcopy(module)
     role = runtime.trained_role("student", module, 0.1)
-    with Copies(torch.Size([5, 5])) as ours, role.turn():
+    with Copies(torch.Size([5, 5])) as ours, role.accumulate():
         role.backward(role(x).square().mean())
     with Copies(torch.Size([5, 5])) as theirs, torch.autocast("cpu", torch.bfloat16):
         loss = exact(x).square().mean()
@@ -369,7 +406,9 @@ def test_a_tracker_that_does_not_start_is_refused_before_weights_load(flags, tmp
 
     monkeypatch.setattr(TensorBoardTracker, "start", start)
     monkeypatch.setattr(script, "load_parts", sync)
-    reason = "--report_to tensorboard: does not start (RuntimeError: No API key configured. Use `login`.): log in to it"
+    reason = (
+        "--report_to tensorboard: does not start (RuntimeError: No API key configured. Use `login`.): log in to it"
+    )
     refused(script, [*flags, "--report_to", "tensorboard", "--output_dir", str(tmp_path)], 2, reason, capsys)
 
 
@@ -426,7 +465,7 @@ def test_encoders_on_the_cpu_run_there_and_what_they_say_goes_to_the_device(offl
 def test_text_encoders_leave_the_device(few, validate, flags, tmp_path, monkeypatch):
     """The same run with and without; a small set's prompts are encoded once, and only validation keeps the encoders then."""
     calls, found = [], []
-    place = script.prompt_tools.encode_small_set
+    place = script.encode_small_set
 
     def watched(args, rows, pipeline, encode_prompts, device):
         if args.offload_text_encoders:
@@ -435,12 +474,14 @@ def test_text_encoders_leave_the_device(few, validate, flags, tmp_path, monkeypa
             found.append(pipeline)
         return place(args, rows, pipeline, encode_prompts, device)
 
-    monkeypatch.setattr(script.prompt_tools, "encode_small_set", watched)
-    monkeypatch.setattr(script.prompt_tools, "SMALL_SET", 12 if few else 11)  # the data set has 12 prompts
+    monkeypatch.setattr(script, "encode_small_set", watched)
+    monkeypatch.setattr(text_encoders, "SMALL_SET", 12 if few else 11)  # the data set has 12 prompts
     flags = [*flags, "--max_train_steps", "2", *(["--validation_prompts", "a red square"] if validate else [])]
     for name, add in (("with", ["--offload_text_encoders"]), ("without", [])):
         script.main([*flags, *add, "--output_dir", str(tmp_path / name)])
-    assert_same(states(tmp_path / "with" / "checkpoint-2"), states(tmp_path / "without" / "checkpoint-2"), rtol=1e-5, atol=1e-6)
+    assert_same(
+        states(tmp_path / "with" / "checkpoint-2"), states(tmp_path / "without" / "checkpoint-2"), rtol=1e-5, atol=1e-6
+    )
     (pipeline,) = found
     freed = pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     assert freed == (few and not validate)

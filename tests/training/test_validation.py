@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from senseflow.training import roles
-from senseflow.training import runtime as runtime_module
 import train_senseflow_flux as script
 from helpers import ROOT
+from senseflow.training import roles
+from senseflow.training import runtime as runtime_module
 from senseflow.training.signals import BANDS, SignalMonitor
-from senseflow.training.validation import latent_statistics, image_statistics
+from senseflow.training.validation import image_statistics, latent_statistics
 
 
 @pytest.fixture
@@ -65,18 +65,20 @@ def test_latents_in_numbers():
 def test_an_update_is_measured_against_the_weights(sample, flags, tmp_path, monkeypatch):
     """AdamW's first step moves every weight by the rate; where some of the values stand for all, the share is the same."""
     monkeypatch.setattr(roles, "SAMPLE", sample)
-    args = script.parse_args([*flags, "--output_dir", str(tmp_path), "--adam_weight_decay", "0", "--lr_warmup_steps", "0"])
+    args = script.parse_args(
+        [*flags, "--output_dir", str(tmp_path), "--adam_weight_decay", "0", "--lr_warmup_steps", "0"]
+    )
     runtime = runtime_module.Runtime(args)
     network = torch.nn.Linear(16, 24, bias=False)
     torch.nn.init.constant_(network.weight, 2.0)
     role = runtime.trained_role("student", network, 1e-3)
-    with role.turn():
+    with role.accumulate():
         role.backward(role(torch.ones(2, 16)).sum())
-    norm, ratio = role.measured_step()
+    norm, ratio = role.step(measure_update=True)
     assert norm > 0 and ratio.item() == pytest.approx(1e-3 / 2, rel=2e-3)
-    with role.turn():
+    with role.accumulate():
         role.backward(role(torch.ones(2, 16)).sum() * math.nan)
-    assert role.measured_step()[1] == 0  # a step that is not taken
+    assert role.step(measure_update=True)[1] == 0  # a step that is not taken
 
 
 def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, monkeypatch, caplog):
@@ -94,7 +96,7 @@ def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, m
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
     assert logged[-1]["signal/fake_lag"] == pytest.approx(1 / (0.625 + (1 - 0.625) / 3))
-    for iteration in range(2 * BANDS["signal/fake_lag"].over):
+    for iteration in range(2 * BANDS["signal/fake_lag"].window):
         metrics.push(iteration, {"fake_loss": torch.tensor(1.2**iteration)})
     assert "signal/fake_lag" in caplog.text
 
@@ -128,16 +130,21 @@ def test_a_signal_that_leaves_its_band_and_does_not_come_back_is_said_once(value
 
 
 def test_what_swings_is_averaged_and_what_harms_nobody_passed_over(caplog):
-    over = BANDS["signal/fake_lag"].over
+    over = BANDS["signal/fake_lag"].window
     assert warned(caplog, SignalMonitor(False), "signal/fake_lag", [1.0, 1.8] * over) != []
     assert warned(caplog, SignalMonitor(False), "signal/fake_lag", [1.0, 1.4] * over) == []
     assert warned(caplog, SignalMonitor(False), "signal/fake_lag", [1.8] * (2 * over - 1)) == []
-    assert warned(caplog, SignalMonitor(False), "signal/fake_error", [0.1] * 2 * BANDS["signal/fake_error"].over) == []
+    assert (
+        warned(caplog, SignalMonitor(False), "signal/fake_error", [0.1] * 2 * BANDS["signal/fake_error"].window) == []
+    )
     # What does not start outside need not get worse.
-    over = BANDS["signal/fake_error"].over
+    over = BANDS["signal/fake_error"].window
     assert len(warned(caplog, SignalMonitor(False), "signal/fake_error", [1.02] * over + [1.01] * over)) == 1
-    assert warned(caplog, SignalMonitor(False), "signal/fake_error", [1.02] * over + [0.9] * over + [1.02] * 2 * over) == []
-    steps = [0.01] * 2 * BANDS["signal/update_ratio"].over
+    assert (
+        warned(caplog, SignalMonitor(False), "signal/fake_error", [1.02] * over + [0.9] * over + [1.02] * 2 * over)
+        == []
+    )
+    steps = [0.01] * 2 * BANDS["signal/update_ratio"].window
     assert len(warned(caplog, SignalMonitor(False), "signal/update_ratio", steps)) == 1
     assert warned(caplog, SignalMonitor(adapters=True), "signal/update_ratio", steps) == []
 
@@ -157,7 +164,11 @@ def test_a_run_that_goes_wrong_says_so_and_a_sound_one_nothing(turned_around, tm
     fast = {"max_train_steps": 48, "train_batch_size": 8, "learning_rate": 2e-4, "learning_rate_fake": 1e-3}
     steady = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "report_to": "none"}
     student_samples = {"validation_prompts": captions[::24], "num_validation_images": 2, "validation_steps": 12}
-    paths = {"pretrained_model_name_or_path": TEACHER, "dataset_json": tmp_path / "data.json", "output_dir": tmp_path / "out"}
+    paths = {
+        "pretrained_model_name_or_path": TEACHER,
+        "dataset_json": tmp_path / "data.json",
+        "output_dir": tmp_path / "out",
+    }
     script.main([str(word) for word in flags(TRAINING_FLAGS[2] | fast | steady | student_samples | paths)])
     said = {name for record in caplog.records for name in re.findall("signal/[a-z_]+", record.getMessage())}
     assert {"signal/sharpness", "signal/latent_contrast"} <= said if turned_around else not said

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_senseflow_flux as script
+from senseflow.models.hub import load_network
 from senseflow.training.runtime import Runtime
 
 
@@ -19,7 +20,7 @@ args = script.parse_args(sys.argv[1:])
 rows = script.check_args(args)
 runtime = Runtime(args)
 schedule, _, _ = script.make_schedule(args, runtime.device)
-whole = script.hub_tools.load_network(script.TRANSFORMER, "", args.pretrained_model_name_or_path, "transformer")
+whole = load_network(script.TRANSFORMER, "", args.pretrained_model_name_or_path, "transformer")
 models, _ = script.load_parts(args, runtime, schedule)
 roles = (models.teacher, models.student, models.fake_score)
 data = iter(script.make_dataloader(args, rows, runtime.accelerator.process_index, 2, 0, 0, lambda iteration: False))
@@ -48,8 +49,12 @@ for role in roles[1:]:
     role._free_gathered()
 assert_one_base()
 for name, parameter in models.teacher.module.named_parameters():
-    assert torch.equal(parameter.full_tensor(), before[name]) and torch.equal(before[name], dict(whole.named_parameters())[name])
-moved = [parameter.full_tensor().abs().sum() for name, parameter in models.student.parameters.items() if "lora_B" in name]
+    assert torch.equal(parameter.full_tensor(), before[name]) and torch.equal(
+        before[name], dict(whole.named_parameters())[name]
+    )
+moved = [
+    parameter.full_tensor().abs().sum() for name, parameter in models.student.parameters.items() if "lora_B" in name
+]
 assert all(total > 0 for total in moved)
 runtime.accelerator.wait_for_everyone()
 runtime.accelerator.end_training()

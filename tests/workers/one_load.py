@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusers import FluxTransformer2DModel
 
-from senseflow.training.runtime import Runtime
 from senseflow.models.weights import from_pretrained_meta
+from senseflow.training.runtime import Runtime
 from train_senseflow_flux import parse_args
 
 

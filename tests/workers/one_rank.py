@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_senseflow_flux as script
-from senseflow.arguments import UserError, run_script
+from senseflow.errors import UserError, run_script
 
 
 iterate, load = script.train_iteration, script.make_dataloader

@@ -16,7 +16,16 @@ from senseflow.training.runtime import Runtime
 from train_senseflow_flux import parse_args
 
 
-flags = ["--pretrained_model_name_or_path", "none", "--mixed_precision", "no", "--report_to", "none", "--max_grad_norm", "0.5"]
+flags = [
+    "--pretrained_model_name_or_path",
+    "none",
+    "--mixed_precision",
+    "no",
+    "--report_to",
+    "none",
+    "--max_grad_norm",
+    "0.5",
+]
 runtime = Runtime(parse_args([*flags, "--output_dir", sys.argv[1], "--lr_warmup_steps", "0"]))
 x = torch.arange(3.0)
 
@@ -29,7 +38,7 @@ def role_with(weight: torch.Tensor, name: str, learning_rate: float) -> Role:
 
 
 def step(role: Role, target: float) -> torch.Tensor:
-    with role.turn():
+    with role.accumulate():
         role.backward((role(x) - target).square().sum())
     return role.step()
 

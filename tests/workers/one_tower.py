@@ -20,11 +20,20 @@ from train_senseflow_flux import parse_args
 
 
 MAPS = 6
-flags = ["--pretrained_model_name_or_path", "none", "--mixed_precision", "no", "--report_to", "none", "--max_grad_norm", "1e9"]
+flags = [
+    "--pretrained_model_name_or_path",
+    "none",
+    "--mixed_precision",
+    "no",
+    "--report_to",
+    "none",
+    "--max_grad_norm",
+    "1e9",
+]
 runtime = Runtime(parse_args([*flags, "--output_dir", sys.argv[1], "--lr_warmup_steps", "0"]))
 heads = Discriminator(8, MAPS, 6)
 whole = copy.deepcopy(heads).train()
-role = runtime.trained_role("discriminator", heads, 0.1, half=False)
+role = runtime.trained_role("discriminator", heads, 0.1, gather_bf16=False)
 towers = [module for module in role.module.modules() if isinstance(module, Tower)]
 assert len(towers) == 2 * MAPS and all(isinstance(tower, FSDPModule) for tower in towers)
 gathered: dict[str, list[int]] = {"forward": [], "backward": []}
@@ -50,7 +59,7 @@ def loss_of(logits) -> torch.Tensor:
 for again in (False, True):  # the second time every tower runs again in its backward
     for tower in towers:
         tower.gradient_checkpointing = again
-    with role.turn():
+    with role.accumulate():
         role.backward(loss_of(role((real, fake), reference, text)))
     loss_of(whole((real, fake), reference, text)).backward()
 own = dict(whole.named_parameters())
