@@ -43,7 +43,7 @@ from senseflow.data.sources import check_data_args, check_latents, load_rows, ma
 from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
 from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
-from senseflow.models.hub import check_compatible, check_pipeline, config_of, from_hub, load_pipeline
+from senseflow.models.hub import check_compatible, check_pipeline, config_of, fingerprint, from_hub, load_pipeline
 from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
 from senseflow.models.text_encoders import encode_small_set, place_text_encoders
 from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents, vae_scale_of
@@ -66,8 +66,9 @@ from senseflow.training.checkpoints import (
     save_checkpoint,
 )
 from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
+from senseflow.training.metrics import Metrics
 from senseflow.training.roles import Role
-from senseflow.training.runtime import Metrics, Runtime
+from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation, decode_debug_latents
 from senseflow_utils import (
     SAMPLERS,
@@ -552,7 +553,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Training
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
     vae = load_vae(VAE, flag, path, args, device, encodes, decodes, "bf16", **where)
     pipeline = load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
-    teacher_print = make_base(args, pipeline, "transformer", device)
+    teacher_fingerprint = make_base(args, pipeline, "transformer", device) or fingerprint(pipeline.transformer)
     place_text_encoders(args, pipeline, device)
 
     @torch.no_grad()
@@ -577,7 +578,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Training
         fake_score.enable_gradient_checkpointing()
     config = config_of(VAE, flag, path, "vae", args.revision)
     models = TrainingModels(
-        teacher=runtime.frozen_role("teacher", transformer, teacher_print),  # first: its twins take its shards
+        teacher=runtime.frozen_role("teacher", transformer),  # first: its twins take its shards
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
@@ -586,6 +587,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Training
         real_latents=partial(real_latents, vae),
         latent_shape=latent_shape_of(config, args.resolution),
     )
+    models.teacher_fingerprint = teacher_fingerprint
     if args.gan_weight > 0:
         models.discriminator, models.vision_features, models.text_features = load_discriminator(args, runtime)
         models.real_images, models.decode = partial(real_images, vae), partial(decode, vae)

@@ -36,7 +36,7 @@ from senseflow.data.sources import check_data_args, check_latents, load_rows, ma
 from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
 from senseflow.models.discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
-from senseflow.models.hub import check_compatible, check_pipeline, config_of, load_network, load_pipeline
+from senseflow.models.hub import check_compatible, check_pipeline, config_of, fingerprint, load_network, load_pipeline
 from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
 from senseflow.models.text_encoders import encode_small_set, place_text_encoders
 from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents, vae_scale_of
@@ -47,14 +47,14 @@ from senseflow.training.checkpoints import (
     clear_leftovers,
     compare_with_checkpoint,
     find_checkpoint,
-    fingerprint,
     fingerprints_of,
     read_state,
     save_checkpoint,
 )
 from senseflow.training.export import check_anchors, check_resolution, export, student_config, write_student_config
+from senseflow.training.metrics import Metrics
 from senseflow.training.roles import Role
-from senseflow.training.runtime import Metrics, Runtime
+from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation, decode_debug_latents
 from senseflow_utils import (
     DDPMSchedule,
@@ -632,7 +632,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Training
     vae_flag, vae_path, where = vae_source(args)
     vae = load_vae(VAE, vae_flag, vae_path, args, device, encodes, decodes, "fp32", **where)
     pipeline = load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
-    teacher_print = make_base(args, pipeline, "unet", device)
+    teacher_fingerprint = make_base(args, pipeline, "unet", device) or fingerprint(pipeline.unet)
     place_text_encoders(args, pipeline, device)
     size = (args.resolution, args.resolution)
     time_ids = torch.tensor(
@@ -661,7 +661,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Training
         classifier = LatentClassifier(student.config.block_out_channels[-1], middle_size(student, latent_shape[-1]))
         fake_score = Score(fake_score, classifier)
     models = TrainingModels(
-        teacher=runtime.frozen_role("teacher", unet, teacher_print),  # first: its twins take its shards
+        teacher=runtime.frozen_role("teacher", unet),  # first: its twins take its shards
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="unet"),
         fake_score=runtime.trained_role("fake_score", fake_score, args.learning_rate_fake),
         discriminator=None,
@@ -670,6 +670,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Training
         real_latents=partial(real_latents, vae),
         latent_shape=latent_shape,
     )
+    models.teacher_fingerprint = teacher_fingerprint
     if dmd2:
         models.classify = partial(classify, schedule)
     elif args.gan_weight > 0:

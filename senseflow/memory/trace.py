@@ -237,7 +237,7 @@ def trace(
                 ("__call__", "forward"),
                 ("backward", "backward"),
                 ("step", "step"),
-                ("align_with", "IDA"),
+                ("ida_update_from", "IDA"),
             ):
                 if name in vars(owner):
                     stack.enter_context(watch(counter, owner, name, lambda role: role.name, what, step))
@@ -348,11 +348,11 @@ def sizes_on_disk(args, models, pipeline) -> dict[str, int]:
     """Bytes of a checkpoint and of the export."""
     trained = [role for role in roles_of(models).values() if role.optimizer is not None]
     moments, size = 2 if args.use_8bit_adam else 8, DTYPES[args.export_dtype].itemsize
-    export = models.student.trained_numbers if args.rank else models.student.weight_bytes // 4
+    export = models.student.num_trained_params if args.rank else models.student.weight_bytes // 4
     if not args.rank:
         network = {id(t) for t in models.teacher.module.parameters()}
         export += sum(t.numel() for t in tensors_of(pipeline) if id(t) not in network)
     return {
-        "checkpoint": sum(role.weight_bytes + moments * role.trained_numbers for role in trained),
+        "checkpoint": sum(role.weight_bytes + moments * role.num_trained_params for role in trained),
         "export": export * size,
     }

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from senseflow.errors import UserError
 from senseflow.models.hub import fingerprint
 from senseflow.models.lora import FILE, LORA_FLAGS, adapter_of
+from senseflow.training.metrics import Metrics
 from senseflow.training.roles import Role, launch_config
-from senseflow.training.runtime import ENDINGS, Metrics, Runtime
+from senseflow.training.runtime import ENDINGS, Runtime
 
 
 logger = get_logger(__name__)
@@ -107,7 +108,7 @@ def read_state(checkpoint: Path) -> dict:
 
 def fingerprints_of(models) -> dict[str, Any]:
     """What stored state belongs to, of a script's `TrainingModels`: the frozen networks, the adapters, and the kind of optimizer."""
-    fingerprints = {"teacher": models.teacher.fingerprint, "optimizer": type(models.student.optimizer).__name__}
+    fingerprints = {"teacher": models.teacher_fingerprint, "optimizer": type(models.student.optimizer).__name__}
     fingerprints |= adapter_of(models.student.module)
     if models.discriminator is not None:
         fingerprints["discriminator_backbone"] = (
@@ -172,7 +173,7 @@ def check_disk(args, roles: Iterable[Role]) -> None:
     """Before training: refuses a run whose next checkpoint does not fit on the disk of --output_dir (exit code 1)."""
     each = 2 if args.use_8bit_adam else 8  # two Adam moments
     each += 4 if launch_config().mode.startswith("zero") else 0  # the masters, beside the weights
-    size = sum(role.weight_bytes + each * role.trained_numbers for role in roles)
+    size = sum(role.weight_bytes + each * role.num_trained_params for role in roles)
     free = shutil.disk_usage(args.output_dir).free
     if free < size:
         raise UserError(

@@ -25,7 +25,8 @@ from senseflow.errors import UserError
 from senseflow.models import text_encoders
 from senseflow.training import checkpoints
 from senseflow.training import runtime as runtime_module
-from senseflow.training.roles import LaunchConfig, _joined
+from senseflow.training.metrics import Metrics
+from senseflow.training.roles import LaunchConfig, join_shards
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -144,7 +145,7 @@ def test_8_bit_adam_is_refused_under_fsdp2(flags, tmp_path, monkeypatch):
 def test_shards_are_joined_along_their_first_dimension():
     whole = torch.arange(10.0).view(5, 2)
     models = [{"w": {"exp_avg": rows, "step": torch.tensor(3.0)}} for rows in (whole[:3], whole[3:], whole[5:])]
-    joined = _joined(models, "w")
+    joined = join_shards(models, "w")
     assert torch.equal(joined["exp_avg"], whole) and joined["step"] == 3
 
 
@@ -240,7 +241,7 @@ def test_data_that_is_lost_at_once_leaves_no_checkpoint_of_nothing(flags, tmp_pa
 def test_lost_data_in_one_of_several_processes_say_what_is_saved(flags, tmp_path, monkeypatch):
     """The others wait in a collective: nothing more can be saved."""
     runtime = runtime_module.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
-    metrics = runtime_module.Metrics(runtime, None, 1, tqdm(disable=True))
+    metrics = Metrics(runtime, None, 1, tqdm(disable=True))
     runtime.saved = 7
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     batches = metrics.batches(lost([{}, {}], 1, raises=True), 5)
@@ -388,7 +389,7 @@ def test_with_gradient_checkpointing_a_layers_weights_are_in_bfloat16_when_it_ru
 def test_skipped_steps_are_counted_and_three_in_a_row_end_the_run(flags, tmp_path, monkeypatch):
     runtime = runtime_module.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
     role = runtime.trained_role("student", torch.nn.Linear(1, 1), 0.1)
-    metrics, logged = runtime_module.Metrics(runtime, role, 1, tqdm(disable=True)), []
+    metrics, logged = Metrics(runtime, role, 1, tqdm(disable=True)), []
     monkeypatch.setattr(runtime.accelerator, "log", lambda numbers, step: logged.append(numbers))
     nan, sound = torch.tensor(float("nan")), torch.tensor(1.0)
     for iteration, norm in enumerate((sound, nan, nan, sound, nan, nan)):
