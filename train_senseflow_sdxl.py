@@ -55,7 +55,7 @@ from senseflow.training.export import check_anchors, check_resolution, export, s
 from senseflow.training.metrics import Metrics
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
-from senseflow.training.validation import Validation, decode_debug_latents
+from senseflow.training.validation import Validation
 from senseflow_utils import (
     DDPMSchedule,
     Guidance,
@@ -727,11 +727,10 @@ def main(argv=None):
         usage = partial(write_student_config, record=record, components=components, signals=validation.signals)
         save_checkpoint(runtime, iteration, samples_seen, fingerprints, usage)
 
-    validation = Validation(runtime, args, pipeline, models.student.subfolder)
-    if args.validation_prompts:
-        validation.draw(
-            models.teacher, pipeline.scheduler, call | teacher_call(args, models.teacher.module), iteration
-        )
+    models.pipeline, models.vae, models.network_name = pipeline, pipeline.vae, "unet"
+    models.teacher_pipeline_kwargs = partial(teacher_call, args, models.teacher.module)
+    validation = Validation(runtime, args, models, scheduler, call)
+    validation.run(models.teacher, iteration)
     progress = tqdm(
         total=args.max_train_steps, initial=iteration, disable=not runtime.accelerator.is_local_main_process
     )
@@ -742,12 +741,8 @@ def main(argv=None):
         debug_latents = new_debug_latents or debug_latents
         iteration, samples_seen = iteration + 1, samples_seen + per_iteration
         metrics.push(iteration, values)
-        if args.validation_prompts and iteration % args.validation_steps == 0:
-            validation.draw(models.student, scheduler, call, iteration)
-            if debug_latents:
-                runtime.log_image(
-                    "panel/" + " ".join(debug_latents), decode_debug_latents(pipeline.vae, debug_latents), iteration
-                )
+        if iteration % args.validation_steps == 0:
+            validation.run(models.student, iteration, debug_latents)
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # a diverged student does not replace a sound one
             save()

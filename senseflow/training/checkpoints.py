@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Optional, Sequence
 
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from senseflow.errors import UserError
@@ -232,7 +233,7 @@ def check_finished(runtime: Runtime, metrics: Metrics, iteration: int) -> None:
     """
     args = runtime.args
     if metrics.ended_by == "failure":
-        reason = runtime.gather_objects([str(metrics.failure)] if metrics.failure else [])[0]
+        reason = gather_object([str(metrics.failure)] if metrics.failure else [])[0]
         raise UserError(f"{reason}, {runtime.last_checkpoint()}", everywhere=True)
     if iteration < args.max_train_steps:
         what = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM"}[metrics.ended_by]

@@ -114,7 +114,7 @@ def export(runtime: Runtime, args, pipeline_class, student: Role, components: di
     if args.rank:
         export_adapter(runtime, args, pipeline_class, student, components, record)
         return
-    network = student.network()
+    network = student.gather_network()
     if runtime.accelerator.is_main_process:
         dtype, flag, path = (
             DTYPES[args.export_dtype],

@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Scalars of the iterations to the trackers and the progress bar; what ends a run early."""
+"""Log the scalars of a run's iterations, and notice what ends the run early."""
 
 import math
 import os
@@ -9,6 +9,7 @@ from typing import Iterator, Optional
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 
 from senseflow.errors import UserError
 from senseflow.training.roles import Role
@@ -18,52 +19,43 @@ from senseflow.training.signals import SignalMonitor
 
 logger = get_logger(__name__)
 
-LAG = 100  # iterations, over which the mean of the fake score's loss is taken
-
-
-def _leave_process_group(worker: int) -> None:
-    """In a worker of the DataLoader: what Ctrl-C or a launcher sends to the group is the main process' business."""
-    os.setpgid(0, 0)
+FAKE_LOSS_WINDOW = 100  # iterations over which the fake score's loss is averaged
+PROGRESS_BAR = ("dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss")
+PATIENCE = 3  # iterations with non-finite values, without a good student update between, until a run ends
 
 
 class Metrics:
-    """Scalars of the iterations to the trackers and the progress bar, read one iteration late: the device never waits for the host.
+    """Log the scalars of the iterations to the trackers and the progress bar.
 
-    Stops the run (UserError) when values are not finite `patience` times in a row, with no sound student's turn between. Samples
-    whose DMD gradient was not finite are counted as `dmd_non_finite`, the mean over micro-batches and processes; steps that a
-    network has not taken since this start as `{name}_skipped_steps`; the fake score's loss over its mean of about the last LAG
-    iterations, since this start, as `signal/fake_lag`. Warns of signals that leave their bands (senseflow.training.signals).
+    Values are read one iteration late, so that the device never waits for the host. Added to what `train_iteration`
+    returns are `{role}_skipped_steps` (steps with a gradient norm that was not finite) and `signal/fake_lag` (the fake
+    score's loss over its mean of about FAKE_LOSS_WINDOW iterations), both since this start of the run.
 
+    Args:
+        samples: per iteration, over all processes.
+        progress: a tqdm progress bar.
     Attributes:
-        ended_by: of ENDINGS, what reached a process and ends the run before its last iteration, else None. Known in all processes
-            after the same iteration, the one that was under way or the next.
-        failure: what came of this process' data, if that ends the run.
+        ended_by: the one of ENDINGS that ends the run early, else None. It is known in all processes after the same
+            iteration: the one that was running, or the next.
+        failure: the error in this process' data that ends the run, else None.
     """
 
-    shown = ("dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss")
-
-    def __init__(self, runtime: Runtime, student: Role, samples: int, progress, patience: int = 3):
-        self.runtime, self.student, self.samples, self.progress, self.patience = (
-            runtime,
-            student,
-            samples,
-            progress,
-            patience,
-        )
-        self.pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
-        self.bad_in_a_row, self.since, self.postfix = 0, time.monotonic(), {}
-        self.skipped: Counter[str] = Counter()
-        self.watch = SignalMonitor(runtime.args.rank > 0)
-        self.fake_loss, self.fake_losses = 0.0, 0  # their mean, and how many are in it
+    def __init__(self, runtime: Runtime, student: Role, samples: int, progress):
+        self.runtime, self.student, self.samples, self.progress = runtime, student, samples, progress
         self.ended_by: Optional[str] = None
         self.failure: Optional[UserError] = None
+        self._pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
+        self._num_bad_in_a_row, self._last_time, self._postfix = 0, time.monotonic(), {}
+        self._skipped: Counter[str] = Counter()
+        self._monitor = SignalMonitor(runtime.args.rank > 0)
+        self._mean_fake_loss, self._num_fake_losses = 0.0, 0
 
     def batches(self, loader, iterations: int) -> Iterator[list[dict]]:
-        """The micro-batches of `iterations` iterations, on the device; fewer where something ends the run.
+        """Iterate over the micro-batches of so many iterations, on the device, until something ends the run.
 
         Raises:
-            UserError: no batch can be made, and other processes, which wait for this one, cannot save. A process by itself says so
-                with `ended_by`.
+            UserError: one of several processes cannot make a batch. The others wait for it and cannot save. A single
+                process sets `ended_by` instead.
         """
         runtime = self.runtime
         runtime.save_when_interrupted()
@@ -73,7 +65,7 @@ class Metrics:
             if self.ended_by:
                 return
             try:
-                batches = [runtime.to_device(next(data)) for _ in range(runtime.args.gradient_accumulation_steps)]
+                batches = [next(data) for _ in range(runtime.args.gradient_accumulation_steps)]
             except UserError as error:
                 if runtime.accelerator.num_processes > 1:
                     raise UserError(f"{error}, {runtime.last_checkpoint()}", error.exit_code) from error
@@ -82,57 +74,67 @@ class Metrics:
             if loader.failure is not None:
                 self.failure = loader.failure
                 runtime.endings.add("failure")
-            yield batches
+            yield send_to_device(batches, runtime.device, non_blocking=True)
 
     def push(self, iteration: int, values: dict[str, torch.Tensor]) -> None:
-        """Takes the device scalars of an iteration, logs the one before."""
+        """Take an iteration's scalars, on the device, and log those of the iteration before."""
         self.flush()
         names = sorted(values)
-        stacked = [values[name].detach().float().reshape(()) for name in names]
+        scalars = [values[name].detach().float().reshape(()) for name in names]
         endings = torch.tensor([float(ending in self.runtime.endings) for ending in ENDINGS])
-        stacked += endings.to(self.runtime.device, non_blocking=True)
-        self.pending = (iteration, self.student.learning_rate, names, self.runtime.mean(torch.stack(stacked)))
+        scalars += endings.to(self.runtime.device, non_blocking=True)
+        means = self.runtime.accelerator.reduce(torch.stack(scalars), reduction="mean")
+        self._pending = (iteration, self.student.learning_rate, names, means)
 
     def flush(self) -> None:
-        """Logs the last iteration pushed, if that has not been done."""
-        if self.pending is None:
+        """Log the last iteration pushed, unless that has been done.
+
+        Raises:
+            UserError: values were not finite for PATIENCE iterations.
+        """
+        if self._pending is None:
             return
-        iteration, rate, names, stacked = self.pending
-        self.pending = None
-        means = stacked.tolist()
-        numbers, endings = dict(zip(names, means)), means[len(names) :]
-        self.ended_by = self.ended_by or next((ending for ending, share in zip(ENDINGS, endings) if share > 0), None)
-        self._check(iteration, numbers)
+        iteration, learning_rate, names, means = self._pending
+        self._pending = None
+        means = means.tolist()
+        values, endings = dict(zip(names, means)), dict(zip(ENDINGS, means[len(names) :]))
+        self.ended_by = self.ended_by or next((ending for ending, mean in endings.items() if mean > 0), None)
+        self._check_finite(iteration, values)
         for name in names:
             if name.endswith("_grad_norm"):
                 role = name.removesuffix("_grad_norm")
-                self.skipped[role] += not math.isfinite(numbers[name])
-                numbers[f"{role}_skipped_steps"] = self.skipped[role]
-        if math.isfinite(numbers.get("fake_loss", math.nan)):
-            if self.fake_loss > 0:
-                numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss
-            self.fake_losses = min(self.fake_losses + 1, LAG)
-            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / self.fake_losses
+                self._skipped[role] += not math.isfinite(values[name])
+                values[f"{role}_skipped_steps"] = self._skipped[role]
+        if math.isfinite(values.get("fake_loss", math.nan)):
+            if self._mean_fake_loss > 0:
+                values["signal/fake_lag"] = values["fake_loss"] / self._mean_fake_loss
+            self._num_fake_losses = min(self._num_fake_losses + 1, FAKE_LOSS_WINDOW)
+            self._mean_fake_loss += (values["fake_loss"] - self._mean_fake_loss) / self._num_fake_losses
         now = time.monotonic()
-        numbers |= {"lr": rate, "samples_per_second": self.samples / max(now - self.since, 1e-9)}
-        self.since = now
-        self.runtime.accelerator.log(numbers, step=iteration)
-        self.watch.look(iteration, numbers)
-        self.postfix |= {name: f"{numbers[name]:.4g}" for name in self.shown if name in numbers}
-        self.progress.set_postfix(self.postfix, refresh=False)
+        values |= {"lr": learning_rate, "samples_per_second": self.samples / max(now - self._last_time, 1e-9)}
+        self._last_time = now
+        self.runtime.accelerator.log(values, step=iteration)
+        self._monitor.update(iteration, values)
+        self._postfix |= {name: f"{values[name]:.4g}" for name in PROGRESS_BAR if name in values}
+        self.progress.set_postfix(self._postfix, refresh=False)
         self.progress.update(1)
 
-    def _check(self, iteration: int, numbers: dict[str, float]) -> None:
-        bad = [name for name, number in numbers.items() if not math.isfinite(number)]
-        if numbers.get("dmd_non_finite", 0) > 0:
+    def _check_finite(self, iteration: int, values: dict[str, float]) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if values.get("dmd_non_finite", 0) > 0:
             bad.append("dmd_gradient")
         if bad:
-            self.bad_in_a_row += 1
-            logger.warning(f"iteration {iteration}: not finite: {', '.join(bad)} ({self.bad_in_a_row} in a row)")
-            if self.bad_in_a_row >= self.patience:
-                raise UserError(
-                    f"{', '.join(bad)} not finite {self.patience} times in a row, last in iteration {iteration}: the run has "
-                    "diverged; resume from an earlier checkpoint with a lower --learning_rate"
-                )
-        elif "dmd_loss" in numbers:
-            self.bad_in_a_row = 0
+            self._num_bad_in_a_row += 1
+            problem = f"not finite: {', '.join(bad)} ({self._num_bad_in_a_row} in a row)"
+            logger.warning(f"iteration {iteration}: {problem}")
+            if self._num_bad_in_a_row >= PATIENCE:
+                problem = f"{', '.join(bad)} not finite {PATIENCE} times in a row, last in iteration {iteration}"
+                fix = "resume from an earlier checkpoint with a lower --learning_rate"
+                raise UserError(f"{problem}: the run has diverged; {fix}")
+        elif "dmd_loss" in values:
+            self._num_bad_in_a_row = 0
+
+
+def _leave_process_group(worker: int) -> None:
+    """Keep signals that Ctrl-C or a launcher sends to the process group from a worker of the DataLoader."""
+    os.setpgid(0, 0)

@@ -270,7 +270,7 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
 
     seen.clear()
     run.pipeline.set_progress_bar_config(disable=True)
-    validation.generate_images(run.runtime, run.pipeline, run.args, run.call)
+    validation.generate_images(run.runtime.accelerator, run.pipeline, run.args, run.call)
     assert seen == {("decoder", dtype)}
 
     def stock_call(kind):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
@@ -26,16 +27,16 @@ class EditsImages:
 
 
 def test_the_prompt_goes_by_its_name(tmp_path):
-    accelerator = SimpleNamespace(process_index=0, num_processes=1, autocast=torch.no_grad)
-    runtime = SimpleNamespace(accelerator=accelerator, gather_objects=lambda objects: objects)
+    split = PartialState().split_between_processes
+    accelerator = SimpleNamespace(split_between_processes=split, autocast=torch.no_grad)
     args = SimpleNamespace(validation_prompts=["a cat", "a dog"], num_validation_images=1, seed=0)
     pipeline = EditsImages()
-    rows, latents = validation.generate_images(runtime, pipeline, args, {"num_inference_steps": 4})
+    rows, latents = validation.generate_images(accelerator, pipeline, args, {"num_inference_steps": 4})
     assert [[tuple(each.shape), each.max().item()] for row in latents for each in row] == [
         [(4, 1, 1), 1],
         [(4, 1, 1), 2],
     ]
-    assert validation.image_grid(rows).size == (8, 16)
+    assert validation.grid(rows).size == (8, 16)
     assert pipeline.prompts == ["a cat", "a dog"]
 
     # The record is that of a call without guidance_scale, and the card's call is the record's.

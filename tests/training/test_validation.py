@@ -65,7 +65,7 @@ def test_latents_in_numbers():
 @pytest.mark.parametrize("sample", [2**20, 40])
 def test_an_update_is_measured_against_the_weights(sample, flags, tmp_path, monkeypatch):
     """AdamW's first step moves every weight by the rate; where some of the values stand for all, the share is the same."""
-    monkeypatch.setattr(roles, "SAMPLE", sample)
+    monkeypatch.setattr(roles, "UPDATE_SAMPLE_SIZE", sample)
     args = script.parse_args(
         [*flags, "--output_dir", str(tmp_path), "--adam_weight_decay", "0", "--lr_warmup_steps", "0"]
     )
@@ -92,7 +92,7 @@ def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, m
     metrics.flush()
     lags = [numbers.get("signal/fake_lag") for numbers in logged]
     assert lags[0] is None and lags[1:] == pytest.approx([1, 2, 0.75])
-    monkeypatch.setattr(metrics_module, "LAG", 3)
+    monkeypatch.setattr(metrics_module, "FAKE_LOSS_WINDOW", 3)
     for iteration, loss in enumerate((1.0, 1.0), 4):
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
@@ -105,7 +105,7 @@ def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, m
 def warned(caplog, watch, name, values) -> list[str]:
     caplog.clear()
     for iteration, value in enumerate(values, 1):
-        watch.look(iteration, {name: value, "fake_loss": 1e9})
+        watch.update(iteration, {name: value, "fake_loss": 1e9})
     return [record.getMessage() for record in caplog.records]
 
 
