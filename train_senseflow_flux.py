@@ -39,7 +39,8 @@ from senseflow.arguments import (
     complete_args,
     refuse_unused,
 )
-from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.data.loader import make_dataloader
+from senseflow.data.sources import check_latents, load_rows
 from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
 from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
@@ -508,7 +509,6 @@ def parse_args(argv=None):
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     check_common_args(args)
-    checked = check_data_args(args)
     flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
     args.revision = check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
     if args.max_sequence_length > 512:
@@ -534,7 +534,7 @@ def check_args(args):
         check_discriminator_args(args)
     check_resolution(args, 2 * vae_scale_of(vae))
     make_schedule(args, "cpu")
-    rows = load_rows(args, checked)
+    rows = load_rows(args)
     check_latents(args, rows, latent_shape_of(vae, args.resolution))
     return rows
 

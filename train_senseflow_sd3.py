@@ -30,7 +30,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from tqdm.auto import tqdm
 
 from senseflow.arguments import DTYPES, LR_SCHEDULERS, HelpFormatter, Parser, check_common_args, complete_args, fill_in
-from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.data.loader import make_dataloader
+from senseflow.data.sources import check_latents, load_rows
 from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
 from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
@@ -482,7 +483,6 @@ def check_args(args):
     transformer = config_of(TRANSFORMER, flag, path, "transformer", args.revision)
     apply_preset(args, transformer["num_layers"])
     check_common_args(args)
-    checked = check_data_args(args)
     if args.max_sequence_length > 512:
         raise UserError(
             f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2
@@ -510,7 +510,7 @@ def check_args(args):
             f"--resolution {args.resolution}: this teacher knows positions up to {largest} px", exit_code=2
         )
     make_schedule(args, "cpu")
-    rows = load_rows(args, checked)
+    rows = load_rows(args)
     check_latents(args, rows, latent_shape_of(vae, args.resolution))
     return rows
 

@@ -32,7 +32,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusio
 from tqdm.auto import tqdm
 
 from senseflow.arguments import DTYPES, LR_SCHEDULERS, HelpFormatter, Parser, check_common_args, complete_args, fill_in
-from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
+from senseflow.data.loader import make_dataloader
+from senseflow.data.sources import check_latents, load_rows
 from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
 from senseflow.models.discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
@@ -567,7 +568,6 @@ def check_levels(flag: str, path: str, scheduler: dict) -> None:
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     check_common_args(args, INACTIVE_FLAGS)
-    checked = check_data_args(args)
     if any(t != int(t) or t > 999 for t in args.anchors):
         shown = " ".join(f"{t:g}" for t in args.anchors)
         raise UserError(f"--anchors {shown}: SDXL has integer timesteps up to 999", exit_code=2)
@@ -597,7 +597,7 @@ def check_args(args):
         check_discriminator_args(args)
     check_resolution(args, vae_scale_of(vae))
     make_schedule(args, "cpu")
-    rows = load_rows(args, checked)
+    rows = load_rows(args)
     check_latents(args, rows, latent_shape_of(vae, args.resolution))
     return rows
 

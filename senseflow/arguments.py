@@ -204,6 +204,8 @@ INACTIVE_FLAGS = (
      ("validation_steps", "num_validation_images", "teacher_num_inference_steps", "teacher_guidance_scale")),
     (lambda args: args.report_to == "none", "--report_to none", ("logging_dir",)),
     (lambda args: not (args.dataset_name or args.train_data_dir), "a data set without columns", ("image_column", "caption_column")),
+    (lambda args: not args.dataset_name, "a data set without --dataset_name", ("dataset_config_name", "streaming")),
+    (lambda args: args.dataset_lmdb, "--dataset_lmdb", ("center_crop", "random_flip")),
     (lambda args: args.gan_weight == 0 and args.backward_simulation_prob == 1, "a run that looks at no image",
      ("image_column", "center_crop", "random_flip")),
     (lambda args: args.gan_weight == 0 and not args.validation_prompts and (args.backward_simulation_prob == 1

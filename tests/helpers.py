@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import infer
 from senseflow import errors
-from senseflow.data.sources import make_dataloader
+from senseflow.data.loader import make_dataloader
 from senseflow.training.runtime import Runtime
 from senseflow_utils import Guidance
 

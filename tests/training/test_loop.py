@@ -8,7 +8,8 @@ import torch
 from torch.nn.utils import parametrize
 
 from senseflow.arguments import LR_SCHEDULERS
-from senseflow.data.sources import load_rows, make_dataloader
+from senseflow.data.loader import make_dataloader
+from senseflow.data.sources import load_rows
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow_utils import Guidance, StatelessRNG
