@@ -1,24 +1,67 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Arguments and errors: what a user can get wrong becomes one line and an exit code, wherever possible before a weight loads."""
+"""Define, complete and check the command-line arguments that scripts share. Imports no torch: --help answers at once."""
 
 import argparse
+import logging
 import math
 import os
-from typing import Sequence
-
-import torch
-from accelerate.utils import LoggerType
-from diffusers.optimization import SchedulerType
+from typing import Callable, Optional, Sequence
 
 from senseflow.errors import UserError, require_package
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names in torch
+SAMPLERS = ("stochastic", "euler")  # see senseflow_utils.sampler_step
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+# Trackers of accelerate.
+TRACKERS = ("aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab")
+LORA_LEARNING_RATES = (7, 5, 1)  # with --rank: student, fake score, discriminator, in units of full fine-tuning's rate
+
+
+def torch_dtype(name: str):
+    """Return the torch.dtype of a name in DTYPES."""
+    import torch
+
+    return getattr(torch, DTYPES[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing
+# ---------------------------------------------------------------------------------------------------------------------
+def number(cls: type, low: float = -math.inf, high: float = math.inf, exclude: str = "") -> Callable[[str], float]:
+    """Make an argparse type: a finite int or float in [low, high]; `exclude` "low" or "high" excludes that end."""
+    bounds = []
+    if low > -math.inf:
+        bounds.append(f"above {low:g}" if exclude == "low" else f"{low:g} or more")
+    if high < math.inf:
+        bounds.append(f"below {high:g}" if exclude == "high" else f"{high:g} or less")
+    wanted = " and ".join(bounds) or "finite"
+    wanted += " and a whole number" if cls is int else ""
+
+    def parse(text: str):
+        try:
+            value = cls(text)
+        except ValueError:
+            value = math.nan
+        excluded = (exclude == "low" and value == low) or (exclude == "high" and value == high)
+        if not low <= value <= high or excluded or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+
+    return parse
+
+
+def dtype(text: str) -> str:
+    """Parse fp32, bf16 or fp16, also by their long names: an argparse type."""
+    return next((short for short, long in DTYPES.items() if text == long), text)
 
 
 def check_xformers(flag: str) -> None:
     """Refuses (exit code 2) xformers where its attention does not run: not installed, no GPU, or built for another torch."""
+    import torch
+
     require_package("xformers", flag)
     if not torch.cuda.is_available():
         raise UserError(f"{flag} needs a CUDA GPU: drop the flag", exit_code=2)
@@ -33,9 +76,6 @@ def check_xformers(flag: str) -> None:
         raise UserError(f"{flag}: xformers' attention does not run here ({reason}); {fix}", exit_code=2) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
 class HelpFormatter(argparse.HelpFormatter):
     """Shows a default only where there is one worth showing."""
 
@@ -172,7 +212,7 @@ def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
     if getattr(args, "enable_xformers_memory_efficient_attention", False):
         check_xformers("--enable_xformers_memory_efficient_attention")
     if args.report_to != "none":
-        if args.report_to not in [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]:
+        if args.report_to not in TRACKERS:
             refuse("report_to", "is no tracker of accelerate; give tensorboard, wandb, ... or none")
         require_package(args.report_to, f"--report_to {args.report_to}")
     refuse_unused(args, (*unused, *INACTIVE_FLAGS))

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from senseflow.arguments import DTYPES
+from senseflow.arguments import torch_dtype
 from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
 from senseflow.models.hub import fingerprint, subfolder_of
 from senseflow.models.quantization import quantize_network
@@ -347,7 +347,7 @@ def label_networks(counter: Counter, models, pipeline, args) -> None:
 def sizes_on_disk(args, models, pipeline) -> dict[str, int]:
     """Bytes of a checkpoint and of the export."""
     trained = [role for role in roles_of(models).values() if role.optimizer is not None]
-    moments, size = 2 if args.use_8bit_adam else 8, DTYPES[args.export_dtype].itemsize
+    moments, size = 2 if args.use_8bit_adam else 8, torch_dtype(args.export_dtype).itemsize
     export = models.student.trained_numbers if args.rank else models.student.weight_bytes // 4
     if not args.rank:
         network = {id(t) for t in models.teacher.module.parameters()}

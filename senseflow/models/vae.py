@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.checkpoint import checkpoint
 
-from senseflow.arguments import DTYPES
+from senseflow.arguments import torch_dtype
 from senseflow.models.hub import load_network
 from senseflow_utils import StatelessRNG
 
@@ -60,7 +60,7 @@ def load_vae(
         return None
     auto = auto if args.mixed_precision == "bf16" else "fp32"
     vae = load_network(
-        kind, flag, path, "vae", dtype=DTYPES[auto if args.vae_dtype == "auto" else args.vae_dtype], **source
+        kind, flag, path, "vae", dtype=torch_dtype(auto if args.vae_dtype == "auto" else args.vae_dtype), **source
     )
     if not encodes:
         vae.encoder = torch.nn.Module()  # not None: some count the layers of both halves whenever they run one

@@ -11,7 +11,7 @@ import yaml
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard
 
-from senseflow.arguments import DTYPES
+from senseflow.arguments import torch_dtype
 from senseflow.errors import UserError
 from senseflow.models.hub import UNREADABLE, file_of, load_pipeline, missing_components, read_json
 from senseflow.models.lora import FILE, find_lora, metadata_of
@@ -117,7 +117,7 @@ def export(runtime: Runtime, args, pipeline_class, student: Role, components: di
     network = student.network()
     if runtime.accelerator.is_main_process:
         dtype, flag, path = (
-            DTYPES[args.export_dtype],
+            torch_dtype(args.export_dtype),
             "--pretrained_model_name_or_path",
             args.pretrained_model_name_or_path,
         )
@@ -142,7 +142,7 @@ def export_adapter(runtime: Runtime, args, pipeline_class, student: Role, compon
     """The adapter in --output_dir, as `load_lora_weights` of the teacher's pipeline wants it, and what else `export` writes."""
     weights = student.weights()
     if runtime.accelerator.is_main_process:
-        weights = {name: tensor.to(DTYPES[args.export_dtype]) for name, tensor in weights.items()}
+        weights = {name: tensor.to(torch_dtype(args.export_dtype)) for name, tensor in weights.items()}
         aside = Path(args.output_dir) / f"export{INCOMPLETE}"
         with writing(aside):
             layers, metadata = f"{student.subfolder}_lora_layers", f"{student.subfolder}_lora_adapter_metadata"
@@ -181,7 +181,7 @@ def lines_with_adapter(pipeline_class, network: str, components: dict, record: d
     flag, path, dtype = (
         "--pretrained_model_name_or_path",
         args.pretrained_model_name_or_path,
-        DTYPES[args.export_dtype],
+        torch_dtype(args.export_dtype),
     )
     classes = sorted({pipeline_class.__name__, *(type(component).__name__ for component in components.values())})
     source = {name: record[f"teacher_{name}"] for name in ("revision", "variant") if record[f"teacher_{name}"]}
