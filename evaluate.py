@@ -133,10 +133,12 @@ def check_args(args) -> None:
 
 
 def check_images(args, images: ImageSet, reference: Optional[ImageSet]) -> None:
-    """Refuse (UserError, exit code 2) images without the prompts or the size that a metric needs."""
+    """Refuse (UserError, exit code 2) images whose prompts, number or sizes do not suit a metric."""
     for name in args.metrics:
         if METRICS[name].needs_prompts and images.prompts is None:
             raise UserError(f"--metrics {name}: {images.name} has no prompts; give --prompts_file", 2)
+        if name == "diversity" and len(set(images.groups)) == len(images.files):
+            raise UserError("--metrics diversity: no prompt has two images; generate several for each", 2)
         if METRICS[name].network == "inception" and Path(args.reference).is_dir():
             if images.prompts and reference.prompts and set(images.prompts) != set(reference.prompts):
                 other = min(set(images.prompts) ^ set(reference.prompts))
@@ -166,8 +168,6 @@ def compute_metric(args, name: str, images: ImageSet, reference: Optional[ImageS
         return result | {"value": frechet_distance(features, others), "standard_error": error}
     if name == "diversity":
         scores = diversity(features, groups)
-        if not len(scores):
-            raise UserError("--metrics diversity: no prompt has two images; generate several for each", 2)
         groups = range(len(scores))
         if reference is not None:
             others = diversity(compute_image_features(args, scorer, reference), reference.groups)

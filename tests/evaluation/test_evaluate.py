@@ -264,6 +264,7 @@ REFUSED = {
     "unreadable": ("--images {root}/broken", "1 images cannot be read, such as 0001.png"),
     "no reference": ("--metrics fd", "--metrics fd: compares with other images; give --reference"),
     "no prompts": ("--images {root}/bare --metrics clip", "--metrics clip: {root}/bare has no prompts"),
+    "one image": ("--metrics diversity", "--metrics diversity: no prompt has two images; generate several for each"),
     "too few prompts": ("--images {root}/bare --prompts_file {root}/one.txt", "no prompt for 0001.png"),
     "a line cut": ("--images {root}/cut", "metadata.jsonl lacks the prompt of an image"),
     "a line missing": ("--images {root}/short", "metadata.jsonl lacks the prompt of an image ('0001.png')"),
