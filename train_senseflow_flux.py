@@ -35,6 +35,7 @@ from senseflow.arguments import (
     LR_SCHEDULERS,
     HelpFormatter,
     Parser,
+    add_lora_arguments,
     check_common_args,
     complete_args,
     refuse_unused,
@@ -43,18 +44,11 @@ from senseflow.data.sources import check_data_args, check_latents, load_rows, ma
 from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
 from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
-from senseflow.models.hub import check_compatible, check_pipeline, config_of, from_hub, load_pipeline
-from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
+from senseflow.models.hub import check_compatible, check_pipeline, load_pipeline, student_source, teacher_source
+from senseflow.models.lora import adapted_twins, check_lora_args, make_base
 from senseflow.models.text_encoders import encode_small_set, place_text_encoders
 from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents, vae_scale_of
-from senseflow.models.weights import (
-    from_pretrained_meta,
-    initial_student,
-    materialize,
-    meta_network,
-    part_of,
-    weights_of,
-)
+from senseflow.models.weights import from_pretrained_meta, materialize, meta_network, part_of, weights_of
 from senseflow.training.checkpoints import (
     check_disk,
     check_finished,
@@ -363,9 +357,9 @@ def stock_sigmas(scheduler, steps: int, tokens: int) -> list[float]:
 
 def make_schedule(args, device) -> tuple[FlowSchedule, FlowMatchEulerDiscreteScheduler, dict]:
     """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
-    path, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-    teacher = from_hub(FlowMatchEulerDiscreteScheduler.from_pretrained, path, args.revision, subfolder="scheduler")
-    vae = config_of(VAE, flag, path, "vae", args.revision)
+    source = teacher_source(args)
+    teacher = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
+    vae = source.config(VAE, "vae")
     tokens = (args.resolution // (2 * vae_scale_of(vae))) ** 2
     table = teacher.timesteps.clone()
     wanted = [t / 1000 for t in args.anchors] if args.anchors else stock_sigmas(teacher, 4, tokens)
@@ -373,7 +367,7 @@ def make_schedule(args, device) -> tuple[FlowSchedule, FlowMatchEulerDiscreteSch
     schedule = FlowSchedule(table, [1000 * sigma for sigma in sigmas], device=device)
     check_anchors(args, schedule)
     # An adapter leaves the guidance embedder where it is; of a network without, the call's guidance is no matter.
-    embedded = args.rank and config_of(TRANSFORMER, flag, path, "transformer", args.revision).get("guidance_embeds")
+    embedded = args.rank and source.config(TRANSFORMER, "transformer").get("guidance_embeds")
     guidance = args.student_guidance_scale if embedded else 1.0
     call = {
         "num_inference_steps": len(sigmas),
@@ -509,15 +503,15 @@ def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
     check_common_args(args)
     checked = check_data_args(args)
-    flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    args.revision = check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
+    source = check_pipeline(teacher_source(args), PIPELINE)
+    args.revision = source.revision
     if args.max_sequence_length > 512:
         raise UserError(
             f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2
         )
-    vae = config_of(VAE, flag, path, "vae", args.revision)
-    config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
-    transformer = config_of(TRANSFORMER, flag, path, "transformer", args.revision)
+    vae = source.config(VAE, "vae")
+    source.config(FlowMatchEulerDiscreteScheduler, "scheduler")
+    transformer = source.config(TRANSFORMER, "transformer")
     check_lora_args(args, TRANSFORMER, transformer, LORA_LAYERS)
     if not transformer.get("guidance_embeds") and not args.validation_prompts:
         unused = (lambda args: True, "a teacher without guidance embedder", ("student_guidance_scale",))
@@ -528,8 +522,7 @@ def check_args(args):
         )
     if args.student_model_name_or_path and not args.rank:
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-        start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        check_compatible(start_flag, start, TRANSFORMER, "transformer", transformer, names, args.variant)
+        check_compatible(student_source(args, source), TRANSFORMER, "transformer", transformer, names)
     if args.gan_weight > 0:
         check_discriminator_args(args)
     check_resolution(args, 2 * vae_scale_of(vae))
@@ -544,14 +537,12 @@ def check_args(args):
 # ---------------------------------------------------------------------------------------------------------------------
 def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[TrainingModels, PIPELINE]:
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
-    flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
-    where = {"revision": args.revision, "variant": args.variant}
-    source = {**where, "dtype": runtime.weight_dtype}
-    transformer = from_pretrained_meta(TRANSFORMER, flag, path, "transformer", **source)
+    source, device = teacher_source(args), runtime.device
+    transformer = from_pretrained_meta(source, TRANSFORMER, "transformer", runtime.weight_dtype)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
-    vae = load_vae(VAE, flag, path, args, device, encodes, decodes, "bf16", **where)
-    pipeline = load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
+    vae = load_vae(source, VAE, args, device, encodes, decodes, "bf16")
+    pipeline = load_pipeline(source, PIPELINE, transformer=transformer, vae=vae, dtype=runtime.weight_dtype)
     teacher_print = make_base(args, pipeline, "transformer", device)
     place_text_encoders(args, pipeline, device)
 
@@ -566,7 +557,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Training
     if args.rank:
         student, fake_score = adapted_twins(materialize(transformer, device), args)
     else:
-        start = initial_student(TRANSFORMER, args, "transformer")
+        start = from_pretrained_meta(student_source(args, source), TRANSFORMER, "transformer")
         student = without_guidance_embedder(start, args.student_guidance_scale)
         fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):
@@ -575,7 +566,7 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Training
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
-    config = config_of(VAE, flag, path, "vae", args.revision)
+    config = source.config(VAE, "vae")
     models = TrainingModels(
         teacher=runtime.frozen_role("teacher", transformer, teacher_print),  # first: its twins take its shards
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
@@ -587,7 +578,11 @@ def load_parts(args, runtime: Runtime, schedule: FlowSchedule) -> tuple[Training
         latent_shape=latent_shape_of(config, args.resolution),
     )
     if args.gan_weight > 0:
-        models.discriminator, models.vision_features, models.text_features = load_discriminator(args, runtime)
+        heads, *features = load_discriminator(args, runtime.weight_dtype, device)
+        models.vision_features, models.text_features = features
+        models.discriminator = runtime.trained_role(
+            "discriminator", heads, args.learning_rate_disc, gather_bf16=False
+        )
         models.real_images, models.decode = partial(real_images, vae), partial(decode, vae)
         models.omega = lambda t: ((1 - t / 1000) ** 2).float()
     return models, pipeline

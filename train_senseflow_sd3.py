@@ -29,16 +29,25 @@ transformers.utils.logging.get_logger("bitsandbytes").setLevel("ERROR")
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tqdm.auto import tqdm
 
-from senseflow.arguments import DTYPES, LR_SCHEDULERS, HelpFormatter, Parser, check_common_args, complete_args, fill_in
+from senseflow.arguments import (
+    DTYPES,
+    LR_SCHEDULERS,
+    HelpFormatter,
+    Parser,
+    add_lora_arguments,
+    check_common_args,
+    complete_args,
+    fill_in,
+)
 from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
 from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
 from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
-from senseflow.models.hub import check_compatible, check_pipeline, config_of, from_hub, load_pipeline
-from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
+from senseflow.models.hub import check_compatible, check_pipeline, load_pipeline, student_source, teacher_source
+from senseflow.models.lora import adapted_twins, check_lora_args, make_base
 from senseflow.models.text_encoders import encode_small_set, place_text_encoders
 from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents, vae_scale_of
-from senseflow.models.weights import from_pretrained_meta, initial_student, materialize
+from senseflow.models.weights import from_pretrained_meta, materialize
 from senseflow.training.checkpoints import (
     check_disk,
     check_finished,
@@ -334,9 +343,8 @@ def stock_sigmas(scheduler, steps: int) -> list[float]:
 
 def make_schedule(args, device) -> tuple[IndexedFlowSchedule, FlowMatchEulerDiscreteScheduler, dict]:
     """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
-    path = args.pretrained_model_name_or_path
     load = FlowMatchEulerDiscreteScheduler.from_pretrained
-    table = from_hub(load, path, args.revision, subfolder="scheduler").timesteps.flip(0)
+    table = teacher_source(args).load(load, subfolder="scheduler").timesteps.flip(0)
     wanted = [t / 1000 for t in args.anchors or table[list(ANCHOR_INDICES)].tolist()]
     scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted)), args.sampler)
     schedule = IndexedFlowSchedule(table, [1000 * sigma for sigma in sigmas], dmd_range=(20, 980), device=device)
@@ -477,9 +485,9 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuses bad arguments with one line each, before any weight loads; returns the rows of the data set."""
-    flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    args.revision = check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
-    transformer = config_of(TRANSFORMER, flag, path, "transformer", args.revision)
+    source = check_pipeline(teacher_source(args), PIPELINE)
+    args.revision = source.revision
+    transformer = source.config(TRANSFORMER, "transformer")
     apply_preset(args, transformer["num_layers"])
     check_common_args(args)
     checked = check_data_args(args)
@@ -487,8 +495,8 @@ def check_args(args):
         raise UserError(
             f"--max_sequence_length {args.max_sequence_length}: {PIPELINE.__name__} takes 512 at most", exit_code=2
         )
-    vae = config_of(VAE, flag, path, "vae", args.revision)
-    config_of(FlowMatchEulerDiscreteScheduler, flag, path, "scheduler", args.revision)
+    vae = source.config(VAE, "vae")
+    source.config(FlowMatchEulerDiscreteScheduler, "scheduler")
     check_lora_args(args, TRANSFORMER, transformer, LORA_LAYERS)
     if args.student_model_name_or_path and not args.rank:
         names = (
@@ -499,8 +507,7 @@ def check_args(args):
             "patch_size",
             "pos_embed_max_size",
         )
-        start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        check_compatible(start_flag, start, TRANSFORMER, "transformer", transformer, names, args.variant)
+        check_compatible(student_source(args, source), TRANSFORMER, "transformer", transformer, names)
     if args.gan_weight > 0:
         check_discriminator_args(args)
     check_resolution(args, transformer["patch_size"] * vae_scale_of(vae))
@@ -528,14 +535,12 @@ def apply_preset(args, blocks: int) -> None:
 def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[TrainingModels, PIPELINE]:
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
     logger.info(f"preset {args.preset}: {', '.join(f'{name} {getattr(args, name)}' for name in PRESETS[args.preset])}")
-    flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
-    where = {"revision": args.revision, "variant": args.variant}
-    source = {**where, "dtype": runtime.weight_dtype}
-    transformer = from_pretrained_meta(TRANSFORMER, flag, path, "transformer", **source)
+    source, device = teacher_source(args), runtime.device
+    transformer = from_pretrained_meta(source, TRANSFORMER, "transformer", runtime.weight_dtype)
     encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
     decodes = args.gan_weight > 0 or bool(args.validation_prompts)
-    vae = load_vae(VAE, flag, path, args, device, encodes, decodes, "fp32", **where)
-    pipeline = load_pipeline(PIPELINE, flag, path, transformer=transformer, vae=vae, **source)
+    vae = load_vae(source, VAE, args, device, encodes, decodes, "fp32")
+    pipeline = load_pipeline(source, PIPELINE, transformer=transformer, vae=vae, dtype=runtime.weight_dtype)
     teacher_print = make_base(args, pipeline, "transformer", device)
     place_text_encoders(args, pipeline, device)
 
@@ -550,7 +555,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[T
     if args.rank:
         student, fake_score = adapted_twins(materialize(transformer, device), args)
     else:
-        student = initial_student(TRANSFORMER, args, "transformer")
+        student = from_pretrained_meta(student_source(args, source), TRANSFORMER, "transformer")
         fake_score = copy.deepcopy(student)
     for network in (transformer, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
@@ -558,7 +563,7 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[T
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
-    config = config_of(VAE, flag, path, "vae", args.revision)
+    config = source.config(VAE, "vae")
     models = TrainingModels(
         teacher=runtime.frozen_role("teacher", transformer, teacher_print),  # first: its twins take its shards
         student=runtime.trained_role("student", student, args.learning_rate, args.ttur_ratio, subfolder="transformer"),
@@ -570,7 +575,11 @@ def load_parts(args, runtime: Runtime, schedule: IndexedFlowSchedule) -> tuple[T
         latent_shape=latent_shape_of(config, args.resolution),
     )
     if args.gan_weight > 0:
-        models.discriminator, models.vision_features, models.text_features = load_discriminator(args, runtime)
+        heads, *features = load_discriminator(args, runtime.weight_dtype, device)
+        models.vision_features, models.text_features = features
+        models.discriminator = runtime.trained_role(
+            "discriminator", heads, args.learning_rate_disc, gather_bf16=False
+        )
         models.real_images, models.decode = partial(real_images, vae), partial(decode, vae)
         models.omega = schedule.descending_sigma_squared
     return models, pipeline

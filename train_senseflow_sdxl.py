@@ -31,16 +31,33 @@ transformers.utils.logging.get_logger("bitsandbytes").setLevel("ERROR")
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
-from senseflow.arguments import DTYPES, LR_SCHEDULERS, HelpFormatter, Parser, check_common_args, complete_args, fill_in
+from senseflow.arguments import (
+    DTYPES,
+    LR_SCHEDULERS,
+    HelpFormatter,
+    Parser,
+    add_lora_arguments,
+    check_common_args,
+    complete_args,
+    fill_in,
+)
 from senseflow.data.sources import check_data_args, check_latents, load_rows, make_dataloader
 from senseflow.errors import UserError, run_script
 from senseflow.memory.report import report
 from senseflow.models.discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
-from senseflow.models.hub import check_compatible, check_pipeline, config_of, load_network, load_pipeline
-from senseflow.models.lora import adapted_twins, add_lora_arguments, check_lora_args, make_base
+from senseflow.models.hub import (
+    ModelSource,
+    check_compatible,
+    check_pipeline,
+    load_network,
+    load_pipeline,
+    student_source,
+    teacher_source,
+)
+from senseflow.models.lora import adapted_twins, check_lora_args, make_base
 from senseflow.models.text_encoders import encode_small_set, place_text_encoders
 from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents, vae_scale_of
-from senseflow.models.weights import from_pretrained_meta, initial_student, materialize
+from senseflow.models.weights import from_pretrained_meta, materialize
 from senseflow.training.checkpoints import (
     check_disk,
     check_finished,
@@ -411,8 +428,7 @@ def classify(
 
 def make_schedule(args, device) -> tuple[DDPMSchedule, LCMScheduler, dict]:
     """(schedule to train on, scheduler to save, arguments of the stock call): the anchors are the levels which that call visits."""
-    path, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-    config = config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False)
+    config = teacher_source(args).config(DDPMScheduler, "scheduler", exact=False)
     teacher = DDPMScheduler.from_config(config)
     num_timesteps, steps = teacher.config.num_train_timesteps, len(args.anchors)
     ranges = {
@@ -551,7 +567,7 @@ def parse_args(argv=None):
 # fmt: on
 
 
-def check_levels(flag: str, path: str, scheduler: dict) -> None:
+def check_levels(source: ModelSource, scheduler: dict) -> None:
     """Refuses (exit code 2) teachers that look like SDXL and have other noise levels or another prediction."""
     found = scheduler.get("prediction_type", "epsilon")
     if "beta_schedule" not in scheduler:
@@ -559,9 +575,7 @@ def check_levels(flag: str, path: str, scheduler: dict) -> None:
     elif scheduler.get("rescale_betas_zero_snr"):
         found = "rescale_betas_zero_snr"
     if found != "epsilon":
-        raise UserError(
-            f"{flag} {path}: has {found}; this script trains teachers that predict epsilon, as SDXL does", exit_code=2
-        )
+        raise source.error(f"has {found}; this script trains teachers that predict epsilon, as SDXL does")
 
 
 def check_args(args):
@@ -571,24 +585,23 @@ def check_args(args):
     if any(t != int(t) or t > 999 for t in args.anchors):
         shown = " ".join(f"{t:g}" for t in args.anchors)
         raise UserError(f"--anchors {shown}: SDXL has integer timesteps up to 999", exit_code=2)
-    flag, path = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    args.revision = check_pipeline(PIPELINE, flag, path, args.revision, args.variant)
-    vae = config_of(VAE, flag, path, "vae", args.revision)
+    source = check_pipeline(teacher_source(args), PIPELINE)
+    args.revision = source.revision
+    vae = source.config(VAE, "vae")
     if args.pretrained_vae_model_name_or_path:
-        vae_flag, vae_path = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
         names = ("latent_channels", "block_out_channels", "latents_mean", "latents_std")
-        check_compatible(vae_flag, vae_path, VAE, "vae", vae, names, args.variant)
-    check_levels(flag, path, config_of(DDPMScheduler, flag, path, "scheduler", args.revision, exact=False))
-    unet = config_of(UNET, flag, path, "unet", args.revision)
+        check_compatible(vae_source(args), VAE, "vae", vae, names)
+    check_levels(source, source.config(DDPMScheduler, "scheduler", exact=False))
+    unet = source.config(UNET, "unet")
     check_lora_args(args, UNET, unet, LORA_LAYERS)
     if args.student_model_name_or_path and not args.rank:
         names = ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim")
         names += ("time_cond_proj_dim", "mid_block_type")
-        start_flag, start = "--student_model_name_or_path", args.student_model_name_or_path
-        check_compatible(start_flag, start, UNET, "unet", unet, names, args.variant)
+        check_compatible(student_source(args, source), UNET, "unet", unet, names)
     if args.gan_weight > 0 and args.method == "dmd2" and unet.get("mid_block_type", "") is None:
-        message = f"{flag} {path}: its UNet has no mid-block for --method dmd2's classifier; give --gan_weight 0 or another teacher"
-        raise UserError(message, exit_code=2)
+        raise source.error(
+            "its UNet has no mid-block for --method dmd2's classifier; give --gan_weight 0 or another teacher"
+        )
     if args.gan_weight > 0 and args.method == "dmd2" and args.classifier_weight == 0:
         raise UserError(
             "--classifier_weight 0: the classifier would never learn; give --gan_weight 0 to do without", exit_code=2
@@ -605,33 +618,30 @@ def check_args(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-def vae_source(args) -> tuple[str, str, dict]:
-    """(flag, folder or Hub id, where in it) of the VAE."""
+def vae_source(args) -> ModelSource:
+    """Where the VAE is."""
     if args.pretrained_vae_model_name_or_path:
-        return "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path, {"variant": args.variant}
-    where = {"revision": args.revision, "variant": args.variant}
-    return "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, where
+        path = args.pretrained_vae_model_name_or_path
+        return ModelSource("--pretrained_vae_model_name_or_path", path, variant=args.variant)
+    return teacher_source(args)
 
 
 def own_vae(args) -> dict:
     """{"vae": a whole one} where it is not the teacher's: it is saved with the student."""
     if not args.pretrained_vae_model_name_or_path:
         return {}
-    flag, path, where = vae_source(args)
-    return {"vae": load_network(VAE, flag, path, "vae", **where)}
+    return {"vae": load_network(vae_source(args), VAE, "vae")}
 
 
 def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[TrainingModels, PIPELINE]:
     """All networks, as the roles and functions that the algorithm works with; (parts, the pipeline)."""
-    flag, path, device = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, runtime.device
-    source = {"revision": args.revision, "variant": args.variant, "dtype": runtime.weight_dtype}
-    unet = from_pretrained_meta(UNET, flag, path, "unet", **source)
+    source, device = teacher_source(args), runtime.device
+    unet = from_pretrained_meta(source, UNET, "unet", runtime.weight_dtype)
     dmd2 = args.method == "dmd2" and args.gan_weight > 0
     encodes = (args.backward_simulation_prob < 1 or dmd2) and not args.dataset_lmdb
     decodes = (args.gan_weight > 0 and not dmd2) or bool(args.validation_prompts)
-    vae_flag, vae_path, where = vae_source(args)
-    vae = load_vae(VAE, vae_flag, vae_path, args, device, encodes, decodes, "fp32", **where)
-    pipeline = load_pipeline(PIPELINE, flag, path, unet=unet, vae=vae, **source)
+    vae = load_vae(vae_source(args), VAE, args, device, encodes, decodes, "fp32")
+    pipeline = load_pipeline(source, PIPELINE, unet=unet, vae=vae, dtype=runtime.weight_dtype)
     teacher_print = make_base(args, pipeline, "unet", device)
     place_text_encoders(args, pipeline, device)
     size = (args.resolution, args.resolution)
@@ -647,7 +657,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Training
     if args.rank:
         student, fake_score = adapted_twins(materialize(unet, device), args)
     else:
-        student = initial_student(UNET, args, "unet")
+        student = from_pretrained_meta(student_source(args, source), UNET, "unet")
         fake_score = copy.deepcopy(student)
     for network in (unet, student, fake_score):
         if args.enable_xformers_memory_efficient_attention:
@@ -655,7 +665,7 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Training
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
-    config = config_of(VAE, flag, path, "vae", args.revision)
+    config = source.config(VAE, "vae")
     latent_shape = latent_shape_of(config, args.resolution)
     if dmd2:
         classifier = LatentClassifier(student.config.block_out_channels[-1], middle_size(student, latent_shape[-1]))
@@ -673,7 +683,11 @@ def load_parts(args, runtime: Runtime, schedule: DDPMSchedule) -> tuple[Training
     if dmd2:
         models.classify = partial(classify, schedule)
     elif args.gan_weight > 0:
-        models.discriminator, models.vision_features, models.text_features = load_discriminator(args, runtime)
+        heads, *features = load_discriminator(args, runtime.weight_dtype, device)
+        models.vision_features, models.text_features = features
+        models.discriminator = runtime.trained_role(
+            "discriminator", heads, args.learning_rate_disc, gather_bf16=False
+        )
         models.real_images, models.decode = partial(real_images, vae), partial(decode, vae)
         models.omega = lambda t: schedule.levels(t)[0].float()
     return models, pipeline

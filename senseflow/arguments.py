@@ -71,6 +71,36 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)", exit_code=2)
 
 
+def add_lora_arguments(parser, layers: Sequence[str]) -> None:
+    """The flags of adapters; `layers` are what --lora_layers is for the script's teacher."""
+    add = parser.add_argument_group("low-rank adaptation").add_argument
+    add(
+        "--rank",
+        type=int,
+        default=0,
+        help="train adapters of this rank on the teacher's own weights, which are then held once, instead of two whole networks "
+        "(0: full fine-tuning); needs peft",
+    )
+    add("--lora_alpha", type=float, help="the adapters' output is scaled by this over the rank (default: the rank)")
+    add(
+        "--lora_layers",
+        nargs="+",
+        help=f"linear and convolutional layers with adapters: ends of their names, or one regular expression of peft's for their "
+        f"whole names (default: {' '.join(layers)})",
+    )
+    add(
+        "--teacher_lora",
+        help="a LoRA that is fused into the teacher on loading: a .safetensors file, or a folder or Hub id that holds one",
+    )
+    add("--teacher_lora_scale", type=float, default=1.0, help="of --teacher_lora (diffusers)")
+    add(
+        "--base_quantization",
+        default="none",
+        choices=("none", "8bit", "4bit"),
+        help="hold the teacher's linear layers, which student and fake score share, in 8 bits or in 4 (nf4); needs bitsandbytes",
+    )
+
+
 def fill_in(args, values: dict):
     """Gives the flags that were not given (None) the values by their names; returns `args`."""
     for name, value in values.items():

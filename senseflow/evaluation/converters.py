@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
 
 from senseflow.errors import UserError
-from senseflow.models.hub import few
+from senseflow.models.hub import abbreviate
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's images
@@ -105,7 +105,7 @@ def fill_all(flag: str, file: Path, network: torch.nn.Module, state: dict[str, t
     other = {name for name in set(own) & set(state) if own[name].shape != state[name].shape}
     for names, problem in ((missing, "are missing"), (extra, "have no place"), (other, "are of other shapes")):
         if names:
-            problem = f"{len(names)} weights of its {type(network).__name__} {problem} ({few(names)})"
+            problem = f"{len(names)} weights of its {type(network).__name__} {problem} ({abbreviate(names)})"
             raise UserError(f"{flag} {file}: {problem}; give the published file", 2)
     network.load_state_dict(state)
 

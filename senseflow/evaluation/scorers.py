@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 from senseflow.arguments import DTYPES
 from senseflow.evaluation.converters import hpsv2_pixels, imagereward_pixels, read_hpsv2, read_imagereward
 from senseflow.evaluation.metrics import centre_patch
-from senseflow.models.hub import fingerprint, from_hub, loading_model
+from senseflow.models.hub import ModelSource, fingerprint
 
 
 TOKENS_OF_IMAGEREWARD = 35
@@ -42,7 +42,7 @@ class Network:
 
 def load_inception(args, patch: bool) -> Network:
     """The network of FID as StyleGAN publishes it: uint8 images of any size -> 2,048 numbers."""
-    with loading_model("--inception", args.inception):
+    with ModelSource("--inception", args.inception).loading():
         network = torch.jit.load(args.inception, map_location=args.device).eval()
     digest = hashlib.sha256(Path(args.inception).read_bytes()).hexdigest()[:16]
     crop = centre_patch if patch else (lambda image: image)
@@ -61,10 +61,10 @@ def _bytes_of(image: Image.Image) -> torch.Tensor:
 
 def load_vision(args) -> Network:
     """The pooled output of a vision model of transformers; of DINOv2 the CLS token after the last norm."""
-    path, dtype = args.feature_model, DTYPES[args.dtype]
-    with loading_model("--feature_model", path):
-        model = from_hub(AutoModel.from_pretrained, path, dtype=dtype).eval().to(args.device)
-        processor = from_hub(AutoImageProcessor.from_pretrained, path)
+    source, dtype = ModelSource("--feature_model", args.feature_model), DTYPES[args.dtype]
+    with source.loading():
+        model = source.load(AutoModel.from_pretrained, dtype=dtype).eval().to(args.device)
+        processor = source.load(AutoImageProcessor.from_pretrained)
 
     def look(pixels: torch.Tensor) -> torch.Tensor:
         return model(pixel_values=pixels.to(dtype)).pooler_output
@@ -74,26 +74,26 @@ def load_vision(args) -> Network:
 
 def load_clip(args, flag: str) -> Network:
     """A CLIPModel of transformers with its own processing of images and texts."""
-    path = getattr(args, flag)
-    with loading_model(f"--{flag}", path):
-        model = from_hub(CLIPModel.from_pretrained, path)
-        processor = from_hub(AutoImageProcessor.from_pretrained, path)
-    return _clip(args, model, partial(_processed, processor), f"--{flag}", path)
+    source = ModelSource(f"--{flag}", getattr(args, flag))
+    with source.loading():
+        model = source.load(CLIPModel.from_pretrained)
+        processor = source.load(AutoImageProcessor.from_pretrained)
+    return _clip(args, model, partial(_processed, processor), source)
 
 
 def load_hpsv2(args) -> Network:
     """HPS v2.1; its tokenizer is that of every CLIP."""
     model = read_hpsv2(Path(args.hpsv2))
     prepare = partial(hpsv2_pixels, model.config.vision_config.image_size)
-    return _clip(args, model, prepare, "--clip_model", args.clip_model)
+    return _clip(args, model, prepare, ModelSource("--clip_model", args.clip_model))
 
 
-def _clip(args, model: CLIPModel, prepare: Callable, flag: str, path: str) -> Network:
-    """Args: path: of the tokenizer, which `flag` has named."""
+def _clip(args, model: CLIPModel, prepare: Callable, source: ModelSource) -> Network:
+    """Args: source: of the tokenizer."""
     dtype, name = DTYPES[args.dtype], f"clip-{fingerprint(model)}-{args.dtype}"
     model = model.eval().to(args.device, dtype)
-    with loading_model(flag, path):
-        tokenizer = from_hub(AutoTokenizer.from_pretrained, path)
+    with source.loading():
+        tokenizer = source.load(AutoTokenizer.from_pretrained)
     length = model.config.text_config.max_position_embeddings
 
     def look(pixels: torch.Tensor) -> torch.Tensor:
@@ -112,8 +112,9 @@ def load_imagereward(args) -> Network:
     """ImageReward, whose features are its scores (B, 1)."""
     model, dtype = read_imagereward(Path(args.imagereward)), DTYPES[args.dtype]
     name, model = f"imagereward-{fingerprint(model)}-{args.dtype}", model.to(args.device, dtype)
-    with loading_model("--imagereward_tokenizer", args.imagereward_tokenizer):
-        tokenizer = from_hub(AutoTokenizer.from_pretrained, args.imagereward_tokenizer)
+    source = ModelSource("--imagereward_tokenizer", args.imagereward_tokenizer)
+    with source.loading():
+        tokenizer = source.load(AutoTokenizer.from_pretrained)
     how = {"padding": "max_length", "truncation": True, "max_length": TOKENS_OF_IMAGEREWARD, "return_tensors": "pt"}
 
     def look(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:

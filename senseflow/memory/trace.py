@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from senseflow.arguments import DTYPES
 from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
-from senseflow.models.hub import fingerprint, subfolder_of
+from senseflow.models.hub import ModelSource, fingerprint
 from senseflow.models.quantization import quantize_network
 from senseflow.models.text_encoders import text_encoders_of
 from senseflow.models.weights import from_pretrained_meta
@@ -56,8 +56,8 @@ def of_transformers(
     return (network, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else network
 
 
-def opened(kind, flag, path, subfolder, revision=None, variant=None, dtype=torch.float32):
-    return of_diffusers(kind, path, subfolder_of(path, subfolder, revision), dtype, revision=revision)
+def opened(source: ModelSource, cls, subfolder, dtype=torch.float32):
+    return of_diffusers(cls, source.path, source.network_subfolder(subfolder), dtype, revision=source.revision)
 
 
 def without_values(network: torch.nn.Module) -> torch.nn.Module:

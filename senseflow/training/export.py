@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from senseflow.arguments import DTYPES
 from senseflow.errors import UserError
-from senseflow.models.hub import UNREADABLE, file_of, load_pipeline, missing_components, read_json
+from senseflow.models.hub import UNREADABLE, ModelSource, load_pipeline, missing_components, teacher_source
 from senseflow.models.lora import FILE, find_lora, metadata_of
 from senseflow.models.quantization import quantization_config
 from senseflow.training.checkpoints import INCOMPLETE, publish_folder, writing
@@ -116,15 +116,10 @@ def export(runtime: Runtime, args, pipeline_class, student: Role, components: di
         return
     network = student.network()
     if runtime.accelerator.is_main_process:
-        dtype, flag, path = (
-            DTYPES[args.export_dtype],
-            "--pretrained_model_name_or_path",
-            args.pretrained_model_name_or_path,
-        )
+        dtype = DTYPES[args.export_dtype]
         aside = Path(args.output_dir) / f"export{INCOMPLETE}"
         others = {student.subfolder: None, **components}
-        source = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
-        pipeline = load_pipeline(pipeline_class, flag, path, **others, **source)
+        pipeline = load_pipeline(teacher_source(args), pipeline_class, dtype=dtype, **others)
         pipeline.register_modules(**{student.subfolder: network})  # the run is over
         with writing(aside):
             pipeline.to("cpu", dtype).save_pretrained(aside)
@@ -160,10 +155,10 @@ def export_adapter(runtime: Runtime, args, pipeline_class, student: Role, compon
     runtime.accelerator.wait_for_everyone()
 
 
-def license_of(path: str, revision: Optional[str] = None) -> dict[str, str]:
+def license_of(source: ModelSource) -> dict[str, str]:
     """The license entries of a model's card (license, license_name, license_link); {"license": "other"} where it has none."""
     try:
-        card = ModelCard.load(file_of(path, "README.md", revision) or "").data
+        card = ModelCard.load(source.file("README.md") or "").data
     except (*UNREADABLE, yaml.YAMLError):
         return {"license": "other"}
     entries = {name: getattr(card, name, None) for name in ("license", "license_name", "license_link")}
@@ -178,14 +173,10 @@ def keywords(arguments: dict) -> str:
 def lines_with_adapter(pipeline_class, network: str, components: dict, record: dict, args) -> str:
     """The code that makes `pipeline` of the teacher's, with its `network` as it was trained over, what of it is not the
     teacher's, and the adapter."""
-    flag, path, dtype = (
-        "--pretrained_model_name_or_path",
-        args.pretrained_model_name_or_path,
-        DTYPES[args.export_dtype],
-    )
+    dtype = DTYPES[args.export_dtype]
     classes = sorted({pipeline_class.__name__, *(type(component).__name__ for component in components.values())})
     source = {name: record[f"teacher_{name}"] for name in ("revision", "variant") if record[f"teacher_{name}"]}
-    absent = missing_components(pipeline_class, read_json(flag, path, "model_index.json", args.revision))
+    absent = missing_components(pipeline_class, teacher_source(args).read_json("model_index.json"))
     lines, base = [f"from diffusers import {', '.join(classes)}", f'folder = "{PLACE}"'], ""
     if args.base_quantization != "none":
         lines += [
@@ -199,7 +190,7 @@ def lines_with_adapter(pipeline_class, network: str, components: dict, record: d
         how = f", dtype={dtype}" if isinstance(component, torch.nn.Module) else ""
         lines.append(f'pipeline.{name} = {type(component).__name__}.from_pretrained(folder, subfolder="{name}"{how})')
     if args.teacher_lora:  # what the teacher was made with, before what was learned over it
-        file = find_lora("--teacher_lora", args.teacher_lora).name
+        file = find_lora(ModelSource("--teacher_lora", args.teacher_lora)).name
         lora, name = record["teacher_lora"], "" if os.path.isfile(args.teacher_lora) else f', weight_name="{file}"'
         lines += [
             f'pipeline.load_lora_weights("{lora}"{name})',
@@ -216,7 +207,7 @@ def write_model_card(folder: Path, lines: str, record: dict, args, adapter: bool
         lines: the code that makes `pipeline`.
         record: what senseflow.json holds; `pipeline_call` are the arguments of the stock call.
     """
-    teacher, teacher_license = record["teacher"], license_of(args.pretrained_model_name_or_path, args.revision)
+    teacher, teacher_license = record["teacher"], license_of(teacher_source(args))
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **teacher_license}
     if not os.path.isdir(teacher):
         front["base_model"] = teacher

@@ -31,6 +31,7 @@ import train_senseflow_sdxl
 from helpers import built
 from senseflow.memory.counter import Counter
 from senseflow.models import vae as vae_module
+from senseflow.models.hub import ModelSource
 from senseflow.training import validation
 from senseflow_utils import StatelessRNG
 from tiny_pipelines import tiny_vae, vivid, write_sd3, write_sdxl
@@ -193,7 +194,9 @@ def test_a_vae_is_loaded_without_the_half_that_nothing_runs(stock, tmp_path):
     args = SimpleNamespace(mixed_precision="no", vae_dtype="auto", gradient_checkpointing=True)
 
     def load(encodes, decodes):
-        return vae_module.load_vae(type(stock.vae), "--vae", str(tmp_path), args, "cpu", encodes, decodes, "bf16")
+        return vae_module.load_vae(
+            ModelSource("--vae", str(tmp_path)), type(stock.vae), args, "cpu", encodes, decodes, "bf16"
+        )
 
     images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     encoder, decoder = load(True, False), load(False, True)
@@ -291,7 +294,9 @@ def test_a_decoder_that_computes_again_gives_the_same_gradient_in_less_memory(tm
     vae.save_pretrained(tmp_path)
     args, found = SimpleNamespace(mixed_precision="no", vae_dtype="auto"), []
     for args.gradient_checkpointing in (False, True):
-        decoder = vae_module.load_vae(AutoencoderKL, "--vae", str(tmp_path), args, "cpu", False, True, "fp32")
+        decoder = vae_module.load_vae(
+            ModelSource("--vae", str(tmp_path)), AutoencoderKL, args, "cpu", False, True, "fp32"
+        )
         x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with Counter() as counter:
             vae_module.decode(decoder, x0).square().mean().backward()

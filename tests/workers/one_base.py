@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_senseflow_flux as script
-from senseflow.models.hub import load_network
+from senseflow.models.hub import ModelSource, load_network
 from senseflow.training.runtime import Runtime
 
 
@@ -20,7 +20,7 @@ args = script.parse_args(sys.argv[1:])
 rows = script.check_args(args)
 runtime = Runtime(args)
 schedule, _, _ = script.make_schedule(args, runtime.device)
-whole = load_network(script.TRANSFORMER, "", args.pretrained_model_name_or_path, "transformer")
+whole = load_network(ModelSource("", args.pretrained_model_name_or_path), script.TRANSFORMER, "transformer")
 models, _ = script.load_parts(args, runtime, schedule)
 roles = (models.teacher, models.student, models.fake_score)
 data = iter(script.make_dataloader(args, rows, runtime.accelerator.process_index, 2, 0, 0, lambda iteration: False))
