@@ -45,6 +45,7 @@ from senseflow.memory.report import report
 from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
 from senseflow.models.hub import check_compatible, check_pipeline, load_pipeline, student_source, teacher_source
 from senseflow.models.lora import adapted_twins, check_lora_args, make_base
+from senseflow.models.schedulers import fit_flow_scheduler
 from senseflow.models.text_encoders import encode_small_set, place_text_encoders
 from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents, vae_scale_of
 from senseflow.models.weights import from_pretrained_meta, materialize
@@ -74,7 +75,6 @@ from senseflow_utils import (
     denoising_loss,
     dmd_loss,
     draw_guidance,
-    fit_flow_scheduler,
     guide,
     hinge_loss,
     isg_loss,

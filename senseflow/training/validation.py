@@ -1,11 +1,9 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """What people look at while a run trains: images of --validation_prompts, what these say in numbers, and panels of latents."""
 
-import inspect
 import itertools
 import math
 from contextlib import contextmanager
-from functools import partial
 from typing import Iterator, Sequence
 
 import numpy as np
@@ -14,6 +12,7 @@ from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from senseflow.models.schedulers import bind_generator
 from senseflow.models.vae import decode
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
@@ -59,13 +58,6 @@ class Validation:
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 # ---------------------------------------------------------------------------------------------------------------------
-def bind_generator(scheduler, generator) -> None:
-    """Makes a scheduler's `step` draw from `generator` (one, or a list of one per sample): not every pipeline hands it on."""
-    step = type(scheduler).step
-    if "generator" in inspect.signature(step).parameters:
-        scheduler.step = partial(step, scheduler, generator=generator)
-
-
 @contextmanager
 def kept_latents(vae: ModelMixin) -> Iterator[list[torch.Tensor]]:
     """What the VAE is asked to decode meanwhile, on the CPU in float32."""

@@ -32,6 +32,7 @@ from helpers import built
 from senseflow.memory.counter import Counter
 from senseflow.models import vae as vae_module
 from senseflow.models.hub import ModelSource
+from senseflow.models.schedulers import bind_generator
 from senseflow.training import validation
 from senseflow_utils import StatelessRNG
 from tiny_pipelines import tiny_vae, vivid, write_sd3, write_sdxl
@@ -278,7 +279,7 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
 
     def stock_call(kind):
         generator = torch.Generator().manual_seed(0)
-        validation.bind_generator(run.pipeline.scheduler, generator)
+        bind_generator(run.pipeline.scheduler, generator)
         with run.runtime.accelerator.autocast():
             return run.pipeline("a red square", generator=generator, output_type=kind, **run.call).images
 
