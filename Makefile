@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-modes mutants style
+.PHONY: venv demo test test-modes mutants style fix-copies
 
 venv: $(VENV)/.installed
 
@@ -28,3 +28,7 @@ mutants: venv
 style: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Writes the blocks under "# Copied from" in the training scripts.
+fix-copies: venv
+	$(BIN)/python tests/copies.py

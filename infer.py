@@ -36,7 +36,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMSch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from senseflow.arguments import DTYPES, Parser
+from senseflow.arguments import DTYPES, SAMPLERS, Parser, torch_dtype
 from senseflow.errors import UserError, run_script
 from senseflow.inference import (
     NETWORKS,
@@ -51,7 +51,6 @@ from senseflow.inference import (
     swap_network,
 )
 from senseflow.training.validation import bind_generator
-from senseflow_utils import SAMPLERS
 
 
 logger = logging.getLogger("infer")
@@ -79,7 +78,7 @@ def number(kind: type, low: float, high: float = math.inf):
 
 def short_dtype(text: str) -> str:
     """An argparse type: fp32, bf16, fp16, also by their long names."""
-    return next((name for name, dtype in DTYPES.items() if text == str(dtype).removeprefix("torch.")), text)
+    return next((name for name, long in DTYPES.items() if text == long), text)
 
 
 def call_argument(text: str) -> tuple[str, Any]:
@@ -168,7 +167,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here; give cpu, or a device that torch sees", 2) from error
-    return device, DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    return device, torch_dtype(args.dtype or ("fp32" if device.type == "cpu" else "bf16"))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """The mathematics of SenseFlow (Ge et al., ICLR 2026, arXiv 2506.00523): tensors in, tensors out.
 
-Nothing here knows a network, a pipeline or a device layout. Notation, the same in every script:
+No function depends on a network, a pipeline or a device layout. The notation is the same in every script:
 
     x0        clean latent                         (B, C, H, W), or any (B, ...)
     noise     standard normal, the shape of x0
@@ -10,8 +10,8 @@ Nothing here knows a network, a pipeline or a device layout. Notation, the same 
     anchors   the few timesteps at which the student is run, largest first
     output    what a network returns: velocity = noise - x0 (rectified flow) or epsilon = noise (DDPM)
 
-Every loss is written on (x0, noise) pairs, so that one text serves both families; `FlowSchedule` and `DDPMSchedule` turn a
-network's output into such a pair.
+Every loss is written on (x0, noise) pairs, so that the same code serves both families; `FlowSchedule` and
+`DDPMSchedule` turn a network's output into such a pair.
 """
 
 import hashlib
@@ -23,62 +23,57 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 
-SAMPLERS = ("stochastic", "euler")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Random draws
 # ---------------------------------------------------------------------------------------------------------------------
 class StatelessRNG:
-    """All random numbers of one training iteration, without any state.
+    """Draw all random numbers of one training iteration, without any state.
 
-    A shared draw is a function of (seed, iteration, name): the same on all ranks, for what decides how many forwards run.
-    A per-sample draw is a function of (seed, iteration, name, slot), where `slot` is the sample's index in the GLOBAL batch
-    of the iteration: it does not depend on the number of processes, on the micro-batch, or on what was drawn before. Hence
-    there is no RNG state to save, and a resumed run is the same run. Numbers are drawn on the CPU, so they are the same on
-    every device, and then moved.
+    A shared number is a function of (seed, iteration, name): it is the same on all ranks, for decisions on how many
+    forwards run. A per-sample number is a function of (seed, iteration, name, sample index), where the sample index is
+    the sample's
+    place in the GLOBAL batch of the iteration: it does not depend on the number of processes, on the micro-batch, or
+        on what
+    was drawn before. Hence there is no state to save, and a resumed run is the same run. Numbers are drawn on the CPU,
+    so that they are the same on every device, and then moved.
 
     Args:
-        seed: the run's `--seed`.
+        seed: --seed of the run.
         iteration: number of the iteration, from 0.
-        device: where per-sample tensors are put.
+        device: device of per-sample tensors.
     """
 
     def __init__(self, seed: int, iteration: int, device: Union[str, torch.device] = "cpu"):
         self.seed, self.iteration, self.device = seed, iteration, torch.device(device)
 
     def generator(self, name: str, sample_index: Optional[int] = None) -> torch.Generator:
-        """The torch.Generator of one draw; `slot` None for a shared one."""
+        """Return the torch.Generator of one draw; a sample index of None means a shared one."""
         key = f"{self.seed}/{self.iteration}/{name}/{'shared' if sample_index is None else sample_index}"
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def shared_uniform(self, name: str) -> float:
-        """One number in [0, 1), the same on all ranks."""
+        """Draw one number in [0, 1), the same on all ranks."""
         return torch.rand((), generator=self.generator(name), dtype=torch.float64).item()
 
     def shared_integer(self, name: str, high: int) -> int:
-        """One integer in [0, high), the same on all ranks."""
+        """Draw one integer in [0, high), the same on all ranks."""
         return int(torch.randint(high, (), generator=self.generator(name)).item())
 
     def normal(self, name: str, sample_indices: Sequence[int], shape: Sequence[int] = ()) -> torch.Tensor:
-        """Standard normal numbers, (B, *shape), float32."""
-        rows = [
-            torch.randn(tuple(shape), generator=self.generator(name, sample_index)) for sample_index in sample_indices
-        ]
+        """Draw standard normal numbers, (B, *shape), float32."""
+        rows = [torch.randn(tuple(shape), generator=self.generator(name, index)) for index in sample_indices]
         return torch.stack(rows).to(self.device, non_blocking=True)
 
     def uniform(
         self, name: str, sample_indices: Sequence[int], low=0.0, high=1.0, shape: Sequence[int] = ()
     ) -> torch.Tensor:
-        """Uniform numbers in [low, high), (B, *shape), float32; `low` and `high` are numbers or broadcast against the result."""
-        rows = [
-            torch.rand(tuple(shape), generator=self.generator(name, sample_index)) for sample_index in sample_indices
-        ]
+        """Draw uniform numbers in [low, high), (B, *shape), float32; the ends may be tensors that broadcast."""
+        rows = [torch.rand(tuple(shape), generator=self.generator(name, index)) for index in sample_indices]
         return low + (high - low) * torch.stack(rows).to(self.device, non_blocking=True)
 
     def integers(self, name: str, sample_indices: Sequence[int], low, high) -> torch.Tensor:
-        """Uniform integers in [low, high], BOTH ends included, (B,), int64; the ends are integers or (B,) tensors of integers."""
+        """Draw uniform integers in [low, high], BOTH included, (B,), int64; the ends are integers or (B,) tensors."""
         drawn = torch.floor(self.uniform(name, sample_indices, low, high + 1))
         return torch.clamp(drawn, max=high).long()
 
@@ -87,7 +82,7 @@ class StatelessRNG:
 # Schedules: what a timestep means, and what a network's output means
 # ---------------------------------------------------------------------------------------------------------------------
 class Prediction(NamedTuple):
-    """What a network says about x_t. All (B, ...), float32; carries gradient if the network's output does."""
+    """A network's estimates at x_t. All (B, ...), float32; they carry gradient if the network's output does."""
 
     output: torch.Tensor  # as the network returned it (after guidance)
     x0: torch.Tensor  # estimate of the clean latent
@@ -95,85 +90,86 @@ class Prediction(NamedTuple):
 
 
 class Schedule:
-    """Noise levels of a teacher and the anchors of its student. Base of the two families.
+    """The noise levels of a teacher and the anchors of its student. Base of the two families.
 
     Args:
-        table: (T,) the TEACHER's training timesteps in [0, 1000], in any order; t' of L_DMD and of the fake loss comes from it.
+        train_timesteps: (T,) the TEACHER's training timesteps in [0, 1000], in any order. The timesteps of L_DMD and
+            of the fake score's loss are drawn from them.
         anchors: (n,) decreasing timesteps at which the student is run: the levels that the saved scheduler visits.
-        final: timestep that follows the last anchor (0; a solver step to it gives x0 up to the table's smallest noise).
-        dmd_range, fake_range: None draws the table's index logit-normally (0, 1), as FLUX does; (low, high) draws it
-            uniformly from these indices into the ascending table, both included.
+        final: timestep that follows the last anchor. A solver step to 0 gives x0, up to the smallest noise level.
+        dmd_range, fake_range: indices (low, high) into the ascending train_timesteps, both included, from which an
+            index is drawn uniformly; None draws it logit-normally (0, 1), as for FLUX.
     """
 
     def __init__(
         self,
-        table: torch.Tensor,
+        train_timesteps: torch.Tensor,
         anchors: Sequence[float],
         final: float = 0.0,
         dmd_range: Optional[tuple] = None,
         fake_range: Optional[tuple] = None,
         device: Union[str, torch.device] = "cpu",
     ):
-        self.table = torch.sort(torch.as_tensor(table, dtype=torch.float64)).values.to(device)
+        self.train_timesteps = torch.sort(torch.as_tensor(train_timesteps, dtype=torch.float64)).values.to(device)
         self.anchors = torch.as_tensor(list(anchors), dtype=torch.float64, device=device)
         self.next_timesteps = torch.as_tensor([*list(anchors)[1:], final], dtype=torch.float64, device=device)
         self.dmd_range, self.fake_range = dmd_range, fake_range
 
-    # What a family defines.
+    # What a family defines
     def levels(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha, sigma) of x_t = alpha x0 + sigma noise at timesteps t; float64, the shape of t."""
+        """Return (alpha, sigma) of x_t = alpha x0 + sigma noise at timesteps t; float64, in the shape of t."""
         raise NotImplementedError
 
     def as_prediction(self, x_t: torch.Tensor, output: torch.Tensor, t: torch.Tensor) -> Prediction:
-        """Reads a network's output at x_t (B, ...) and t (B,) as an (x0, noise) pair. Gradient flows through `output`."""
+        """Turn a network's output at x_t (B, ...) and t (B,) into an (x0, noise) pair, with gradient."""
         raise NotImplementedError
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What a network should return for alpha x0 + sigma noise: the regression target of the fake score."""
+        """Return what a network should output for alpha x0 + sigma noise: the regression target of the fake score."""
         raise NotImplementedError
 
-    # What follows from it.
+    # What follows from it
     def _levels_like(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alpha, sigma = self.levels(t)
         shape = (-1,) + (1,) * (x.dim() - 1)
         return alpha.view(shape), sigma.view(shape)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t = alpha(t) x0 + sigma(t) noise, float32; t (B,)."""
+        """Return x_t = alpha(t) x0 + sigma(t) noise, float32; t (B,)."""
         alpha, sigma = self._levels_like(x0, t)
         return (alpha * x0 + sigma * noise).float()
 
     def step(self, prediction: Prediction, t_next: torch.Tensor) -> torch.Tensor:
-        """Deterministic solver step to t_next (B,): Euler for a flow, DDIM with eta 0 for DDPM; one formula on the pair."""
+        """Take a deterministic solver step to t_next (B,): Euler for a flow, DDIM with eta 0 for DDPM."""
         return self.add_noise(prediction.x0, prediction.noise, t_next)
 
     def draw_dmd_timesteps(self, rng: StatelessRNG, sample_indices: Sequence[int]) -> torch.Tensor:
-        """t' of L_DMD, (B,)."""
+        """Draw the timesteps of L_DMD, (B,)."""
         return self._draw(rng, "dmd_timestep", sample_indices, self.dmd_range)
 
     def draw_fake_timesteps(self, rng: StatelessRNG, sample_indices: Sequence[int]) -> torch.Tensor:
-        """t of the fake score's loss, (B,)."""
+        """Draw the timesteps of the fake score's loss, (B,)."""
         return self._draw(rng, "fake_timestep", sample_indices, self.fake_range)
 
     def _draw(
         self, rng: StatelessRNG, name: str, sample_indices: Sequence[int], index_range: Optional[tuple]
     ) -> torch.Tensor:
         if index_range is not None:
-            return self.table[rng.integers(name, sample_indices, *index_range)]
-        size = len(self.table)
+            return self.train_timesteps[rng.integers(name, sample_indices, *index_range)]
+        size = len(self.train_timesteps)
         from_top = (torch.sigmoid(rng.normal(name, sample_indices)) * size).long().clamp(max=size - 1)
-        return self.table[size - 1 - from_top]
+        return self.train_timesteps[size - 1 - from_top]
 
     def draw_mid_timesteps(
         self, rng: StatelessRNG, sample_indices: Sequence[int], t: torch.Tensor, t_next: torch.Tensor, margin: float
     ) -> torch.Tensor:
-        """ISG's t_mid, (B,): a uniform integer timestep in [t_next + margin, t - margin]. `check_margin` says if there is one."""
+        """Draw ISG's t_mid, (B,): a uniform integer timestep in [t_next + margin, t - margin], see `check_margin`."""
         return rng.integers("mid_timestep", sample_indices, torch.ceil(t_next + margin), torch.floor(t - margin)).to(
             t.dtype
         )
 
     def check_margin(self, margin: float) -> Optional[tuple[float, float]]:
-        """The first segment (t, t_next) in which `draw_mid_timesteps` has no integer to draw, or None."""
+        """Return the first segment (t, t_next) that holds no timestep for `draw_mid_timesteps`, or None."""
         for t, t_next in zip(self.anchors.tolist(), self.next_timesteps.tolist()):
             if torch.ceil(torch.tensor(t_next + margin)) > torch.floor(torch.tensor(t - margin)):
                 return t, t_next
@@ -197,16 +193,16 @@ class FlowSchedule(Schedule):
 
 
 class IndexedFlowSchedule(FlowSchedule):
-    """Rectified flow whose recipe speaks of indices into the teacher's shifted levels (SD 3.5): ISG's t_mid and its margin, and
-    the discriminator's time weight. A timestep's index is that of the table's nearest."""
+    """Rectified flow whose recipe counts indices into the teacher's shifted levels (SD 3.5): ISG's t_mid and its margin, and
+    omega(t). A timestep's index is that of the nearest training timestep."""
 
     def index_of(self, t: torch.Tensor) -> torch.Tensor:
-        """(B,) int64 indices into the ascending table of timesteps t (B,)."""
-        return (self.table - t.double().view(-1, 1)).abs().argmin(1)
+        """Return the indices (B,), int64, of timesteps t (B,) in the ascending training timesteps."""
+        return (self.train_timesteps - t.double().view(-1, 1)).abs().argmin(1)
 
     def draw_mid_timesteps(self, rng, sample_indices, t, t_next, margin):
         margin = math.ceil(margin)
-        return self.table[
+        return self.train_timesteps[
             rng.integers("mid_timestep", sample_indices, self.index_of(t_next) + margin, self.index_of(t) - margin)
         ]
 
@@ -222,27 +218,28 @@ class IndexedFlowSchedule(FlowSchedule):
         )
 
     def descending_sigma_squared(self, t: torch.Tensor) -> torch.Tensor:
-        """omega(t) (B,): sigma^2 of the DESCENDING table at t's index into the ascending one, as the release weighs."""
-        return ((self.table.flip(0)[self.index_of(t)] / 1000) ** 2).float()
+        """Return omega(t) (B,): sigma^2 of the DESCENDING levels at t's index in the ascending ones (release)."""
+        return ((self.train_timesteps.flip(0)[self.index_of(t)] / 1000) ** 2).float()
 
 
 class DDPMSchedule(Schedule):
     """DDPM (SDXL): alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t); networks return epsilon = noise.
 
     Args:
-        alphas_cumprod: (1000,) abar, `scheduler.alphas_cumprod` of a diffusers DDPM scheduler. Timesteps are its integer indices.
+        alphas_cumprod: (1000,) abar, `scheduler.alphas_cumprod` of a diffusers DDPM scheduler. Timesteps are its
+            integer indices.
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device=self.table.device)
+        self.abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device=self.train_timesteps.device)
 
     def levels(self, t):
         abar = self.abar[t.long()]
         return abar.sqrt(), (1 - abar).sqrt()
 
     def as_prediction(self, x_t, output, t):
-        # abar goes down to .005: the division by its root is done in float64.
+        # Divided in float64: abar goes down to .005.
         alpha, sigma = self._levels_like(x_t, t)
         output = output.float()
         return Prediction(output, ((x_t - sigma * output) / alpha).float(), output)
@@ -252,19 +249,21 @@ class DDPMSchedule(Schedule):
 
 
 class Guidance(NamedTuple):
-    """Guidance scales of a batch."""
+    """The guidance scales of a batch."""
 
     scale: torch.Tensor  # (B,)
-    above_one: bool  # whether any scale can be; known without a look at the device: where not, no unconditional pass is needed
+    above_one: (
+        bool  # whether a scale can be above 1, known without a host sync; if not, no unconditional pass is needed
+    )
 
 
 def draw_guidance(rng: StatelessRNG, name: str, sample_indices: Sequence[int], bounds: Sequence[float]) -> Guidance:
-    """Scales drawn uniformly from `bounds`, (MIN, MAX)."""
+    """Draw guidance scales uniformly from `bounds`, (MIN, MAX)."""
     return Guidance(rng.uniform(name, sample_indices, *bounds), max(bounds) > 1)
 
 
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance u + s (c - u), (B, ...); scale (B,). A sample with s <= 1 gets its conditional output."""
+    """Return u + s (c - u), (B, ...); scale (B,). A sample with s <= 1 gets its conditional output."""
     scale = scale.clamp(min=1).to(conditional.dtype).view((-1,) + (1,) * (conditional.dim() - 1))
     return unconditional + scale * (conditional - unconditional)
 
@@ -275,7 +274,7 @@ def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.T
 def sampler_step(
     schedule: Schedule, sampler: str, prediction: Prediction, t_next: torch.Tensor, noise: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """One step of the few-step sampler to the anchor t_next (B,).
+    """Take one step of the few-step sampler to the anchor t_next (B,).
 
     "stochastic" noises the predicted x0 with FRESH noise; "euler" follows the prediction (`noise` is not used).
     """
@@ -284,18 +283,30 @@ def sampler_step(
     return schedule.add_noise(prediction.x0, noise, t_next)
 
 
+def num_simulated_steps(rng: StatelessRNG, probability: float, num_anchors: int) -> Optional[int]:
+    """Draw the number of steps of backward simulation, the same on all ranks; None: real latents are noised."""
+    if rng.shared_uniform("simulate") < probability:
+        return rng.shared_integer("simulated_steps", num_anchors)
+    return None
+
+
+def needs_images(seed: int, gan_weight: float, backward_simulation_prob: float, iteration: int) -> bool:
+    """Return whether an iteration uses real images; if not, none is read from the disk."""
+    return gan_weight > 0 or num_simulated_steps(StatelessRNG(seed, iteration), backward_simulation_prob, 1) is None
+
+
 @torch.no_grad()
 def backward_simulation(
     predict, schedule: Schedule, sampler: str, rng: StatelessRNG, sample_indices, noise: torch.Tensor, steps: int
 ):
-    """The input that the student meets at inference (DMD2, section 4.5): its own first steps, from pure noise.
+    """Return an input as in inference (DMD2, section 4.5): after the student's own first steps from pure noise.
 
     Args:
         predict: `predict(x_t, t) -> Prediction` of the student.
-        noise: (B, ...) pure noise, what the sampler starts from.
-        steps: how many anchors to run through, in [0, n - 1]; the same on all ranks, as it decides how many forwards run.
+        noise: (B, ...) pure noise, the start of the sampler.
+        steps: number of steps in [0, n - 1], each one forward; the same on all ranks.
     Returns:
-        x_t (B, ...) at anchor number `steps`, without gradient. `steps` forwards are run.
+        x_t (B, ...) at anchor number `steps`, without gradient.
     """
     x_t = noise
     for i in range(steps):
@@ -311,19 +322,21 @@ def backward_simulation(
 def dmd_loss(
     student_x0: torch.Tensor, fake_x0: torch.Tensor, teacher_x0: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Distribution matching loss (DMD2, eqs. 1-2; normalized as in DMD, eq. 8).
+    """Return the distribution matching loss (DMD2, eqs. 1-2; normalized as in DMD, eq. 8).
 
     Its gradient with respect to student_x0 is (fake_x0 - teacher_x0) / mean|student_x0 - teacher_x0| / numel.
 
     Args:
         student_x0: (B, ...) with gradient.
-        fake_x0, teacher_x0: (B, ...) the two scores' estimates of x0 from the same noised student_x0; no gradient flows into them.
+        fake_x0, teacher_x0: (B, ...) the two scores' estimates of x0 from the same noised student_x0; no gradient
+            flows into them.
     Returns:
-        A float32 scalar, and what is logged with it:
+        The loss, a float32 scalar, and metrics to log:
         dmd_non_finite: the number of samples whose gradient was not finite and was zeroed there.
         signal/dmd_ratio: mean|fake_x0 - teacher_x0| / mean|student_x0 - teacher_x0|, how far the scores are apart.
-        signal/fake_error: mean|student_x0 - fake_x0| / mean|student_x0 - teacher_x0|, below 1 where the fake score knows the
-            student's images better than the teacher does.
+        signal/fake_error: mean|student_x0 - fake_x0| / mean|student_x0 - teacher_x0|, below 1 if the fake score fits
+        the
+            student's samples better than the teacher does.
     """
     with torch.no_grad():
         x0, fake_x0, teacher_x0 = student_x0.float(), fake_x0.float(), teacher_x0.float()
@@ -342,12 +355,12 @@ def dmd_loss(
 
 
 def denoising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The fake score's loss: plain MSE between its output and `Schedule.target`, mean over all elements, float32."""
+    """Return the fake score's loss: the MSE between its output and `Schedule.target`, over all elements, float32."""
     return F.mse_loss(output.float(), target.float())
 
 
 def isg_loss(direct: torch.Tensor, target: torch.Tensor, c: float = 1e-3) -> torch.Tensor:
-    """Intra-segment guidance (SenseFlow, section 3.3): mean(sqrt((direct - target)^2 + c^2) - c), float32.
+    """Return the ISG loss (SenseFlow, section 3.3): mean(sqrt((direct - target)^2 + c^2) - c), float32.
 
     Args:
         direct: (B, ...) the student's own step from t to t_next, with gradient.
@@ -359,10 +372,10 @@ def isg_loss(direct: torch.Tensor, target: torch.Tensor, c: float = 1e-3) -> tor
 
 @torch.no_grad()
 def isg_target(teacher_predict, student_predict, schedule: Schedule, x_t, t, t_mid, t_next) -> torch.Tensor:
-    """Where the segment t -> t_next should end: the teacher's step to t_mid, then the student's from there to t_next.
+    """Return where the segment t -> t_next should end: after the teacher's step to t_mid and the student's to t_next.
 
     Args:
-        teacher_predict, student_predict: `predict(x_t, t) -> Prediction`; one forward each (guidance is the teacher's matter).
+        teacher_predict, student_predict: `predict(x_t, t) -> Prediction`; one forward each, the teacher's guided.
         x_t: (B, ...) the student's own input at t; t > t_mid > t_next, each (B,).
     """
     x_mid = schedule.step(teacher_predict(x_t, t), t_mid)
@@ -370,23 +383,23 @@ def isg_target(teacher_predict, student_predict, schedule: Schedule, x_t, t, t_m
 
 
 def adversarial_loss(fake_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The student's GAN loss: -weight * mean over an image's logits, mean over the batch; logits (B, L), weight omega(t) (B,)."""
+    """Return the student's GAN loss: -weight * mean over L, mean over B; logits (B, L), weight omega(t) (B,)."""
     return -(weight * fake_logits.float().mean(1)).mean()
 
 
 def hinge_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The discriminator's loss: relu(1 - D(real)) + relu(1 + D(fake)), mean over L, times omega(t), mean over B."""
+    """Return the discriminator's loss: relu(1 - D(real)) + relu(1 + D(fake)), mean over L, weighted, mean over B."""
     per_image = F.relu(1 - real_logits.float()).mean(1) + F.relu(1 + fake_logits.float()).mean(1)
     return (weight * per_image).mean()
 
 
 def non_saturating_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """The student's GAN loss against DMD2's classifier: mean softplus(-logit); logits (B,)."""
+    """Return the student's GAN loss against DMD2's classifier: mean softplus(-logit); logits (B,)."""
     return F.softplus(-fake_logits.float()).mean()
 
 
 def logistic_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """The loss of DMD2's classifier: mean softplus(logit of the student's) + mean softplus(-logit of the real); logits (B,)."""
+    """Return the loss of DMD2's classifier: mean softplus(fake logit) + mean softplus(-real logit); logits (B,)."""
     return F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
 
 
@@ -394,7 +407,7 @@ def logistic_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch
 def ida_update(
     fake_parameters: Sequence[torch.Tensor], student_parameters: Sequence[torch.Tensor], decay: float
 ) -> None:
-    """Implicit distribution alignment (SenseFlow, section 3.2): fake <- decay * fake + (1 - decay) * student, in place."""
+    """Set fake <- decay * fake + (1 - decay) * student, in place: IDA (SenseFlow, section 3.2)."""
     for fake, student in zip(fake_parameters, student_parameters, strict=True):
         fake.lerp_(student, 1 - decay)
 
@@ -409,11 +422,14 @@ def fit_flow_scheduler(sigmas: Sequence[float], visit, sampler: str, dynamic: bo
 
     Args:
         sigmas: (n,) wanted levels in (0, 1], decreasing.
-        visit: `visit(scheduler) -> list` of the n levels that the stock call of this pipeline visits with that scheduler.
+        visit: `visit(scheduler) -> list` of the n levels that the stock call of this pipeline visits with that
+            scheduler.
         sampler: "stochastic" or "euler": what the scheduler's `step` does.
-        dynamic: whether this pipeline's stock call can serve dynamic shifting, which is then how the second kind is written.
+        dynamic: whether this pipeline's stock call can serve dynamic shifting, which is then how the second kind is
+            written.
     Returns:
-        (scheduler, levels): the levels that it will visit, the one source of truth for training. If none fits within the
+        (scheduler, levels): the levels that it will visit, the one source of truth for training. If none fits within
+            the
         tolerance, an unshifted scheduler and `sigmas` as given: the pipeline must then be called with `sigmas=`.
     """
     wanted = torch.as_tensor(list(sigmas), dtype=torch.float64)

@@ -102,7 +102,7 @@ def gradients(schedule, models, precisions, x0, guidance):
     condition, scales = models.encode_prompts(CAPTIONS), torch.full((len(SLOTS),), guidance)
     x0, found = x0.clone().requires_grad_(), []
     for wanted in LEVELS:
-        t = schedule.table[(schedule.table - wanted).abs().argmin()].expand(len(SLOTS))
+        t = schedule.train_timesteps[(schedule.train_timesteps - wanted).abs().argmin()].expand(len(SLOTS))
         with torch.no_grad():
             noised = schedule.add_noise(x0, DRAWS.normal("dmd_noise", SLOTS, models.latent_shape), t)
             fake_x0 = models.predict(fake, noised, t, condition).x0

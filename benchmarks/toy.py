@@ -160,7 +160,7 @@ def start_from(teacher: Mixture, width: int = 128, steps: int = 1000, batch: int
     for _ in range(steps):
         condition = torch.randint(teacher.num_classes, (batch,), generator=generator)
         x0 = teacher.sample(condition, generator)
-        t = schedule.table[torch.randint(len(schedule.table), (batch,), generator=generator)]
+        t = schedule.train_timesteps[torch.randint(len(schedule.train_timesteps), (batch,), generator=generator)]
         x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
         loss = (network(x_t, t, condition) - teacher(x_t, t, condition)).square().mean()
         optimizer.zero_grad()

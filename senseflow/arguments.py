@@ -1,211 +1,392 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Arguments and errors: what a user can get wrong becomes one line and an exit code, wherever possible before a weight loads."""
+"""Define, complete and check the arguments that scripts share. Imports no torch, so that --help answers at once."""
 
 import argparse
+import logging
 import math
 import os
-from typing import Sequence
-
-import torch
-from accelerate.utils import LoggerType
-from diffusers.optimization import SchedulerType
+import re
+from typing import Callable, Optional, Sequence
 
 from senseflow.errors import UserError, require_package
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names in torch
+SAMPLERS = ("stochastic", "euler")  # see senseflow_utils.sampler_step
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+# Trackers of accelerate.
+TRACKERS = ("aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab")
+LORA_LEARNING_RATES = (7, 5, 1)  # with --rank: student, fake score, discriminator, in units of full fine-tuning's rate
 
 
-def check_xformers(flag: str) -> None:
-    """Refuses (exit code 2) xformers where its attention does not run: not installed, no GPU, or built for another torch."""
-    require_package("xformers", flag)
-    if not torch.cuda.is_available():
-        raise UserError(f"{flag} needs a CUDA GPU: drop the flag", exit_code=2)
-    from xformers.ops import memory_efficient_attention
+def torch_dtype(name: str):
+    """Return the torch.dtype of a name in DTYPES."""
+    import torch
 
-    query = torch.zeros(1, 8, 1, 64, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}", dtype=torch.float16)
-    try:
-        memory_efficient_attention(query, query, query)
-    except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(":. ")
-        fix = f"install its build for torch {torch.__version__}, or drop the flag"
-        raise UserError(f"{flag}: xformers' attention does not run here ({reason}); {fix}", exit_code=2) from error
+    return getattr(torch, DTYPES[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+# Parsing
 # ---------------------------------------------------------------------------------------------------------------------
+def number(cls: type, low: float = -math.inf, high: float = math.inf, exclude: str = "") -> Callable[[str], float]:
+    """Make an argparse type: a finite int or float in [low, high]; `exclude` "low" or "high" excludes that end."""
+    if high < math.inf:
+        wanted = f"in {'(' if exclude == 'low' else '['}{low}, {high}{')' if exclude == 'high' else ']'}"
+    else:
+        wanted = f"above {low}" if exclude == "low" else f"{low} or more" if low > -math.inf else "finite"
+    wanted = f"a whole number, {wanted}" if cls is int else wanted
+
+    def parse(text: str):
+        try:
+            value = cls(text)
+        except ValueError:
+            value = math.nan
+        excluded = (exclude == "low" and value == low) or (exclude == "high" and value == high)
+        if not low <= value <= high or excluded or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+
+    return parse
+
+
+def dtype(text: str) -> str:
+    """Parse fp32, bf16 or fp16, also by their long names: an argparse type."""
+    return next((short for short, long in DTYPES.items() if text == long), text)
+
+
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows a default only where there is one worth showing."""
+    """Show every default that is a value."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
             return action.help
-        shown = (
-            " ".join(f"{value:g}" for value in action.default) if isinstance(action.default, list) else action.default
-        )
-        return f"{action.help} [{shown}]".replace("%", "%%")
+        default = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
+        return f"{action.help} (default: {shown})".replace("%", "%%")
 
 
 class Arguments(argparse.Namespace):
-    """Parsed arguments, and in `given` the names of those that stood on the command line, which vars() does not show."""
+    """Parsed arguments. `given` holds the names of the flags on the command line; vars() does not show it."""
 
     __slots__ = ("given",)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a bad argument in one line, as everything else here does, and knows what was given."""
+    """An ArgumentParser that reports a bad argument as a UserError and keeps which flags were given."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
-    def parse_args(self, argv=None) -> Arguments:
-        args, absent = super().parse_args(argv, Arguments()), []  # a list, as action="extend" adds to one
-        names = [action.dest for action in self._actions]
-        without_defaults = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
-        args.given = frozenset(name for name in names if getattr(without_defaults, name) is not absent)
+    def parse_args(self, argv: Optional[Sequence[str]] = None) -> Arguments:
+        names = [action.dest for action in self._actions if action.default is not argparse.SUPPRESS]
+        args = super().parse_args(argv, Arguments(**dict.fromkeys(names)))
+        args.given = frozenset(name for name in names if getattr(args, name) is not None)
+        for name in set(names) - args.given:
+            setattr(args, name, self.get_default(name))
         return args
 
     def error(self, message):
-        raise UserError(f"{message} (see --help)", exit_code=2)
+        message = re.sub(r"^argument (\S+): (must be .*), not (\S*)$", r"\1 \3: \2", message)  # flag, value, fix
+        raise UserError(f"{message.removeprefix('argument ')} (see --help)", exit_code=2)
 
 
-def fill_in(args, values: dict):
-    """Gives the flags that were not given (None) the values by their names; returns `args`."""
-    for name, value in values.items():
+# fmt: off
+def add_model_arguments(parser: Parser, pipeline: str, network: str):
+    """Add the flags of the teacher. Return the function that adds further flags to this group.
+
+    Args:
+        pipeline, network: names of the diffusers classes that the script trains.
+    """
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help=f"Hub id or folder of the teacher, a {pipeline}.")
+    add("--revision", help="Branch, tag or commit of the teacher on the Hub. The run keeps the commit it starts with.")
+    add("--variant", help="Variant of the weight files, e.g. fp16, of the teacher and of other networks that have it.")
+    add("--student_model_name_or_path",
+        help=f"Hub id or folder of a {network} or {pipeline} from which student and fake score start; with --rank, of "
+        "an adapter of that rank.")
+    return add
+
+
+def add_lora_arguments(parser: Parser) -> None:
+    """Add the flags of low-rank adapters."""
+    add = parser.add_argument_group("low-rank adaptation").add_argument
+    add("--rank", type=number(int, 0), default=0,
+        help="Train adapters of this rank over one copy of the teacher's weights, instead of two whole networks; 0: "
+        "full fine-tuning. Needs peft.")
+    add("--lora_alpha", type=number(float, 0, exclude="low"),
+        help="The adapter's output is scaled by alpha / rank; default: the rank.")
+    add("--lora_layers", nargs="+",
+        help="Layers with adapters: ends of layer names, or one regular expression for whole names; default: "
+        "`lora_layers` in the script.")
+    add("--teacher_lora",
+        help="LoRA to fuse into the teacher: a .safetensors file, or a folder or Hub id that holds one.")
+    add("--teacher_lora_scale", type=number(float), default=1.0, help="Scale of --teacher_lora.")
+    add("--base_quantization", default="none", choices=("none", "8bit", "4bit"),
+        help="Hold the linear layers of the base in 8 bits, or in 4 bits (nf4). Needs bitsandbytes.")
+
+
+def add_data_arguments(parser: Parser) -> None:
+    """Add the flags of the data set."""
+    add = parser.add_argument_group("data (give exactly one of the first five)").add_argument
+    add("--dataset_json",
+        help='JSON file {"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to it.')
+    add("--dataset_name", help="Hub id or folder of a data set, as datasets.load_dataset takes it.")
+    add("--train_data_dir",
+        help="Folder of images; captions in metadata.jsonl, .csv or .parquet, or in a .txt file beside each image, "
+        "one per line.")
+    add("--prompts_file",
+        help="Text file with one prompt per line, for runs without images: --gan_weight 0 "
+        "--backward_simulation_prob 1.")
+    add("--dataset_lmdb",
+        help="Folder with DMD2's LMDB of VAE latents and prompts, or a folder of such folders. Needs lmdb.")
+    add("--dataset_config_name", help="Configuration of --dataset_name.")
+    add("--image_column", default="image", help="Name of the image column.")
+    add("--caption_column", default="text",
+        help="Name of the caption column. If a row holds a list of captions, one is picked at random.")
+    add("--streaming", action="store_true", help="Read --dataset_name as a stream, without a copy on the disk.")
+    add("--resolution", type=number(int, 1), default=1024,
+        help="Side of the training images in pixels: the shorter side is resized to it, then a square is cropped.")
+    add("--center_crop", action="store_true", help="Crop the center instead of a random square.")
+    add("--random_flip", action="store_true", help="Flip half of the images horizontally.")
+    add("--max_train_samples", type=number(int, 1), help="Use only the first rows, this many.")
+    add("--dataloader_num_workers", type=number(int, 0), default=0, help="Processes per rank that read images.")
+
+
+def add_senseflow_arguments(parser: Parser):
+    """Add the flags of the method. Return the function that adds further flags to this group."""
+    add = parser.add_argument_group("senseflow").add_argument
+    add("--anchors", type=number(float, 0, 1000, exclude="low"), nargs="+",
+        help="Decreasing timesteps in (0, 1000] at which the student is run.")
+    add("--ttur_ratio", type=number(int, 1), help="Iterations per step of the student.")
+    add("--ida_decay", type=number(float, 0, 1),
+        help="IDA: after the student's step, fake <- decay * fake + (1 - decay) * student. 1 turns it off.")
+    add("--isg_weight", type=number(float, 0),
+        help="Weight of intra-segment guidance, a Charbonnier loss. 0 turns it off.")
+    add("--isg_margin", type=number(float, 0),
+        help="Distance of ISG's intermediate timestep from both ends of its segment.")
+    add("--gan_weight", type=number(float, 0),
+        help="Weight of the adversarial loss, besides omega(t). 0 turns it off, and no discriminator is loaded.")
+    add("--backward_simulation_prob", type=number(float, 0, 1),
+        help="Probability that an iteration's input comes from the student's own first steps; otherwise real latents "
+        "are noised.")
+    add("--dmd_guidance_scale", type=number(float, 0), nargs="+",
+        help="Guidance scale of the teacher in L_DMD: one value, or MIN MAX to draw from.")
+    add("--isg_guidance_scale", type=number(float, 0), nargs="+",
+        help="Guidance scale of the teacher in L_ISG: one value, or MIN MAX to draw from.")
+    add("--discriminator_backbone", default="facebook/dinov2-large", help="Hub id or folder of a DINOv2.")
+    add("--discriminator_layers", type=number(int, 0), nargs="+",
+        help="Blocks of the backbone whose output the heads see; default: 2 5 8 10 14 19 23 of 24 blocks, the same "
+        "depths of any other number.")
+    add("--discriminator_resolution", type=number(int, 1),
+        help="Side in pixels to which images are resized for the backbone; default: not resized.")
+    add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14",
+        help="Hub id or folder of a CLIP text encoder with projection.")
+    return add
+
+
+def add_optimization_arguments(parser: Parser) -> None:
+    """Add the flags of batches, learning rates and optimizers."""
+    add = parser.add_argument_group("optimization").add_argument
+    add("--train_batch_size", type=number(int, 1), default=1, help="Images per process and micro-batch.")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="Micro-batches per iteration.")
+    add("--max_train_steps", type=number(int, 1), help="Iterations, that is steps of the fake score.")
+    add("--learning_rate", type=number(float, 0),
+        help="Learning rate of the student; its default is seven times as high with --rank.")
+    add("--learning_rate_fake", type=number(float, 0),
+        help="Learning rate of the fake score; default: --learning_rate, or with --rank 5/7 of it.")
+    add("--learning_rate_disc", type=number(float, 0),
+        help="Learning rate of the discriminator; default: --learning_rate, or with --rank 1/7 of it.")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="Learning-rate schedule, as in diffusers.")
+    add("--lr_warmup_steps", type=number(int, 0), default=0, help="Warm-up in iterations.")
+    add("--lr_warmup_start_factor", type=number(float, 0, 1), default=0.0,
+        help="Fraction of the learning rate at which the warm-up starts.")
+    add("--adam_beta1", type=number(float, 0, 1, exclude="high"), default=0.9, help="First beta of AdamW.")
+    add("--adam_beta2", type=number(float, 0, 1, exclude="high"), default=0.999, help="Second beta of AdamW.")
+    add("--adam_epsilon", type=number(float, 0), default=1e-8, help="Epsilon of AdamW.")
+    add("--adam_weight_decay", type=number(float, 0), default=0.0, help="Weight decay of AdamW.")
+    add("--max_grad_norm", type=number(float, 0, exclude="low"), default=1.0,
+        help="Gradients of each network are clipped to this norm.")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="Seed of all random numbers.")
+
+
+def add_precision_arguments(parser: Parser) -> None:
+    """Add the flags of precision, memory and speed."""
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        help="bf16: frozen networks in bf16, trained ones with fp32 master weights. The default comes from "
+        "accelerate's configuration.")
+    add("--vae_dtype", choices=["auto", "fp32", "bf16"], default="auto",
+        help="Precision of the VAE. auto: fp32, or for FLUX with --mixed_precision bf16 bf16, as in the release.")
+    add("--gradient_checkpointing", action="store_true",
+        help="Recompute activations of student, fake score, DINOv2 and VAE decoder in the backward pass.")
+    add("--offload_text_encoders", action="store_true",
+        help="Keep the text encoders on the CPU. If the data set has at most 1,000 prompts, they are encoded once and "
+        "the encoders are freed.")
+    add("--use_8bit_adam", action="store_true", help="Use 8-bit AdamW. Needs bitsandbytes.")
+    add("--allow_tf32", action="store_true", help="Allow TF32 for matrix products on Ampere and later GPUs.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers. Needs a GPU.")
+    add("--dry_run", type=number(float, 0), nargs="?", const=0.0, metavar="GB",
+        help="Train nothing: print how much memory this command takes, and if GB is given how to make it fit into a "
+        "GPU of that size.")
+
+
+def add_checkpointing_arguments(parser: Parser) -> None:
+    """Add the flags of checkpoints and the export."""
+    add = parser.add_argument_group("checkpointing").add_argument
+    add("--output_dir", required=True, help="Folder for checkpoints, logs and the exported pipeline.")
+    add("--checkpointing_steps", type=number(int, 1), default=3000, help="Iterations between checkpoints.")
+    add("--checkpoints_total_limit", type=number(int, 1), help="Number of checkpoints to keep; default: all.")
+    add("--resume_from_checkpoint", help='Checkpoint folder, name of one in --output_dir, or "latest".')
+    add("--export_dtype", choices=list(DTYPES), default="bf16", help="Precision of the exported pipeline or adapter.")
+
+
+def add_validation_arguments(parser: Parser):
+    """Add the flags of trackers and validation images. Return the function that adds further flags to this group."""
+    add = parser.add_argument_group("logging and validation").add_argument
+    add("--report_to", default="tensorboard", choices=("none", *TRACKERS), help="Tracker of accelerate.")
+    add("--logging_dir", default="logs", help="Folder of the logs, in --output_dir.")
+    add("--validation_prompts", nargs="+",
+        help="Prompts for validation images, by the teacher once and by the student every --validation_steps.")
+    add("--validation_steps", type=number(int, 1), default=500, help="Iterations between validations.")
+    add("--num_validation_images", type=number(int, 1), default=1, help="Validation images per prompt.")
+    add("--teacher_num_inference_steps", type=number(int, 1), help="Steps of the teacher for its validation images.")
+    return add
+
+
+# fmt: on
+# ---------------------------------------------------------------------------------------------------------------------
+# Completing and checking
+# ---------------------------------------------------------------------------------------------------------------------
+def apply_preset(args, preset: dict) -> None:
+    """Set the flags that were not given and have no default to the values of a preset."""
+    for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    return args
 
 
-# Of student, fake score and discriminator with --rank, in units of the rate of full fine-tuning; demo/README.md.
-LORA_RATES = (7, 5, 1)
+def describe_presets(presets: dict[str, dict]) -> str:
+    """Return the presets in words, for --help."""
+
+    def shown(value):
+        return " ".join(f"{number:g}" for number in value) if isinstance(value, list) else f"{value:g}"
+
+    return "; ".join(
+        f"{name}: {', '.join(f'--{flag} {shown(value)}' for flag, value in preset.items())}"
+        for name, preset in presets.items()
+    )
 
 
-def complete_args(args):
-    """Fills in what one flag takes from another; guidance scales become [MIN, MAX]. UserError (exit code 2) for more than two."""
+def complete_args(args) -> None:
+    """Set what follows from other flags: learning rates, --lora_alpha, and guidance scales as [MIN, MAX].
+
+    Raises:
+        UserError: exit code 2; more than two guidance scales.
+    """
     for name in ("dmd_guidance_scale", "isg_guidance_scale"):
         values = getattr(args, name)
         if values is not None:
             if len(values) > 2:
-                raise UserError(f"--{name} {values}: give one value, or MIN MAX", exit_code=2)
+                raise UserError(
+                    f"--{name} {' '.join(f'{v:g}' for v in values)}: give one value, or MIN MAX", exit_code=2
+                )
             setattr(args, name, [values[0], values[-1]])
-    student, fake_score, discriminator = LORA_RATES if args.rank else (1, 1, 1)
+    student, fake_score, discriminator = LORA_LEARNING_RATES if args.rank else (1, 1, 1)
     if "learning_rate" not in args.given:
         args.learning_rate *= student
     if args.learning_rate_fake is None:
         args.learning_rate_fake = args.learning_rate * fake_score / student
     if args.learning_rate_disc is None:
         args.learning_rate_disc = args.learning_rate * discriminator / student
-    return args
+    if args.lora_alpha is None and args.rank:
+        args.lora_alpha = float(args.rank)
 
 
-def check_common_args(args, unused: Sequence[tuple] = ()) -> None:
-    """What every script's arguments must satisfy; UserError (exit code 2) for the first that does not.
+def check_common_args(args, inactive_flags: Sequence[tuple] = ()) -> None:
+    """Refuse (UserError, exit code 2) arguments that do not fit together; log a warning for flags without effect.
 
     Args:
-        unused: of the script's own, as UNUSED is, and looked at before it.
+        inactive_flags: of the script, in the form of INACTIVE_FLAGS.
     """
-
-    def refuse(name: str, fix: str):
-        raise UserError(f"--{name} {getattr(args, name)}: {fix}", exit_code=2)
-
-    for name, value in vars(args).items():
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            refuse(name, "must be a finite number")
-    for name in (
-        "resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "ttur_ratio", "checkpointing_steps",
-        "checkpoints_total_limit", "validation_steps", "num_validation_images", "teacher_num_inference_steps",
-        "max_sequence_length", "max_train_samples",
-    ):  # fmt: skip
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            refuse(name, "must be 1 or more")
-    for name in (
-        "gan_weight", "isg_weight", "isg_margin", "learning_rate", "learning_rate_fake", "learning_rate_disc", "lr_warmup_steps",
-        "adam_epsilon", "adam_weight_decay", "student_guidance_scale", "teacher_guidance_scale", "classifier_weight",
-        "dataloader_num_workers", "seed", "rank",
-    ):  # fmt: skip
-        if getattr(args, name, 0) < 0:
-            refuse(name, "must not be negative")
-    for name in ("ida_decay", "backward_simulation_prob", "lr_warmup_start_factor"):
-        if not 0 <= getattr(args, name) <= 1:
-            refuse(name, "must lie in [0, 1]")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            refuse(name, "must lie in [0, 1)")
-    if args.lora_alpha is not None and args.lora_alpha <= 0:
-        refuse("lora_alpha", "must be above 0")
-    if args.max_grad_norm <= 0:
-        refuse("max_grad_norm", "must be above 0; a large number clips nothing")
-    if args.seed >= 2**32:
-        refuse("seed", "must be below 2**32")
-    if (
-        args.lr_scheduler == "polynomial"
-        and min(args.learning_rate, args.learning_rate_fake, args.learning_rate_disc) <= 1e-7
-    ):
-        refuse("lr_scheduler", "decays to 1e-7, which is not below every learning rate; choose another")
     for name in ("dmd_guidance_scale", "isg_guidance_scale"):
         low, high = getattr(args, name)
         if low > high:
             raise UserError(f"--{name} {low:g} {high:g}: MIN is above MAX; swap them", exit_code=2)
-        if low < 0:
-            raise UserError(f"--{name} {low:g} {high:g}: must not be negative", exit_code=2)
-    if args.anchors is not None:
+    if args.anchors is not None and any(a <= b for a, b in zip(args.anchors, args.anchors[1:])):
         shown = " ".join(f"{t:g}" for t in args.anchors)
-        if not all(0 < t <= 1000 for t in args.anchors):
-            raise UserError(f"--anchors {shown}: timesteps must lie in (0, 1000]", exit_code=2)
-        if any(a <= b for a, b in zip(args.anchors, args.anchors[1:])):
-            raise UserError(f"--anchors {shown}: must decrease; sort them, largest first", exit_code=2)
-    if args.dry_run is not None and args.resume_from_checkpoint:
+        raise UserError(f"--anchors {shown}: must decrease; sort them, largest first", exit_code=2)
+    if (
+        args.lr_scheduler == "polynomial"
+        and min(args.learning_rate, args.learning_rate_fake, args.learning_rate_disc) <= 1e-7
+    ):
         raise UserError(
-            f"--dry_run: looks at no checkpoint; leave --resume_from_checkpoint {args.resume_from_checkpoint} out", 2
+            "--lr_scheduler polynomial: decays to 1e-7, which is not below every learning rate; choose another", 2
         )
-    if args.mixed_precision not in (
-        "no",
-        "bf16",
-    ):  # the default comes from accelerate's configuration, unchecked by argparse
-        refuse("mixed_precision", "give no or bf16")
+    if args.dry_run is not None and args.resume_from_checkpoint:
+        flag = f"--resume_from_checkpoint {args.resume_from_checkpoint}"
+        raise UserError(f"--dry_run: reads no checkpoint; leave out {flag}", exit_code=2)
+    if args.mixed_precision not in ("no", "bf16"):  # argparse does not check the default
+        raise UserError(f"--mixed_precision {args.mixed_precision}: give no or bf16", exit_code=2)
     if args.use_8bit_adam:
         require_package("bitsandbytes", "--use_8bit_adam")
-    if getattr(args, "enable_xformers_memory_efficient_attention", False):
-        check_xformers("--enable_xformers_memory_efficient_attention")
     if args.report_to != "none":
-        if args.report_to not in [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]:
-            refuse("report_to", "is no tracker of accelerate; give tensorboard, wandb, ... or none")
         require_package(args.report_to, f"--report_to {args.report_to}")
-    refuse_unused(args, (*unused, *INACTIVE_FLAGS))
+    for is_inactive, run, names in (*inactive_flags, *INACTIVE_FLAGS):
+        if is_inactive(args):
+            warn_inactive(args, run, names)
 
 
-def refuse_unused(args, table: Sequence[tuple]) -> None:
-    """Refuses (exit code 2) the first flag that was given and would change nothing; `table` as UNUSED."""
-    for is_off, where, names in table:
-        for name in names:
-            if name in args.given and is_off(args):
-                value = getattr(args, name)
-                values = value if isinstance(value, list) else [value] * (value is not True)
-                shown = " ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in values)
-                raise UserError(f"{f'--{name} {shown}'.strip()}: {where} has no use for it; leave it out", exit_code=2)
+def warn_inactive(args, run: str, names: Sequence[str]) -> None:
+    """Log a warning, in the main process alone, that those of the flags that were given have no effect in a run."""
+    given = [f"--{name}" for name in names if name in args.given]
+    if given and os.environ.get("RANK", "0") == "0":
+        logger.warning(f"{', '.join(given)}: no effect in {run}")
 
 
-# (whether something is off, how a message names that, the flags that then change nothing)
+# (whether flags have no effect, the name of such a run in a message, the flags)
 INACTIVE_FLAGS = (
-    (lambda args: args.rank == 0, "a run without --rank", ("lora_alpha", "lora_layers", "teacher_lora", "base_quantization")),
+    (
+        lambda args: args.rank == 0,
+        "a run without --rank",
+        ("lora_alpha", "lora_layers", "teacher_lora", "base_quantization"),
+    ),
     (lambda args: args.teacher_lora is None, "a run without --teacher_lora", ("teacher_lora_scale",)),
-    (lambda args: args.gan_weight == 0, "--gan_weight 0",
-     ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_resolution",
-      "discriminator_text_encoder", "classifier_weight")),
-    (lambda args: args.isg_weight == 0, "--isg_weight 0", ("isg_margin", "isg_guidance_scale")),
-    (lambda args: args.lr_scheduler == "constant" and args.lr_warmup_steps > 0, "--lr_scheduler constant",
-     ("lr_warmup_steps", "lr_warmup_start_factor")),
-    (lambda args: args.lr_warmup_steps == 0, "--lr_warmup_steps 0", ("lr_warmup_start_factor",)),
-    (lambda args: not args.validation_prompts, "a run without --validation_prompts",
-     ("validation_steps", "num_validation_images", "teacher_num_inference_steps", "teacher_guidance_scale")),
-    (lambda args: args.report_to == "none", "--report_to none", ("logging_dir",)),
-    (lambda args: not (args.dataset_name or args.train_data_dir), "a data set without columns", ("image_column", "caption_column")),
-    (lambda args: args.gan_weight == 0 and args.backward_simulation_prob == 1, "a run that looks at no image",
-     ("image_column", "center_crop", "random_flip")),
-    (lambda args: args.gan_weight == 0 and not args.validation_prompts and (args.backward_simulation_prob == 1
-     or args.dataset_lmdb), "a run without a VAE", ("vae_dtype",)),
+    (
+        lambda args: args.gan_weight == 0,
+        "a run with --gan_weight 0",
+        ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_resolution",
+         "discriminator_text_encoder", "classifier_weight"),
+    ),
+    (lambda args: args.isg_weight == 0, "a run with --isg_weight 0", ("isg_margin", "isg_guidance_scale")),
+    (
+        lambda args: args.lr_scheduler == "constant" or args.lr_warmup_steps == 0,
+        "a run without warm-up",
+        ("lr_warmup_steps", "lr_warmup_start_factor"),
+    ),
+    (
+        lambda args: not args.validation_prompts,
+        "a run without --validation_prompts",
+        ("validation_steps", "num_validation_images", "teacher_num_inference_steps", "teacher_guidance_scale"),
+    ),
+    (lambda args: args.report_to == "none", "a run with --report_to none", ("logging_dir",)),
+    (
+        lambda args: not (args.dataset_name or args.train_data_dir),
+        "a data set without columns",
+        ("image_column", "caption_column"),
+    ),
+    (lambda args: not args.dataset_name, "a run without --dataset_name", ("dataset_config_name", "streaming")),
+    (lambda args: args.dataset_lmdb, "a run with --dataset_lmdb", ("center_crop", "random_flip")),
+    (
+        lambda args: args.gan_weight == 0 and args.backward_simulation_prob == 1,
+        "a run without images",
+        ("image_column", "center_crop", "random_flip"),
+    ),
+    (
+        lambda args: args.gan_weight == 0 and not args.validation_prompts
+        and (args.backward_simulation_prob == 1 or bool(args.dataset_lmdb)),
+        "a run without a VAE",
+        ("vae_dtype",),
+    ),
 )  # fmt: skip

@@ -27,7 +27,8 @@ class UserError(Exception):
 
     Args:
         message: that line.
-        exit_code: 2 for bad arguments (found before any weights load), 130 and 143 for a run ended by Ctrl-C and SIGTERM, else 1.
+        exit_code: 2 for bad arguments (found before any weights load), 130 and 143 for a run ended by Ctrl-C and
+            SIGTERM, else 1.
         everywhere: whether all processes raise it at the same place. Only one of them prints it then.
     """
 
@@ -39,7 +40,7 @@ class UserError(Exception):
 def run_script(main: Callable[[], object]) -> None:
     """Run a script's main function. Print a UserError or Ctrl-C as one line on stderr, without a traceback, and exit.
 
-    If several processes run, the launcher gets the message, too; it ends the other processes and prints the message last.
+    If several processes run, the launcher gets the message, too; it ends the others and prints the message last.
     """
     quiet_libraries()
     rank = os.environ.get("RANK", "0")
@@ -94,7 +95,7 @@ def print_error(line: str) -> None:
 
 
 def print_from_signal_handler(line: str) -> None:
-    """Print one line below a progress bar, in the main process alone. A signal handler may interrupt `print`, not this."""
+    """Print one line below a progress bar, in the main process alone; safe where a signal interrupts `print`."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"\n{Path(sys.argv[0]).name}: {line}\n".encode())
 
@@ -116,7 +117,7 @@ def write_launcher_error(message: str) -> None:
 
 @contextmanager
 def loading(flag: str, value):
-    """Turn what a library raises over missing or damaged weights into a UserError (exit code 1) that names the flag."""
+    """Turn a library's error over missing or damaged weights into a UserError (exit code 1) that names the flag."""
     try:
         yield
     except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError) as error:

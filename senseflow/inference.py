@@ -26,27 +26,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMSch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from senseflow.arguments import SAMPLERS
 from senseflow.errors import UserError, require_package
-from senseflow.models.hub import (
-    choose_variant,
-    commit_of,
-    components_of,
-    few,
-    file_of,
-    files_of,
-    fingerprint,
-    from_hub,
-    has_file,
-    load_network,
-    load_pipeline,
-    loading_model,
-    read_json,
-)
+from senseflow.models.hub import ModelSource, abbreviate, fingerprint, load_network, load_pipeline, saved_components
 from senseflow.models.lora import ADAPTER, FILE, fuse_lora, stored_name
 from senseflow.models.quantization import BACKENDS, quantize_network
 from senseflow.models.vae import latent_shape_of, vae_scale_of
-from senseflow.training.export import absolute_if_local
-from senseflow_utils import SAMPLERS
+from senseflow.student_config import absolute_if_local
 
 
 logger = logging.getLogger(__name__)
@@ -127,6 +113,10 @@ class Model:
         """Of the base; DiffusionPipeline, which finds it, where diffusers itself has none of that name."""
         return getattr(diffusers, str(self.index.get("_class_name")), DiffusionPipeline)
 
+    def source(self, flag: str, path: str) -> ModelSource:
+        """Where a folder or Hub id is read, and what messages name."""
+        return ModelSource(flag, path, self.revision_of(path), self.variant)
+
     def revision_of(self, source: str) -> Optional[str]:
         """The revision at which a folder or Hub id is read."""
         return self.revision if source == self.base else None
@@ -148,7 +138,7 @@ class Model:
             self.swapped[0] if self.swapped and component == self.network else "--model",
             self.place(component),
         )
-        config = read_json(flag, source, file, self.revision_of(source)) or {}
+        config = self.source(flag, source).read_json(file) or {}
         return config | (self.scheduler if component == "scheduler" else {})
 
 
@@ -163,8 +153,9 @@ def find_model(name: str, revision: Optional[str] = None, variant: Optional[str]
     flag, base, replaced = "--model", name, {}
     if os.path.isfile(name) and not name.endswith(".json"):
         raise UserError(f"--model {name}: is a single file; give it to --checkpoint, and a pipeline to --model", 2)
-    index = read_json(flag, name, "model_index.json", revision)
-    distilled = read_json(flag, name, "senseflow.json", revision) or {}
+    source = ModelSource(flag, name, revision)
+    index = source.read_json("model_index.json")
+    distilled = source.read_json("senseflow.json") or {}
     if index is None:
         base = distilled.get("teacher")
         if not isinstance(base, str):
@@ -175,18 +166,18 @@ def find_model(name: str, revision: Optional[str] = None, variant: Optional[str]
         revision = revision if os.path.isdir(name) else None
         revision = revision or (None if os.path.isdir(base) else distilled.get("teacher_revision"))
         variant = variant or distilled.get("teacher_variant")
-        index = read_json(flag, base, "model_index.json", revision)
+        source = ModelSource(flag, base, revision)
+        index = source.read_json("model_index.json")
         if index is None:
             raise UserError(f"{flag} {base}, has no model_index.json", 2)
-        folders = {file.partition("/")[0] for file in files_of(name) if "/" in file}
-        replaced = {part: (name, part) for part in index if part in folders}
+        replaced = {part: (name, part) for part in index if ModelSource(flag, name).files(part)}
     class_name = str(index.get("_class_name"))
     parameters = inspect.signature(getattr(diffusers, class_name, DiffusionPipeline).__call__).parameters
     if "prompt" not in parameters:
         raise UserError(
             f"--model {name}: {class_name} is no text-to-image pipeline of diffusers {diffusers.__version__}", 2
         )
-    model = Model(name, base, commit_of(base, revision), variant, index, parameters, distilled, replaced)
+    model = Model(name, base, source.commit, variant, index, parameters, distilled, replaced)
     check_usage(model, f"--model {name}")
     if base != name and distilled.get("rank"):
         take_adapter(model)
@@ -200,8 +191,8 @@ def take_adapter(model: Model) -> None:
         require_package("bitsandbytes", f"--model {model.name}")
     model.replaced.pop(model.network, None)  # a folder of a checkpoint, with the adapter alone
     for place in (FILE, f"{model.network}/{FILE}"):
-        if has_file(model.name, place):
-            model.adapter = file_of(model.name, place)
+        if ModelSource("--model", model.name).has_file(place):
+            model.adapter = ModelSource("--model", model.name).file(place)
             return
     raise UserError(
         f"--model {model.name}: its senseflow.json is that of an adapter, but there is no {FILE}; copy it again", 2
@@ -228,7 +219,7 @@ def check_parts(model: Model, variant: Optional[str] = None) -> None:
     """UserError (2) where the base lacks a component that nothing replaces, weights come in another variant alone, or none come in
     the `variant` that was asked for."""
     base = "--model" if model.base == model.name else f"--model {model.name}: the teacher in its senseflow.json,"
-    places = [(base, model.base, part) for part in components_of(model.index) if part not in model.replaced]
+    places = [(base, model.base, part) for part in saved_components(model.index) if part not in model.replaced]
     for _, source, part in places:
         if os.path.isdir(source) and not Path(source, part).is_dir():
             raise UserError(
@@ -236,7 +227,7 @@ def check_parts(model: Model, variant: Optional[str] = None) -> None:
             )
     if model.swapped and model.checkpoint is None:
         places.append((model.swapped[0], *model.replaced[model.network]))
-    chosen = [choose_variant(*place, model.variant, model.revision_of(place[1])) for place in places]
+    chosen = [model.source(flag, source).weight_variant(part) for flag, source, part in places]
     if variant is not None and variant not in chosen:
         raise UserError(
             f"--variant {variant}: {model.base} holds no weights *.{variant}.safetensors; drop --variant", 2
@@ -277,7 +268,7 @@ def swap_network(args: argparse.Namespace, model: Model) -> None:
         model.replaced.setdefault(own, (model.base, own))
         if args.network_config is not None:
             path = Path(args.network_config)
-            model.network_config = read_json(f"--{own}_config", str(path.parent), path.name) or {}
+            model.network_config = ModelSource(f"--{own}_config", str(path.parent)).read_json(path.name) or {}
         usage_near, fix = (str(model.checkpoint.parent), ""), f"give --{own}_config"
     elif os.path.isfile(value) and not value.endswith(".json"):
         raise UserError(
@@ -303,7 +294,7 @@ def take_usage(model: Model, source: str, subfolder: str) -> None:
         source, subfolder = os.path.split(os.path.abspath(os.path.join(source, subfolder)))
     origin, place = " ".join(model.swapped), PurePosixPath(subfolder)
     for folder in dict.fromkeys((place, place.parent)):
-        usage = read_json(model.swapped[0], source, str(folder / "senseflow.json"), model.revision_of(source))
+        usage = model.source(model.swapped[0], source).read_json(str(folder / "senseflow.json"))
         if usage is not None:
             model.distilled = usage
             check_usage(model, origin)
@@ -313,7 +304,7 @@ def take_usage(model: Model, source: str, subfolder: str) -> None:
                 )
                 if trained not in (None, held):
                     logger.info("%s: trained from --%s %s of %s, not %s", origin, name, trained, model.base, held)
-            if has_file(source, str(folder / "scheduler/scheduler_config.json"), model.revision_of(source)):
+            if model.source("", source).has_file(str(folder / "scheduler/scheduler_config.json")):
                 model.replaced["scheduler"] = (source, str(folder / "scheduler"))
             else:
                 logger.info(
@@ -353,7 +344,7 @@ def model_digest(model: Model) -> str:
         elif part == model.network and model.adapter is not None:
             files.append(model.adapter)
         elif part in model.replaced and not os.path.isdir(source):
-            digest.update(f"{part}: {commit_of(source, model.revision_of(source))}/{config}".encode())
+            digest.update(f"{part}: {model.source('', source).commit}/{config}".encode())
         for file in files:
             size = file.stat().st_size
             digest.update(f"{part}/{file.name} {size}".encode())
@@ -426,7 +417,7 @@ def load_checkpoint(model: Model, network_class: type, dtype: torch.dtype) -> to
         "unexpected": [*shapes.keys() - wanted.keys()],
         "of another shape": other,
     }
-    faults = [f"{len(names)} {kind} ({few(names)})" for kind, names in kinds.items() if names]
+    faults = [f"{len(names)} {kind} ({abbreviate(names)})" for kind, names in kinds.items() if names]
     if faults:
         fix = f"give the --model that it was distilled from, or --{model.network}_config"
         raise UserError(
@@ -445,36 +436,33 @@ def load_component(model: Model, name: str, dtype: torch.dtype):
     component_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
     source, subfolder = model.replaced[name]
     if name == model.network and model.checkpoint is not None:
-        with loading_model(*model.swapped):
+        with ModelSource(*model.swapped).loading():
             return load_checkpoint(model, component_class, dtype)
-    flag, revision = (
-        model.swapped[0] if model.swapped and name == model.network else "--model",
-        model.revision_of(source),
-    )
+    flag = model.swapped[0] if model.swapped and name == model.network else "--model"
+    source = model.source(flag, source)
     if issubclass(component_class, diffusers.ModelMixin):
-        return load_network(component_class, flag, source, subfolder, revision, model.variant, dtype=dtype)
+        return load_network(source, component_class, subfolder, dtype=dtype)
     options = {"dtype": dtype} if issubclass(component_class, torch.nn.Module) else {}
-    with loading_model(flag, source):
-        return from_hub(component_class.from_pretrained, source, revision, subfolder=subfolder, **options)
+    with source.loading():
+        return source.load(component_class.from_pretrained, subfolder=subfolder, **options)
 
 
 def make_teacher(model: Model, pipeline: DiffusionPipeline) -> str:
     """Fuses the LoRA that the teacher was made with into its pipeline; the teacher's fingerprint, as training takes it."""
     network, lora = getattr(pipeline, model.network), model.distilled.get("teacher_lora")
     if network.dtype == torch.float16:  # from which rounding to the fingerprint's bfloat16 is a second rounding
-        where = ("--model", model.base, model.network, model.revision, model.variant)
-        exact = load_network(type(network), *where, dtype=torch.bfloat16)
+        exact = load_network(model.source("--model", model.base), type(network), model.network, dtype=torch.bfloat16)
     else:
         exact = network
     if lora is None:
         return fingerprint(exact)
     scale = model.distilled.get("teacher_lora_scale", 1.0)
-    where = (model.network, f"--model {model.name}: the LoRA of its teacher,", lora)
+    source = ModelSource(f"--model {model.name}: the LoRA of its teacher,", lora)
     pipeline.register_modules(**{model.network: exact})
-    found = fuse_lora(pipeline, *where, scale if exact is network else None)
+    found = fuse_lora(source, pipeline, model.network, scale if exact is network else None)
     if exact is not network:
         pipeline.register_modules(**{model.network: network})
-        fuse_lora(pipeline, *where, scale)
+        fuse_lora(source, pipeline, model.network, scale)
     return f"{found} at {scale:g}"
 
 
@@ -491,7 +479,7 @@ def load_adapter(model: Model, pipeline: DiffusionPipeline, device: torch.device
             f"--model {model.name}: its adapter was trained over other weights than those of {given}; restore these"
         )
     network = getattr(pipeline, model.network)
-    with loading_model("--model", model.name):
+    with ModelSource("--model", model.name).loading():
         with safe_open(model.adapter, "pt") as file:
             names = set(file.keys())
         prefix = model.network if all(name.startswith(f"{model.network}.") for name in names) else None
@@ -513,8 +501,8 @@ def load_model_pipeline(
 ) -> DiffusionPipeline:
     """The whole pipeline on its device. UserError (1) where weights are missing or damaged."""
     parts = {name: load_component(model, name, dtype) for name in model.replaced}
-    where = ("--model" if model.base == model.name else f"--model {model.name}: its teacher", model.base)
-    pipeline = load_pipeline(model.pipeline_class, *where, model.revision, model.variant, dtype=dtype, **parts)
+    source = model.source("--model" if model.base == model.name else f"--model {model.name}: its teacher", model.base)
+    pipeline = load_pipeline(source, model.pipeline_class, dtype=dtype, **parts)
     if model.adapter is not None:
         load_adapter(model, pipeline, device)
     try:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Optional
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 
 import infer
 from senseflow import errors
-from senseflow.data.sources import make_dataloader
+from senseflow.data.loader import make_dataloader
+from senseflow.training.models import TrainingModels
 from senseflow.training.runtime import Runtime
-from senseflow_utils import Guidance
+from senseflow_utils import Guidance, needs_images
 
 
 ROOT = Path(__file__).parent.parent
@@ -180,27 +182,43 @@ def without_gan(flags: list[str]) -> list[str]:
     return [*without(flags, "--discriminator_backbone", "--discriminator_text_encoder"), "--gan_weight", "0"]
 
 
+def models_class(script) -> type[TrainingModels]:
+    """The subclass of TrainingModels that a script defines."""
+    classes = [
+        value for value in vars(script).values() if isinstance(value, type) and issubclass(value, TrainingModels)
+    ]
+    (cls,) = set(classes) - {TrainingModels}
+    return cls
+
+
 def built(script, arguments: list[str]) -> SimpleNamespace:
     """What `main` makes of these arguments before its loop, with the pipeline's scheduler already that of the student.
 
     Attributes:
-        args, schedule, call, runtime, parts, pipeline: the script's.
+        args, schedule, pipeline_kwargs, runtime, models, pipeline: the script's.
         step: step(iteration) -> (what `train_iteration` returns, its batches).
     """
     args = script.parse_args(arguments)
-    rows = script.check_args(args)
-    schedule, scheduler, call = script.make_schedule(args, "cpu")
+    source, rows = script.prepare(args)
+    schedule, scheduler, pipeline_kwargs = models_class(script).make_schedule(args, source, "cpu")
     runtime = Runtime(args)
-    models, pipeline = script.load_parts(args, runtime, schedule)
-    pipeline.register_modules(scheduler=scheduler)
-    data = iter(make_dataloader(args, rows, 0, 1, 0, 0, lambda iteration: True))
+    models = script.make_models(args, source, schedule, runtime)
+    models.pipeline.register_modules(scheduler=scheduler)
+    reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
+    data = iter(make_dataloader(args, rows, 0, 1, 0, 0, reads_images))
 
     def step(iteration):
         batches = [next(data) for _ in range(args.gradient_accumulation_steps)]
-        return script.train_iteration(iteration, batches, models, schedule, args, "cpu"), batches
+        return script.train_iteration(iteration, batches, models, args), batches
 
     return SimpleNamespace(
-        args=args, schedule=schedule, call=call, runtime=runtime, models=models, pipeline=pipeline, step=step
+        args=args,
+        schedule=schedule,
+        pipeline_kwargs=pipeline_kwargs,
+        runtime=runtime,
+        models=models,
+        pipeline=models.pipeline,
+        step=step,
     )
 
 

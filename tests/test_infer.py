@@ -631,10 +631,10 @@ def test_a_state_dict_gives_the_weights_that_a_folder_gives(swaps, dtype):
         args = infer.parse_args(["--model", str(swaps / "base"), *(flag.format(root=swaps) for flag in flags)])
         model = inference.find_model(args.model)
         inference.swap_network(args, model)
-        return inference.load_component(model, "transformer", infer.DTYPES[dtype])
+        return inference.load_component(model, "transformer", infer.torch_dtype(dtype))
 
     folder = load(*FOLDER).state_dict()
-    assert {tensor.dtype for tensor in folder.values()} == {infer.DTYPES[dtype]}
+    assert {tensor.dtype for tensor in folder.values()} == {infer.torch_dtype(dtype)}
     for flags in STUDENT[3:]:
         network = load(*flags)
         state = network.state_dict()

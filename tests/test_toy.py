@@ -48,12 +48,12 @@ class Affine(torch.nn.Module):
 
     def __init__(self, teacher: Mixture):
         super().__init__()
-        self.schedule, rows, dim = teacher.schedule, len(teacher.schedule.table), teacher.shape[-1]
+        self.schedule, rows, dim = teacher.schedule, len(teacher.schedule.train_timesteps), teacher.shape[-1]
         self.slope = torch.nn.Parameter(torch.full((rows, dim), 0.2))
         self.offset = torch.nn.Parameter(torch.zeros(rows, teacher.num_classes, dim))
 
     def forward(self, x_t, t, condition):
-        row = torch.searchsorted(self.schedule.table, t.contiguous())
+        row = torch.searchsorted(self.schedule.train_timesteps, t.contiguous())
         x0 = self.slope[row][:, None] * x_t + self.offset[row, condition][:, None]
         alpha, sigma = (level.float().view(-1, 1, 1) for level in self.schedule.levels(t))
         return self.schedule.target(x0, (x_t - alpha * x0) / sigma)
@@ -63,7 +63,7 @@ def gaussian_teacher(family: str, dim: int = 4, anchors: int = 1, guided: bool =
     """Two classes, N(means[c], 0.5^2) each, on a table of few timesteps: the anchors and some between."""
     schedule = make_schedule(family, ANCHORS[family][:anchors])
     levels = torch.tensor([*ANCHORS[family], 850.0, 650.0, 350.0, 150.0], dtype=torch.float64)
-    schedule.table = levels.sort().values
+    schedule.train_timesteps = levels.sort().values
     if family == "epsilon":
         schedule.dmd_range, schedule.fake_range = (0, 6), (0, 7)
     means = 0.4 * torch.randn(2, dim, generator=torch.Generator().manual_seed(3))
@@ -165,8 +165,8 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     x0 = x - sigma(t) * velocity
 
     with torch.no_grad():
-        rows = len(teacher.schedule.table)
-        t_dmd = teacher.schedule.table[
+        rows = len(teacher.schedule.train_timesteps)
+        t_dmd = teacher.schedule.train_timesteps[
             rows - 1 - (torch.sigmoid(rng.normal("dmd_timestep", sample_indices)) * rows).long()
         ]
         noised = (1 - sigma(t_dmd)) * x0 + sigma(t_dmd) * normal("dmd_noise")
@@ -185,7 +185,9 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     with torch.no_grad():
         for own, other in zip(fake.parameters(), student.parameters()):
             own.copy_(0.9 * own + 0.1 * other)
-    t = teacher.schedule.table[rows - 1 - (torch.sigmoid(rng.normal("fake_timestep", sample_indices)) * rows).long()]
+    t = teacher.schedule.train_timesteps[
+        rows - 1 - (torch.sigmoid(rng.normal("fake_timestep", sample_indices)) * rows).long()
+    ]
     x0, noise = x0.detach(), normal("fake_noise")
     output = fake((1 - sigma(t)) * x0 + sigma(t) * noise, t, condition)
     fake_loss = (output - (noise - x0)).square().mean()

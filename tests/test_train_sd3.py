@@ -25,6 +25,7 @@ from helpers import (
     without,
     without_gan,
 )
+from senseflow.training.models import resolve_teacher
 from senseflow_utils import StatelessRNG
 from stock_call import assert_called_as_stock
 from tiny_pipelines import write_sd3
@@ -121,9 +122,11 @@ def test_the_preset_follows_the_size_and_flags_override_it(sd3, data, tmp_path):
         args = script.parse_args(
             ["--pretrained_model_name_or_path", str(teacher), "--output_dir", str(tmp_path), *add]
         )
-        script.apply_preset(args, SD3Transformer2DModel.load_config(teacher, subfolder="transformer")["num_layers"])
-        names = ("preset", "ttur_ratio", "ida_decay", "isg_weight", "dmd_guidance_scale", "isg_guidance_scale")
-        return [getattr(args, name) for name in names]
+        source = resolve_teacher(args, script.SD3Models)
+        name = script.preset_name(args, source)
+        script.apply_preset(args, script.PRESETS[name])
+        names = ("ttur_ratio", "ida_decay", "isg_weight", "dmd_guidance_scale", "isg_guidance_scale")
+        return [name, *(getattr(args, flag) for flag in names)]
 
     assert chosen(sd3) == ["medium", 10, 0.98, 0.5, [2, 8], [2, 4]]
     assert chosen(large) == ["large", 5, 0.97, 1.0, [3, 10], [5, 5]]
@@ -156,13 +159,13 @@ def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(flags, tm
 
     # t_mid: every index in [i(t_next) + margin, i(t) - margin], ends included, seen as the table's level.
     sample_indices = list(range(4000))
-    index = {anchor: number for anchor, number in zip(schedule.anchors.tolist(), script.ANCHOR_INDICES)} | {0.0: 0}
+    index = {anchor: number for anchor, number in zip(schedule.anchors.tolist(), (999, 749, 499, 249))} | {0.0: 0}
     for t, t_next in zip(schedule.anchors, schedule.next_timesteps):
         student_samples = schedule.draw_mid_timesteps(
             StatelessRNG(0, 0), sample_indices, t.expand(4000), t_next.expand(4000), 50
         )
         indices = schedule.index_of(student_samples)
-        assert torch.equal(schedule.table[indices], student_samples)
+        assert torch.equal(schedule.train_timesteps[indices], student_samples)
         assert indices.min() == index[t_next.item()] + 50 and indices.max() == index[t.item()] - 50
     student_samples = schedule.index_of(schedule.draw_dmd_timesteps(StatelessRNG(0, 0), sample_indices))
     assert 20 <= student_samples.min() < 25 and 975 < student_samples.max() <= 980
@@ -170,8 +173,8 @@ def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(flags, tm
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
     run = build()
-    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call | {"guidance_scale": 4.0}, scale=4.0)
-    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call, scale=None)
+    assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 4.0}, scale=4.0)
+    assert_called_as_stock(run, run.pipeline_kwargs, scale=None)
     assert_starts_as_the_teacher(run.models)
 
 

@@ -167,8 +167,8 @@ def build(flags, tmp_path):
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
     run = build("--gan_weight", "0")
-    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call | {"guidance_scale": 8.0}, scale=8.0)
-    assert_called_as_stock(run.models, run.schedule, run.pipeline, run.call, scale=None)
+    assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 8.0}, scale=8.0)
+    assert_called_as_stock(run, run.pipeline_kwargs, scale=None)
     assert_starts_as_the_teacher(run.models)
 
 
@@ -199,9 +199,9 @@ def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn
     x_t, t = torch.randn(2, *models.latent_shape), torch.tensor([700.0, 3.0])
     with torch.no_grad():
         condition = models.encode_prompts(["a red square", "blue"])
-        inputs = script.sdxl_inputs(models.fake_score, x_t, t, condition)
+        inputs = script.unet_inputs(models.fake_score, x_t, t, condition)
         score.unet(**inputs)
-        torch.testing.assert_close(script.middle(score.unet, **inputs), features[0])
+        torch.testing.assert_close(script.mid_block_features(score.unet, **inputs), features[0])
     assert ran == {"up": 1, "mid": 2}
 
     # One iteration: L_DMD's pass and its own loss run the whole network, the classifier's three (student, real, fake) the half.
@@ -227,9 +227,9 @@ def test_the_classifier_is_shown_noised_latents_of_student_and_real_images(build
     models, schedule, args = run.models, run.schedule, run.args
     shown, classify = {}, models.classify
 
-    def recording(role, x0, rng, sample_indices, name, condition):
+    def recording(x0, rng, sample_indices, name, condition):
         shown[name] = x0.detach()
-        return classify(role, x0, rng, sample_indices, name, condition)
+        return classify(x0, rng, sample_indices, name, condition)
 
     models.classify = recording
     (_, seen), (batch,) = run.step(0)
@@ -245,9 +245,8 @@ def test_the_classifier_is_shown_noised_latents_of_student_and_real_images(build
 
     role.dtype = torch.float32
     rng = StatelessRNG(0, 5)
-    script.classify(
-        schedule, role, real, rng, [0, 1], "real", (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.zeros(2, 6))
-    )
+    models.fake_score = role
+    classify(real, rng, [0, 1], "real", (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.zeros(2, 6)))
     ((asked, inputs),) = told
     t = rng.integers("real_classifier_timestep", [0, 1], 0, 999)
     noise = rng.normal("real_classifier_noise", [0, 1], real.shape[1:])
@@ -275,18 +274,6 @@ def test_the_classifier_takes_any_middle(channels, size, convolutions):
 
 BAD = {
     "another pipeline": (["--pretrained_model_name_or_path", "{flux}"], "holds a FluxPipeline"),
-    "a discriminator for dmd2": (
-        ["--discriminator_backbone", "x"],
-        "--discriminator_backbone x: --method dmd2 has no use for it",
-    ),
-    "its rate for dmd2": (["--learning_rate_disc", "1e-4"], "--learning_rate_disc 0.0001: --method dmd2"),
-    "its layers for dmd2": (["--discriminator_layers", "1"], "--discriminator_layers 1: --method dmd2"),
-    "isg for dmd2": (["--isg_weight", "0.2"], "--isg_weight 0.2: --method dmd2"),
-    "ida for dmd2": (["--ida_decay", "0.9"], "--ida_decay 0.9: --method dmd2"),
-    "a classifier for senseflow": (
-        ["--method", "senseflow", "--classifier_weight", "1"],
-        "--classifier_weight 1: --method senseflow",
-    ),
     "method": (["--method", "dmd3"], "--method"),
     "fractional anchors": (["--anchors", "999", "500.5"], "--anchors 999 500.5"),
     "anchors above": (["--anchors", "1000", "500"], "--anchors 1000 500"),
@@ -299,7 +286,6 @@ BAD = {
     "student": (["--student_model_name_or_path", "{flux}"], "--student_model_name_or_path"),
     "sampler": (["--sampler", "euler"], "--sampler"),
     "latents of another size": (["--resolution", "72"], "--dataset_lmdb"),
-    "flipped latents": (["--random_flip"], "--dataset_lmdb"),
     "8 bit": (["--use_8bit_adam"], "--use_8bit_adam"),
     "xformers": (["--enable_xformers_memory_efficient_attention"], "--enable_xformers"),
     "a classifier that never learns": (["--classifier_weight", "0"], "--classifier_weight 0"),

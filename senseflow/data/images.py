@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Image files as they should be looked at: upright, RGB, transparent pixels on white, 16 bits and floats scaled to 8 bits."""
+"""Decode image files: upright, RGB, transparent pixels on white, 16 bits and floats scaled to 8 bits."""
 
 import io
 from typing import Optional
@@ -9,7 +9,7 @@ from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 
-TURNS = {
+TRANSPOSE_BY_ORIENTATION = {  # the EXIF tag
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -17,11 +17,15 @@ TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # by the EXIF orientation tag
+}
 
 
 def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Optional[Image.Image], str]:
-    """(an upright RGB image, "") out of its bytes or, where there are none, its file or URL; (None, why) if it cannot be read."""
+    """Decode an image from its bytes or, if there are none, its file or URL.
+
+    Returns:
+        (an upright RGB image, ""), or (None, why it cannot be read).
+    """
     try:
         if content is None:
             if not path:
@@ -30,40 +34,36 @@ def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Op
                 content = file.read()
         image = Image.open(io.BytesIO(content))
         image.load()
-        orientation = _orientation(image)
+        transpose = TRANSPOSE_BY_ORIENTATION.get(_orientation(image))
         image = _as_rgb(image)
-        return (image.transpose(TURNS[orientation]) if orientation in TURNS else image), ""
-    except UnidentifiedImageError:  # its message names a place in the memory
+        return image if transpose is None else image.transpose(transpose), ""
+    except UnidentifiedImageError:  # its message is the address of a buffer
         return None, "in no format that Pillow reads"
-    except (
-        Exception
-    ) as error:  # Each decoder raises what it likes over a broken file: AVIF's RuntimeError, others struct.error ...
+    except Exception as error:  # each decoder raises errors of its own: AVIF's RuntimeError, others struct.error ...
         return None, " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]
 
 
 def _orientation(image: Image.Image) -> int:
-    # The one tag, not ImageOps.exif_transpose: that rewrites the whole block, which a tag that nobody needs can break.
+    # Not ImageOps.exif_transpose: it writes the whole EXIF block again, and fails at any broken tag in it.
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a block that is no EXIF, which the image's pixels do not need
+    except Exception:  # not an EXIF block; the pixels are good without it
         return 1
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _in_eight_bits(image)
-    if image.mode == "La":
-        image = image.convert("LA")  # the only mode that Pillow converts it to
+        image = _to_eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey (L, or LA) of a mode that `convert` would clip at 255.
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale a mode that `convert` would clip at 255 to gray (L).
 
-    Integers span 16 bits and floats [0, 1]; where 32-bit ones lie outside, their own extremes. ValueError if one is not finite.
+    Integers span 16 bits and floats [0, 1]; if values lie outside, their extremes. ValueError if one is not finite.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
@@ -71,7 +71,4 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
     low, high, white = values.min(), values.max(), 1 if image.mode == "F" else 65535
     if low >= 0 and high <= white:
         low, high = 0, white
-    grey = Image.fromarray(np.round((values - low) * (255 / ((high - low) or 1))).astype(np.uint8))
-    if "transparency" in image.info:  # a PNG's one value that is transparent
-        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
-    return grey
+    return Image.fromarray(np.round((values - low) * (255 / ((high - low) or 1))).astype(np.uint8))

@@ -1,29 +1,30 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Rows whose images were encoded beforehand: the LMDB folders that DMD2's scripts write. Keys, values:
+"""Read --dataset_lmdb: prompts and latents in the LMDB folders that DMD2's scripts write. Keys and values:
 
     latents_shape       text "N C H W"
     latents_{row}_data  C * H * W numbers, raw float16: a VAE's latent, scaled as the network takes it
     prompts_{row}_data  UTF-8 text
 
-The package lmdb is optional and imported at the first read. It maps the file into memory, so that reading past the end of a cut
-file would kill the process: `LatentRows` compares sizes before it reads a value.
+The package lmdb is optional and imported at the first read. It maps the file into memory, so that reading past the end
+of a cut file would kill the process: sizes are compared first.
 """
 
 import bisect
 import math
 import os
 from contextlib import contextmanager
-from typing import Iterable, Optional
+from typing import Optional
 
 import numpy as np
 
-from senseflow.errors import UserError
+from senseflow.data.rows import data_error, rows_to_check, uses_images
+from senseflow.errors import require_package
 
 
 class LatentRows:
-    """Prompts and latents of one LMDB folder, or of a folder of several, one after the other in the order of their names.
+    """Prompts and latents of one LMDB folder, or of a folder of several in the order of their names.
 
-    Like `senseflow.data.sources.Rows`, but `read` returns latents. Picklable.
+    Like `senseflow.data.rows.ImageRows`, but `read` returns latents. Picklable.
 
     Args:
         folder: holds data.mdb, or folders that do.
@@ -31,70 +32,48 @@ class LatentRows:
     Attributes:
         shape: (C, H, W) of every row.
     Raises:
-        UserError: exit code 2: no such folder, a cut file, no sound `latents_shape`, shapes that differ; names the folder.
+        UserError: exit code 2: no such folder, a cut file, no valid `latents_shape`, shapes that differ.
     """
 
-    field, left_aside = "latents", ""
+    field = "latents"
 
     def __init__(self, folder: str, limit: Optional[int] = None):
-        self.folder, self.origin = folder, f"--dataset_lmdb {folder}"
-        self.folders, self.starts, shapes = [folder], [0], []
+        self.origin, self.folders, self._starts, shapes = f"--dataset_lmdb {folder}", [folder], [0], []
         if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "data.mdb")):
-            inside = sorted(
-                entry.path for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-            )
-            self.folders = inside or [folder]
+            self.folders = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()) or [folder]
         for part in self.folders:
-            count, *shape = self._header(part)
-            self.starts.append(self.starts[-1] + count)
+            try:
+                count, *shape = self._read_shape(part)
+            except (OSError, ValueError) as error:
+                fix = 'copy it again; data.mdb must be there, with latents_shape as text, "N C H W"'
+                raise data_error(self.origin, f"{part} is cut or no LMDB of latents ({error})", fix) from error
+            self._starts.append(self._starts[-1] + count)
             shapes.append(tuple(shape))
-            if shapes[-1] != shapes[0]:
-                found, first = (" x ".join(map(str, sizes)) for sizes in (shapes[-1], shapes[0]))
-                problem = f"{part} has latents of {found}, {self.folders[0]} of {first}"
-                raise self._refusal(problem, "give folders of one shape, each in a run of its own")
-        self.shape, self.count = shapes[0], min(self.starts[-1], limit or self.starts[-1])
+        if len(set(shapes)) > 1:
+            problem = f"its folders have latents of different shapes, {sorted(set(shapes))}"
+            raise data_error(self.origin, problem, "give folders of one shape, each in a run of its own")
+        self.shape, self._count = shapes[0], min(self._starts[-1], limit or self._starts[-1])
+        self.summary = f"{self._count} rows"
 
-    def _header(self, folder: str) -> list[int]:
-        """N, C, H, W of a folder whose file is whole."""
-        file = os.path.join(folder, "data.mdb")
-        where = "" if folder == self.folder else f"{folder}: "
-        if not os.path.isfile(file):
-            raise self._refusal(
-                f"{where}there is no data.mdb in such a folder", "give a folder that has one, or folders that have"
-            )
-        try:
-            with self._opened(folder) as environment:
-                promised = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        except OSError as error:
-            raise self._refusal(f"{where}data.mdb is cut, unreadable or no LMDB ({error})", "copy it again") from error
-        size = os.path.getsize(file)
-        if size < promised:
-            raise self._refusal(f"{where}data.mdb is cut: it has {size} of {promised} bytes", "copy it again")
-        try:
-            text = self._value(folder, "latents_shape").decode()
-            shape = [int(number) for number in text.split()]
-            if len(shape) != 4 or min(shape) < 1:
-                raise ValueError(f"latents_shape is {text!r}")
-        except (OSError, ValueError) as error:
-            raise self._refusal(
-                f"{where}no shape can be read ({error})", 'store latents_shape as text, "N C H W"'
-            ) from error
+    def _read_shape(self, folder: str) -> list[int]:
+        """Read N, C, H, W. Raises OSError or ValueError if they are not there or the file is cut."""
+        size = os.path.getsize(os.path.join(folder, "data.mdb"))
+        with self._open(folder) as environment:
+            expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if size < expected:
+            raise ValueError(f"data.mdb has {size} of {expected} bytes")
+        text = self._get(folder, "latents_shape").decode()
+        shape = [int(number) for number in text.split()]
+        if len(shape) != 4 or min(shape) < 1:
+            raise ValueError(f"latents_shape is {text!r}")
         return shape
 
-    def _place(self, row: int) -> tuple[str, int]:
-        """(folder, number in it) of a row."""
-        part = bisect.bisect_right(self.starts, row) - 1
-        return self.folders[part], row - self.starts[part]
-
-    def _refusal(self, problem: str, fix: str) -> UserError:
-        return UserError(" ".join(f"{self.origin}: {problem}; {fix}".split()), exit_code=2)
-
     @contextmanager
-    def _opened(self, folder: str):
-        """A read-only environment. What lmdb raises becomes an OSError.
+    def _open(self, folder: str):
+        """Open a read-only environment. Turns lmdb's errors into OSError.
 
-        Opened for each read, which takes 0.1 ms: an open one must not be inherited by a forked worker, cannot be pickled for a
-        spawned one, and a process may have it open only once.
+        Opened for each read, which takes 0.1 ms: an open one must not be inherited by a forked worker, cannot be
+        pickled for a spawned one, and a process may have it open only once.
         """
         import lmdb
 
@@ -104,63 +83,62 @@ class LatentRows:
         except lmdb.Error as error:
             raise OSError(str(error)) from error
 
-    def _value(self, folder: str, key: str) -> bytes:
-        """What is stored under a key. Raises OSError if that is nothing, or cannot be read."""
-        with self._opened(folder) as environment, environment.begin() as transaction:
+    def _get(self, folder: str, key: str) -> bytes:
+        """Get the value of a key. Raises OSError if there is none or it cannot be read."""
+        with self._open(folder) as environment, environment.begin() as transaction:
             value = transaction.get(key.encode())
         if value is None:
-            raise OSError(f"{key} is missing")
+            raise OSError(f"{key} is missing in {folder}")
         return value
 
+    def _locate(self, row: int) -> tuple[str, int]:
+        """Find a row's folder and its number in it."""
+        part = bisect.bisect_right(self._starts, row) - 1
+        return self.folders[part], row - self._starts[part]
+
     def __len__(self) -> int:
-        return self.count
+        return self._count
 
-    @property
-    def size(self) -> str:
-        return f"{self.count} rows"
-
-    def _prompt(self, row: int) -> str:
-        folder, number = self._place(row)
-        return self._value(folder, f"prompts_{number}_data").decode()
-
-    def _latents(self, row: int) -> np.ndarray:
-        """(C, H, W) float32. Raises OSError if there are none, ValueError if they have another size."""
-        folder, number = self._place(row)
-        key, wanted = f"latents_{number}_data", 2 * math.prod(self.shape)
-        stored = self._value(folder, key)
-        if len(stored) != wanted:
-            shape = " x ".join(map(str, self.shape))
-            raise ValueError(f"{key} has {len(stored)} bytes, {shape} in float16 has {wanted}")
-        return np.frombuffer(stored, "<f2").reshape(self.shape).astype(np.float32)
-
-    def _named(self, row: int) -> str:
-        folder, number = self._place(row)
-        return f"row {number}" + ("" if folder == self.folder else f" of {folder}")
+    def prompt(self, row: int) -> str:
+        """Read the row's prompt. Raises OSError or ValueError."""
+        folder, number = self._locate(row)
+        return self._get(folder, f"prompts_{number}_data").decode()
 
     def captions(self, row: int) -> list[str]:
-        """The row's one prompt. Raises UserError (exit code 1) if there is none: no other row's could stand in for it."""
+        """List the row's one prompt. Raises UserError (exit code 1) if there is none: no other can replace it."""
         try:
-            return [self._prompt(row)]
-        except (OSError, UnicodeDecodeError) as error:
-            problem = f"the prompt of {self._named(row)} cannot be read ({error})"
-            raise UserError(f"{self.origin}: {problem}; write it again") from error
+            return [self.prompt(row)]
+        except (OSError, ValueError) as error:
+            problem = f"the prompt of row {row} cannot be read ({error})"
+            raise data_error(self.origin, problem, "write it again", 1) from error
+
+    def latents(self, row: int) -> np.ndarray:
+        """Read (C, H, W) float32. Raises OSError if they are not there, ValueError if they have another size."""
+        folder, number = self._locate(row)
+        value, size = self._get(folder, f"latents_{number}_data"), 2 * math.prod(self.shape)
+        if len(value) != size:
+            raise ValueError(f"latents_{number}_data has {len(value)} bytes, {self.shape} in float16 has {size}")
+        return np.frombuffer(value, "<f2").reshape(self.shape).astype(np.float32)
 
     def read(self, row: int) -> tuple[str, Optional[np.ndarray], str]:
-        """(name for messages, (C, H, W) float32, ""); (name, None, why) if it cannot be read or is not finite."""
-        name = "latents_{1}_data in {0}".format(*self._place(row))
+        """Read (name for messages, (C, H, W) float32, ""), or (name, None, why it cannot be read or is not finite)."""
+        name = "latents_{1}_data in {0}".format(*self._locate(row))
         try:
-            latents = self._latents(row)
+            latents = self.latents(row)
         except (OSError, ValueError) as error:
             return name, None, str(error)
         return (name, latents, "") if np.isfinite(latents).all() else (name, None, "it is not finite")
 
-    def check(self, rows: Iterable[int], latents: bool) -> None:
-        """Raises UserError (exit code 2) for the first of the rows whose prompt or, if asked, latents are not there."""
-        for row in rows:
-            try:
-                self._prompt(row)
-                if latents:
-                    self._latents(row)
-            except (OSError, ValueError) as error:
-                fix = "write it again, with as many rows as latents_shape says"
-                raise self._refusal(f"{self._named(row)} cannot be read ({error})", fix) from error
+
+def read_lmdb(args) -> LatentRows:
+    """Read shapes and sizes, and try some rows. Raises UserError (exit code 2)."""
+    require_package("lmdb", "--dataset_lmdb")
+    rows = LatentRows(args.dataset_lmdb, args.max_train_samples)
+    for row in rows_to_check(len(rows), args.seed):
+        try:
+            rows.prompt(row)
+            if uses_images(args):
+                rows.latents(row)
+        except (OSError, ValueError) as error:
+            raise data_error(rows.origin, f"row {row} cannot be read ({error})", "write it again") from error
+    return rows

@@ -1,14 +1,21 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Samples and micro-batches: the transform, the order without state, what becomes of unreadable images, the loader.
+"""Make micro-batches: transform images, order samples without state, replace unreadable images, run workers.
 
-What a worker hands over is small, and goes through a pipe: bytes of uint8 arrays instead of tensors, which torch would put into
-the shared memory that containers have 64 MB of. Floats are made of them in the main process.
+Iteration `i` trains on one GLOBAL batch of train_batch_size * gradient_accumulation_steps * world_size samples. A
+sample's index is its position in it. Its row, crop and flip follow from (seed, iteration, samples seen before, index)
+alone, so the same global batch comes at any number of processes and micro-batches, and a resumed run continues as if
+it had not stopped. With --streaming, the row follows from more than that: see senseflow.data.streaming.
+
+Workers send bytes of uint8 arrays through a pipe. torch would put tensors into the shared memory, of which containers
+have 64 MB. The main process converts the arrays to floats.
 """
 
 import logging
 import signal
 import threading
-from typing import Any, Iterator, Optional, Union
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable, Iterator, Optional, Union
 
 import numpy as np
 import torch
@@ -17,6 +24,8 @@ from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from senseflow.data.captions import draw_caption
+from senseflow.data.rows import data_error
+from senseflow.data.streaming import StreamedBatches, StreamedRows
 from senseflow.errors import UserError
 from senseflow_utils import StatelessRNG
 
@@ -24,49 +33,86 @@ from senseflow_utils import StatelessRNG
 logger = logging.getLogger(__name__)
 
 FIELDS = ("pixel_values", "latents")  # a batch has one of them
-SHARE_FROM = 1000  # rows from which on the share of unreadable images is judged
-Key = tuple[int, int, int]  # what a sample is a function of: row, iteration (from 0), slot
+MIN_ROWS = 1000  # the share of unreadable rows is checked from so many rows on
+WORKER_TIMEOUT = 1800  # seconds without an answer of a worker that end a run; a stream may skip rows for longer
+Key = tuple[int, int, int]  # what a sample is a function of: row, iteration (from 0), sample index
+
+
+def make_dataloader(
+    args, rows, rank: int, world_size: int, iteration: int, samples_seen: int, needs_images: Callable[[int], bool]
+) -> "PromptImageLoader":
+    """Make the endless micro-batches of this rank, `--gradient_accumulation_steps` of them an iteration.
+
+    Args:
+        rows: what `senseflow.data.sources.load_rows` returns.
+        iteration, samples_seen: where to start (see `GlobalBatchSampler`; `iteration` alone in a stream).
+        needs_images: `needs_images(iteration)`: whether images are read. Picklable.
+    """
+    if rank == 0:
+        logger.info("%s: %s", rows.origin, rows.summary)
+    order = args.seed, args.train_batch_size, args.gradient_accumulation_steps, rank, world_size, iteration
+    make_samples = partial(
+        PromptImageDataset,
+        resolution=args.resolution,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        seed=args.seed,
+        needs_images=needs_images,
+    )
+    workers = args.dataloader_num_workers
+    if isinstance(rows, StreamedRows):
+        batches = StreamedBatches(rows, make_samples, *order)
+        return PromptImageLoader(batches, batch_size=None, collate_fn=collate, num_workers=workers)
+    return PromptImageLoader(
+        make_samples(rows),
+        batch_sampler=GlobalBatchSampler(len(rows), *order, samples_seen),
+        collate_fn=collate,
+        num_workers=workers,
+        timeout=WORKER_TIMEOUT if workers > 0 else 0,
+    )
 
 
 # Samples -------------------------------------------------------------------------------------------------------------
+@dataclass
 class PromptImageDataset(Dataset):
-    """`dataset[(row, iteration, slot)]` is a dict:
+    """`dataset[(row, iteration, sample_index)]` is a dict:
 
-        pixel_values  (3, R, R) uint8; None where needs_images(iteration) is false: nothing is read then
-        latents       (C, H, W) float32 or None, instead of pixel_values where `rows` holds latents: nothing is transformed then
+        pixel_values  (3, R, R) uint8 array; None where needs_images(iteration) is false: nothing is read then
+        latents       (C, H, W) float32 array or None, in the place of pixel_values if `rows` holds latents
         prompt        one of the row's captions
-        row           the row used in the end: an unreadable image, and its prompt, gives way to the next readable row
-        slot          as asked for
-        unreadable    (name, why) of the images or latents passed over, in order
-
-    Both arrays are numpy's.
+        row           the row used in the end: an unreadable image, and its prompt, is replaced by the next readable
+            row
+        sample_index  as asked for
+        unreadable    (name, why) of the images or latents skipped, in order
 
     Args:
-        rows: `len(rows)`, `rows.captions(row)`, `rows.read(row) -> (name, image or latents or None, why not)`, `rows.origin` and
-            `rows.field`, which of the two arrays they make.
+        rows: `ImageRows`, `LatentRows` or a `Substream`.
         resolution: R in pixels. The shorter side is scaled to it (Lanczos), the longer one cropped.
-        center_crop, random_flip: crop in the middle instead of anywhere; mirror half of the samples. Drawn from `seed`.
-        needs_images: `needs_images(iteration) -> bool`, picklable. `rows` must have images where it says yes.
+        center_crop, random_flip: crop the center instead of a random square; flip half of the samples. Latents stay as
+            they are.
     Raises:
-        UserError: nothing readable in all rows, or in 1,000 that follow each other; no prompt in a row of latents.
+        UserError: nothing readable in all rows, or in 1,000 in a row; no prompt in a row of latents.
     """
 
-    def __init__(self, rows, resolution: int, center_crop: bool, random_flip: bool, seed: int, needs_images):
-        self.rows, self.resolution, self.center_crop, self.random_flip = rows, resolution, center_crop, random_flip
-        self.seed, self.needs_images = seed, needs_images
+    rows: Any
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    seed: int
+    needs_images: Callable[[int], bool]
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        row, iteration, sample_index = key
+        row, iteration, index = key
         unreadable, value = [], None
         if self.needs_images(iteration):
             row, value, unreadable = self._next_readable(row)
             if self.rows.field == "pixel_values":
-                value = self._transform(value, StatelessRNG(self.seed, iteration), sample_index)
-        prompt = draw_caption(self.rows.captions(row), self.seed, iteration, sample_index)
-        return {self.rows.field: value, "prompt": prompt, "row": row, "slot": sample_index, "unreadable": unreadable}
+                value = self._transform(value, StatelessRNG(self.seed, iteration), index)
+        prompt = draw_caption(self.rows.captions(row), self.seed, iteration, index)
+        return {self.rows.field: value, "prompt": prompt, "row": row, "sample_index": index, "unreadable": unreadable}
 
     def __getitems__(self, keys: list[Key]) -> list[Union[dict[str, Any], UserError]]:
-        """What a DataLoader calls. A UserError is returned: raised in a worker, it would reach the user as a traceback."""
+        """Return the samples for a DataLoader. A UserError is returned: raised, it would arrive as a traceback."""
         try:
             return [self[key] for key in keys]
         except UserError as error:
@@ -74,24 +120,25 @@ class PromptImageDataset(Dataset):
 
     def _next_readable(self, row: int) -> tuple[int, Union[Image.Image, np.ndarray], list[tuple[str, str]]]:
         unreadable = []
-        # A disk that went away must not send one sample through a million rows.
-        tries = min(len(self.rows), SHARE_FROM)
+        # If the disk is gone, one sample must not try a million rows.
+        tries = min(len(self.rows), MIN_ROWS)
         for candidate in range(row, row + tries):
-            name, found, why = self.rows.read(candidate % len(self.rows))
-            if found is not None:
-                return candidate % len(self.rows), found, unreadable
-            unreadable.append((name, why))
-        one = "{}: {}".format(*unreadable[0])
-        raise UserError(f"{self.rows.origin}: none of {tries} rows can be read, one is {one}; mend them")
+            candidate %= len(self.rows)
+            name, value, reason = self.rows.read(candidate)
+            if value is not None:
+                return candidate, value, unreadable
+            unreadable.append((name, reason))
+        problem = "none of {} rows can be read, one is {}: {}".format(tries, *unreadable[0])
+        raise data_error(self.rows.origin, problem, "repair them", 1)
 
     def _transform(self, image: Image.Image, rng: StatelessRNG, sample_index: int) -> np.ndarray:
         size, shorter = self.resolution, min(image.size)
         scaled = [max(size, round(side * size / shorter)) for side in image.size]
         corner = [(side - size) // 2 for side in scaled]
         if not self.center_crop:
-            places = rng.uniform("crop", [sample_index], shape=(2,))[0].tolist()
-            corner = [min(int(place * (side - size + 1)), side - size) for place, side in zip(places, scaled)]
-        # Only the pixels that the crop keeps are computed: the same values, and a long thin image cannot fill the memory.
+            draws = rng.uniform("crop", [sample_index], shape=(2,))[0].tolist()
+            corner = [min(int(draw * (side - size + 1)), side - size) for draw, side in zip(draws, scaled)]
+        # Compute only the pixels inside the crop: the same values, and a long thin image cannot fill the memory.
         steps = [side / new for side, new in zip(image.size, scaled)]
         low = [first * step for first, step in zip(corner, steps)]
         high = [min((first + size) * step, side) for first, step, side in zip(corner, steps, image.size)]
@@ -101,115 +148,115 @@ class PromptImageDataset(Dataset):
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def collate(examples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str, Any], UserError, None]:
-    """A micro-batch of B samples; a UserError stays what it is, and no samples (see `StreamedBatches`) become None.
-
-    It holds what `PromptImageLoader` says; its arrays are still numpy's, pixel_values uint8.
-    """
-    if not examples or isinstance(examples[0], UserError):
-        return examples[0] if examples else None
-    field = next(field for field in FIELDS if field in examples[0])
-    values = [example[field] for example in examples]
+def collate(samples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str, Any], UserError, None]:
+    """Make a micro-batch of numpy arrays. A UserError stays one; no samples (see `StreamedBatches`) become None."""
+    if not samples or isinstance(samples[0], UserError):
+        return samples[0] if samples else None
+    field = next(field for field in FIELDS if field in samples[0])
+    values = [sample[field] for sample in samples]
     return {
         field: None if values[0] is None else np.stack(values),
-        "prompts": tuple(example["prompt"] for example in examples),  # a pipeline's encode_prompt writes into a list
-        "sample_indices": [example["slot"] for example in examples],
-        "rows": [example["row"] for example in examples],
-        "unreadable": [passed for example in examples for passed in example["unreadable"]],
-        "gave_way": sum(bool(example["unreadable"]) for example in examples),
+        "prompts": tuple(sample["prompt"] for sample in samples),  # a pipeline's encode_prompt writes into a list
+        "sample_indices": [sample["sample_index"] for sample in samples],
+        "rows": [sample["row"] for sample in samples],
+        "unreadable": [skipped for sample in samples for skipped in sample["unreadable"]],
+        "num_replaced": sum(bool(sample["unreadable"]) for sample in samples),
     }
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
+@dataclass
 class GlobalBatchSampler(Sampler[list[Key]]):
     """Endless micro-batches of one rank: lists of `batch_size` keys, `accumulation` of them an iteration.
 
-    Position p = samples_seen + slot of the whole run is row permutation(seed, p // num_rows)[p % num_rows]: over all ranks
-    every row comes once per epoch, and batches cross epochs. Slot = (micro-batch * world_size + rank) * batch_size + place.
+    Position p = samples_seen + sample index of the whole run is row permutation(seed, p // num_rows)[p % num_rows]:
+    over all ranks every row comes once per epoch, and batches cross epochs. Sample index = (micro-batch * world_size +
+    rank) * batch_size + position in the micro-batch.
 
     Args:
         iteration: number of the first iteration, from 0.
-        samples_seen: samples of all iterations before it, over all ranks. Each iteration adds `global_batch`.
+        samples_seen: samples of all iterations before it, over all ranks. Each iteration adds a global batch.
     """
 
-    def __init__(self, num_rows: int, seed: int, batch_size: int, accumulation: int, rank: int, world_size: int,
-                 iteration: int = 0, samples_seen: int = 0):  # fmt: skip
-        self.num_rows, self.seed, self.batch_size, self.accumulation = num_rows, seed, batch_size, accumulation
-        self.rank, self.world_size, self.iteration, self.samples_seen = rank, world_size, iteration, samples_seen
-        self.global_batch = batch_size * accumulation * world_size
+    num_rows: int
+    seed: int
+    batch_size: int
+    accumulation: int
+    rank: int
+    world_size: int
+    iteration: int = 0
+    samples_seen: int = 0
+
+    def __post_init__(self):
         self._orders: dict[int, torch.Tensor] = {}
 
     def row(self, position: int) -> int:
-        """The row at a position of the run, from 0."""
-        epoch, place = divmod(position, self.num_rows)
+        """Find the row at a position of the run, from 0."""
+        epoch, index = divmod(position, self.num_rows)
         if epoch not in self._orders:
-            # A batch that crosses epochs needs two orders; an order can be drawn again at any time.
+            # A batch that crosses epochs needs two orders.
             self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
-            self._orders[epoch] = torch.randperm(
-                self.num_rows, generator=StatelessRNG(self.seed, epoch).generator("epoch_order")
-            )
-        return int(self._orders[epoch][place])
+            generator = StatelessRNG(self.seed, epoch).generator("epoch_order")
+            self._orders[epoch] = torch.randperm(self.num_rows, generator=generator)
+        return int(self._orders[epoch][index])
 
     def __iter__(self) -> Iterator[list[Key]]:
         iteration, seen = self.iteration, self.samples_seen
         while True:
             for micro in range(self.accumulation):
                 first = (micro * self.world_size + self.rank) * self.batch_size
-                yield [
-                    (self.row(seen + sample_index), iteration, sample_index)
-                    for sample_index in range(first, first + self.batch_size)
-                ]
-            iteration, seen = iteration + 1, seen + self.global_batch
+                yield [(self.row(seen + index), iteration, index) for index in range(first, first + self.batch_size)]
+            iteration, seen = iteration + 1, seen + self.batch_size * self.accumulation * self.world_size
 
 
 class UnreadableCounter:
-    """Warns of each unreadable row once, and tells when they are more than 1 % of 1,000 rows or more.
+    """Warn of each unreadable row once, and fail when they are more than 1 % of 1,000 rows or more.
 
-    It lives in the main process and is fed with batches, as workers cannot share a count. Each rank counts its own.
+    It is fed with batches in the main process, because workers cannot share a count. Each rank counts its own.
     """
 
     def __init__(self, origin: str):
-        self.origin, self.rows, self.gave_way, self.warned = origin, 0, 0, set()
+        self.origin, self.num_rows, self.num_replaced, self.warned = origin, 0, 0, set()
 
     def add(self, batch: dict[str, Any]) -> Optional[UserError]:
-        """Takes a collated batch; returns what should end the run (exit code 1) when the share is too large."""
-        for name, why in batch["unreadable"]:
+        """Count a collated batch. Return the error (exit code 1) that should end the run, if any."""
+        for name, reason in batch["unreadable"]:
             if name not in self.warned:
-                logger.warning("unreadable (%s), the next readable row is used instead: %s", why, name)
+                logger.warning("unreadable (%s), the next readable row is used instead: %s", reason, name)
             self.warned.add(name)
         if any(batch.get(field) is not None for field in FIELDS):
-            self.rows += len(batch["rows"])
-            self.gave_way += batch["gave_way"]
-        if self.rows < SHARE_FROM or self.gave_way * 100 <= self.rows:
+            self.num_rows += len(batch["rows"])
+            self.num_replaced += batch["num_replaced"]
+        if self.num_rows < MIN_ROWS or self.num_replaced * 100 <= self.num_rows:
             return None
-        problem = f"{self.gave_way} of {self.rows} rows could not be read (more than 1 %), one is {min(self.warned)}"
-        return UserError(f"{self.origin}: {problem}; mend or drop them")
+        share = f"{self.num_replaced} of {self.num_rows} rows could not be read (more than 1 %)"
+        return data_error(self.origin, f"{share}, one is {min(self.warned)}", "repair or drop them", 1)
 
 
 _fetching = False  # whether the main process waits for a worker
 
 
 def _on_worker_end(*_) -> None:
-    # torch's own handler raises wherever the main process stands: in the middle of an iteration, of a checkpoint.
+    # torch's handler would raise anywhere in the main process: inside an iteration, or a checkpoint.
     if _fetching:
         _error_if_any_worker_fails()
 
 
 class PromptImageLoader(DataLoader):
-    """A DataLoader over `PromptImages` or `senseflow.data.streaming.StreamedBatches`. Its micro-batches of B samples are dicts:
+    """A DataLoader over `PromptImageDataset` or `StreamedBatches`. Its micro-batches of B samples are dicts:
 
-        pixel_values  (B, 3, R, R) float32 in [-1, 1], or None; or
-        latents       (B, C, H, W) float32, or None
-        prompts       tuple of B strings
-        slots, rows   B integers each
-        unreadable    (name, why) of all images or latents passed over
-        gave_way      how many of the B samples' own rows were unreadable
+        pixel_values          (B, 3, R, R) float32 in [-1, 1], or None; or
+        latents               (B, C, H, W) float32, or None
+        prompts               tuple of B strings
+        sample_indices, rows  B integers each
+        unreadable            (name, why) of all images or latents skipped
+        num_replaced          how many of the B samples' own rows were unreadable
 
-    It yields one rank's share already: not for `Accelerator.prepare`, which would share it out again.
+    It yields one rank's share already. `Accelerator.prepare` must not split it again.
 
     Attributes:
-        failure: what should end the run once its checkpoint is saved (exit code 1): more than 1 % of the rows were unreadable.
-            None at first. Micro-batches are sound and go on coming.
+        failure: the error that should end the run once its checkpoint is saved (exit code 1): more than 1 % of the
+            rows were unreadable. None at first. Valid micro-batches still follow.
     Raises:
         UserError: exit code 1, while iterating: no micro-batch can be made, or a worker has died or does not answer.
     """
@@ -218,49 +265,43 @@ class PromptImageLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         counter = UnreadableCounter(self.dataset.rows.origin)
-        for batch in self._fetched():  # without a name: an error's traceback would keep the workers
+        for batch in self._fetch():  # without a name: an error's traceback would keep the workers
             if isinstance(batch, UserError):
                 raise batch
             if batch is not None:
                 self.failure = self.failure or counter.add(batch)
-                yield batch | _as_tensors(batch)
+                yield {name: _to_tensor(value) for name, value in batch.items()}
 
-    def _fetched(self) -> Iterator[Union[dict[str, Any], UserError, None]]:
-        """What the workers send. What becomes of a worker is said in one line, and here: between two iterations."""
+    def _fetch(self) -> Iterator[Union[dict[str, Any], UserError, None]]:
+        """Fetch what the workers send. Turns a worker's death into one line, and only here, between two iterations."""
         global _fetching
         try:
             batches = super().__iter__()
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # no room in the shared memory for a semaphore, or in the memory for a process
-            raise self._without_workers(error) from error
+        except (OSError, RuntimeError) as error:  # no shared memory for a semaphore, or no memory for a process
+            raise self._worker_error(error) from error
         if self.num_workers > 0 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, _on_worker_end)
         while True:
             _fetching = True
             try:
-                _error_if_any_worker_fails()  # in the meantime
+                _error_if_any_worker_fails()  # since the last fetch
                 batch = next(batches)
             except RuntimeError as error:
-                if str(error).startswith("DataLoader "):  # not out of a worker
-                    raise self._without_workers(error) from error
+                if str(error).startswith("DataLoader "):  # not from inside a worker
+                    raise self._worker_error(error) from error
                 raise
             finally:
                 _fetching = False
             yield batch
 
-    def _without_workers(self, error: Exception) -> UserError:
-        problem = (
-            f"the processes that read the data have died, cannot start or do not answer ({str(error).rstrip('. ')})"
-        )
+    def _worker_error(self, error: Exception) -> UserError:
+        problem = f"the data workers have died, cannot start or do not answer ({str(error).rstrip('. ')})"
         fix = "give fewer --dataloader_num_workers, or more memory and shared memory (docker run --memory, --shm-size)"
-        return UserError(f"{self.dataset.rows.origin}: {problem}; {fix}")
+        return data_error(self.dataset.rows.origin, problem, fix, 1)
 
 
-def _as_tensors(batch: dict[str, Any]) -> dict[str, Optional[torch.Tensor]]:
-    field = next(field for field in FIELDS if field in batch)
-    if batch[field] is None:
-        return {}
-    values = torch.from_numpy(batch[field])
-    return {field: values.float() / 127.5 - 1 if field == "pixel_values" else values}
+def _to_tensor(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    tensor = torch.from_numpy(value)
+    return tensor.float() / 127.5 - 1 if tensor.dtype == torch.uint8 else tensor

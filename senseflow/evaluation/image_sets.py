@@ -1,13 +1,14 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Sets of images and their prompts, as evaluate.py measures them: infer.py's folders, other folders, captions as for training."""
+"""Read sets of images and their prompts: folders, of infer.py or others, and captions JSONs as for training."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Hashable, Optional, Sequence
 
 from PIL import Image
 
+from senseflow.data.prompts import read_prompts_file
 from senseflow.errors import UserError
 
 
@@ -16,101 +17,96 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass
 class ImageSet:
-    """The images of a folder or a JSON, in order.
+    """The images of a folder or a captions JSON, in order.
 
     Attributes:
-        name: as it was given.
+        name: the path as the user gave it.
         files: their paths.
-        prompts: theirs; None where nothing says them.
-        cache: where what networks say of them is kept.
+        sizes: their widths and heights in pixels.
+        prompts: their prompts; None if there are none.
+        cache: the folder for their features.
     """
 
     name: str
     files: list[Path]
+    sizes: list[tuple[int, int]]
     prompts: Optional[list[str]]
     cache: Path
 
     @property
-    def groups(self) -> list[int]:
-        """Of each image the number of its prompt; images without prompts are each by themselves."""
-        if self.prompts is None:
-            return list(range(len(self.files)))
-        first: dict[str, int] = {}
-        return [first.setdefault(prompt, len(first)) for prompt in self.prompts]
+    def groups(self) -> Sequence[Hashable]:
+        """The prompt of each image; without prompts, each image is a group of its own."""
+        return self.prompts or range(len(self.files))
 
 
-def find_images(flag: str, path: str, prompts_file: Optional[str] = None) -> ImageSet:
-    """UserError (2): nothing there, no images, images that cannot be opened, or prompts missing for some."""
-    place = Path(path)
-    if place.is_file():
-        return _of_json(flag, place)
-    if not place.is_dir():
-        raise UserError(f"{flag} {path}: is no folder; give one of images, or a JSON of images and captions", 2)
-    files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.name != "grid.png")
+def read_image_set(flag: str, path: str, prompts_file: Optional[str] = None) -> ImageSet:
+    """Read the paths, sizes and prompts of the images in a folder or a captions JSON.
+
+    Raises:
+        UserError: exit code 2; there are no images, some cannot be opened, or some have no prompt.
+    """
+    location = Path(path)
+    if location.is_file():
+        files, prompts = read_captions_json(flag, location)
+        return ImageSet(path, files, read_sizes(flag, path, files), prompts, location.parent / ".features")
+    if not location.is_dir():
+        raise UserError(f"{flag} {path}: no such folder; give a folder of images, or a JSON of images and captions", 2)
+    files = sorted(f for f in location.iterdir() if f.suffix.lower() in SUFFIXES and f.name != "grid.png")
     if not files:
-        raise UserError(f"{flag} {path}: holds no image ({', '.join(SUFFIXES)}); draw some with infer.py", 2)
-    check_images(flag, path, files)
-    prompts, records = None, place / "metadata.jsonl"
+        raise UserError(f"{flag} {path}: has no image ({', '.join(SUFFIXES)}); generate some with infer.py", 2)
+    prompts = None
     if prompts_file:
-        prompts = _numbered(prompts_file, files)
-    elif records.exists():
-        said = {}
-        for line in records.read_text(encoding="utf-8").splitlines():
-            try:
-                said |= {(record := json.loads(line))["file_name"]: record["prompt"]}
-            except (ValueError, TypeError, KeyError):
-                continue  # cut by a kill: its image is without a prompt
-        missing = [file.name for file in files if file.name not in said]
-        if missing:
-            problem = f"metadata.jsonl has no prompt of {len(missing)} images, one is {missing[0]}"
-            raise UserError(f"{flag} {path}: {problem}; run infer.py again, or give --prompts_file", 2)
-        prompts = [said[file.name] for file in files]
-    return ImageSet(path, files, prompts, place / ".features")
+        prompts = read_numbered_prompts(prompts_file, files)
+    elif (location / "metadata.jsonl").exists():
+        prompts = read_metadata(flag, location, files)
+    return ImageSet(path, files, read_sizes(flag, path, files), prompts, location / ".features")
 
 
-def _of_json(flag: str, place: Path) -> ImageSet:
+def read_captions_json(flag: str, path: Path) -> tuple[list[Path], list[str]]:
+    """Return the images of a captions JSON and their prompts; the first one where an image has several."""
     try:
-        parsed = json.loads(place.read_text(encoding="utf-8-sig"))
-        files, prompts = [place.parent / name for name in parsed["image_paths"]], parsed["prompts"]
-        prompts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
+        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
+        files = [path.parent / name for name in parsed["image_paths"]]
+        prompts = [captions if isinstance(captions, str) else captions[0] for captions in parsed["prompts"]]
         if len(files) != len(prompts) or not files:
             raise ValueError(f"{len(files)} image_paths, {len(prompts)} prompts")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        wanted = 'give {"image_paths": [...], "prompts": [...]}, as for training'
-        raise UserError(f"{flag} {place}: no images and captions can be read ({error}); {wanted}", 2) from error
-    check_images(flag, str(place), files)
-    return ImageSet(str(place), files, prompts, place.parent / ".features")
+        fix = 'give {"image_paths": [...], "prompts": [...]}, as for training'
+        raise UserError(f"{flag} {path}: cannot read images and captions ({error}); {fix}", 2) from error
+    return files, prompts
 
 
-def _numbered(path: str, files: list[Path]) -> list[str]:
-    """The line of each image by the number in its name."""
+def read_metadata(flag: str, folder: Path, files: list[Path]) -> list[str]:
+    """Return the prompts of images from infer.py's metadata.jsonl."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prompts_file {path}: cannot be read ({error}); give a UTF-8 text file, one prompt a line", 2
-        ) from error
-    prompts = []
-    for file in files:
-        line = int(file.stem) if file.stem.isdecimal() else -1
-        if not (0 <= line < len(lines) and lines[line].strip()):
-            raise UserError(
-                f"--prompts_file {path}: no line is that of {file.name}; 0007.png's would be the eighth", 2
-            )
-        prompts.append(lines[line].strip())
-    return prompts
+        records = map(json.loads, (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+        prompts = {record["file_name"]: record["prompt"] for record in records}
+        return [prompts[file.name] for file in files]
+    except (ValueError, TypeError, KeyError) as error:  # a killed run may leave an incomplete line
+        problem = f"metadata.jsonl lacks the prompt of an image ({error})"
+        raise UserError(f"{flag} {folder}: {problem}; run infer.py again, or give --prompts_file", 2) from error
 
 
-def check_images(flag: str, path: str, files: list[Path]) -> None:
-    """UserError (2) where some are no images; their heads are read."""
-    broken = []
+def read_numbered_prompts(path: str, files: list[Path]) -> list[str]:
+    """Return the prompts of images: the number in an image's name is the index of its line, from 0."""
+    prompts = {index: line for index, line in enumerate(read_prompts_file(path)) if line}
+    numbers = [int(file.stem) if file.stem.isdecimal() else -1 for file in files]
+    for file, number in zip(files, numbers):
+        if number not in prompts:
+            raise UserError(f"--prompts_file {path}: no prompt for {file.name}; that of 0007.png is on line 8", 2)
+    return [prompts[number] for number in numbers]
+
+
+def read_sizes(flag: str, path: str, files: list[Path]) -> list[tuple[int, int]]:
+    """Return the width and height of each image, from its file's header."""
+    sizes, broken = [], []
     for file in files:
         try:
-            with Image.open(file):
-                pass
-        except Exception:  # each format has its own
+            with Image.open(file) as image:
+                sizes.append(image.size)
+        except Exception:  # each format raises errors of its own
             broken.append(file.name)
     if broken:
-        raise UserError(
-            f"{flag} {path}: {len(broken)} images cannot be read, one is {broken[0]}; draw or copy them again", 2
-        )
+        problem = f"{len(broken)} images cannot be read, such as {broken[0]}"
+        raise UserError(f"{flag} {path}: {problem}; generate or copy them again", 2)
+    return sizes

@@ -1,7 +1,10 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""The networks that look at images for evaluate.py, and how each wants images and prompts."""
+"""Load the networks behind the metrics, and compute their features of images and prompts."""
 
 import hashlib
+import itertools
+import json
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,120 +12,208 @@ from typing import Callable, Optional
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
-from senseflow.arguments import DTYPES
-from senseflow.evaluation.converters import hpsv2_pixels, imagereward_pixels, read_hpsv2, read_imagereward
-from senseflow.evaluation.metrics import centre_patch
-from senseflow.models.hub import fingerprint, from_hub, loading_model
+from senseflow.arguments import torch_dtype
+from senseflow.data.images import read_image
+from senseflow.errors import UserError, write_atomically
+from senseflow.evaluation.converters import (
+    HPSV2_CONFIG,
+    IMAGEREWARD_CONFIG,
+    ImageReward,
+    hpsv2_pixels,
+    imagereward_pixels,
+    load_published,
+    to_tensor,
+)
+from senseflow.evaluation.image_sets import ImageSet
+from senseflow.evaluation.metrics import center_patch
+from senseflow.models.hub import ModelSource, fingerprint
 
 
-TOKENS_OF_IMAGEREWARD = 35
+logger = logging.getLogger(__name__)
+CHUNK_SIZE = 256  # images whose features are cached in one file
 
 
 @dataclass
-class Network:
-    """What looks at images.
+class Scorer:
+    """A network that computes features of images, and perhaps of prompts.
 
     Attributes:
-        name: of the files of its features; says everything that these depend on besides images and prompts.
-        prepare: an image -> a tensor.
-        look: a batch of these, on the device -> features (B, D); where `reads_while_looking`, of these and their prompts.
-        read: prompts -> embeddings (B, D), where it reads them by themselves.
+        name: of the network, its weights and its precision; part of the names of cached files.
+        prepare: image -> the network's input, without the batch dimension.
+        encode_images: (inputs (B, 3, H, W) on the device; with `needs_prompts`, also B prompts) -> features (B, D).
+        encode_prompts: prompts -> features (B, D).
         logit_scale: of a CLIPModel.
     """
 
     name: str
     prepare: Callable[[Image.Image], torch.Tensor]
-    look: Callable[..., torch.Tensor]
-    read: Optional[Callable[[list[str]], torch.Tensor]] = None
+    encode_images: Callable[..., torch.Tensor]
+    encode_prompts: Optional[Callable[[list[str]], torch.Tensor]] = None
     logit_scale: float = 0.0
-    reads_while_looking: bool = False
+    needs_prompts: bool = False
 
 
-def load_inception(args, patch: bool) -> Network:
-    """The network of FID as StyleGAN publishes it: uint8 images of any size -> 2,048 numbers."""
-    with loading_model("--inception", args.inception):
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+def load_scorer(args, metric: str) -> Scorer:
+    """Load the network of a metric. UserError: exit code 1 for damaged weights, 2 for a file with other weights."""
+    if metric in ("fid", "patch_fid"):
+        return load_inception(args, metric)
+    if metric in ("clip", "hpsv2", "pickscore"):
+        return load_clip(args, metric)
+    return load_imagereward(args) if metric == "imagereward" else load_vision_model(args)
+
+
+def load_inception(args, metric: str) -> Scorer:
+    """Load Inception as StyleGAN's authors publish it: uint8 images of any size -> features of 2,048 dimensions."""
+    with ModelSource("--inception", args.inception).loading():
         network = torch.jit.load(args.inception, map_location=args.device).eval()
     digest = hashlib.sha256(Path(args.inception).read_bytes()).hexdigest()[:16]
-    crop = centre_patch if patch else (lambda image: image)
-    look = partial(network, return_features=True)
-    return Network(f"inception{'-patch' if patch else ''}-{digest}", lambda image: _bytes_of(crop(image)), look)
+    encode_images = partial(network, return_features=True)
+    if metric == "patch_fid":
+        return Scorer(f"inception-patch-{digest}", lambda image: to_tensor(center_patch(image)), encode_images)
+    return Scorer(f"inception-{digest}", to_tensor, encode_images)
 
 
-def _bytes_of(image: Image.Image) -> torch.Tensor:
-    """(3, H, W) uint8."""
-    return (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        .view(image.height, image.width, 3)
-        .permute(2, 0, 1)
-    )
+def load_vision_model(args) -> Scorer:
+    """Load --feature_model. Its feature is the pooled output; for DINOv2, the CLS token after the last norm."""
+    source, dtype = ModelSource("--feature_model", args.feature_model), torch_dtype(args.dtype)
+    with source.loading():
+        model = source.load(AutoModel.from_pretrained, dtype=dtype).eval().to(args.device)
+        processor = source.load(AutoImageProcessor.from_pretrained)
 
-
-def load_vision(args) -> Network:
-    """The pooled output of a vision model of transformers; of DINOv2 the CLS token after the last norm."""
-    path, dtype = args.feature_model, DTYPES[args.dtype]
-    with loading_model("--feature_model", path):
-        model = from_hub(AutoModel.from_pretrained, path, dtype=dtype).eval().to(args.device)
-        processor = from_hub(AutoImageProcessor.from_pretrained, path)
-
-    def look(pixels: torch.Tensor) -> torch.Tensor:
+    def encode_images(pixels: torch.Tensor) -> torch.Tensor:
         return model(pixel_values=pixels.to(dtype)).pooler_output
 
-    return Network(f"vision-{fingerprint(model)}-{args.dtype}", partial(_processed, processor), look)
+    return Scorer(f"vision-{fingerprint(model)}-{args.dtype}", partial(process_image, processor), encode_images)
 
 
-def load_clip(args, flag: str) -> Network:
-    """A CLIPModel of transformers with its own processing of images and texts."""
-    path = getattr(args, flag)
-    with loading_model(f"--{flag}", path):
-        model = from_hub(CLIPModel.from_pretrained, path)
-        processor = from_hub(AutoImageProcessor.from_pretrained, path)
-    return _clip(args, model, partial(_processed, processor), f"--{flag}", path)
-
-
-def load_hpsv2(args) -> Network:
-    """HPS v2.1; its tokenizer is that of every CLIP."""
-    model = read_hpsv2(Path(args.hpsv2))
-    prepare = partial(hpsv2_pixels, model.config.vision_config.image_size)
-    return _clip(args, model, prepare, "--clip_model", args.clip_model)
-
-
-def _clip(args, model: CLIPModel, prepare: Callable, flag: str, path: str) -> Network:
-    """Args: path: of the tokenizer, which `flag` has named."""
-    dtype, name = DTYPES[args.dtype], f"clip-{fingerprint(model)}-{args.dtype}"
-    model = model.eval().to(args.device, dtype)
-    with loading_model(flag, path):
-        tokenizer = from_hub(AutoTokenizer.from_pretrained, path)
+def load_clip(args, metric: str) -> Scorer:
+    """Load the CLIPModel of clip, pickscore or hpsv2."""
+    flag = "pickscore_model" if metric == "pickscore" else "clip_model"  # hpsv2: all CLIPs have the same tokenizer
+    source, dtype = ModelSource(f"--{flag}", getattr(args, flag)), torch_dtype(args.dtype)
+    with source.loading():
+        tokenizer = source.load(AutoTokenizer.from_pretrained)
+        if metric == "hpsv2":
+            model = load_published("--hpsv2", Path(args.hpsv2), CLIPModel(HPSV2_CONFIG))
+            prepare = partial(hpsv2_pixels, HPSV2_CONFIG.vision_config.image_size)
+        else:
+            model = source.load(CLIPModel.from_pretrained).eval()
+            prepare = partial(process_image, source.load(AutoImageProcessor.from_pretrained))
+    name = f"clip-{fingerprint(model)}-{args.dtype}"
+    model = model.to(args.device, dtype)
     length = model.config.text_config.max_position_embeddings
 
-    def look(pixels: torch.Tensor) -> torch.Tensor:
+    def encode_images(pixels: torch.Tensor) -> torch.Tensor:
         return model.visual_projection(model.vision_model(pixel_values=pixels.to(dtype)).pooler_output)
 
-    def read(prompts: list[str]) -> torch.Tensor:
-        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(
-            args.device
-        )
-        return model.text_projection(model.text_model(**tokens).pooler_output)
+    def encode_prompts(prompts: list[str]) -> torch.Tensor:
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return model.text_projection(model.text_model(**tokens.to(args.device)).pooler_output)
 
-    return Network(name, prepare, look, read, model.logit_scale.item())
+    return Scorer(name, prepare, encode_images, encode_prompts, model.logit_scale.item())
 
 
-def load_imagereward(args) -> Network:
-    """ImageReward, whose features are its scores (B, 1)."""
-    model, dtype = read_imagereward(Path(args.imagereward)), DTYPES[args.dtype]
-    name, model = f"imagereward-{fingerprint(model)}-{args.dtype}", model.to(args.device, dtype)
-    with loading_model("--imagereward_tokenizer", args.imagereward_tokenizer):
-        tokenizer = from_hub(AutoTokenizer.from_pretrained, args.imagereward_tokenizer)
-    how = {"padding": "max_length", "truncation": True, "max_length": TOKENS_OF_IMAGEREWARD, "return_tensors": "pt"}
+def load_imagereward(args) -> Scorer:
+    """Load ImageReward. Its features are its scores (B, 1)."""
+    source, dtype = ModelSource("--imagereward_tokenizer", args.imagereward_tokenizer), torch_dtype(args.dtype)
+    with source.loading():
+        tokenizer = source.load(AutoTokenizer.from_pretrained)
+    model = load_published("--imagereward", Path(args.imagereward), ImageReward(IMAGEREWARD_CONFIG))
+    name = f"imagereward-{fingerprint(model)}-{args.dtype}"
+    model = model.to(args.device, dtype)
 
-    def look(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        tokens = tokenizer(prompts, **how).to(args.device)
+    def encode_images(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        tokens = tokens.to(args.device)
         return model(pixels.to(dtype), tokens.input_ids, tokens.attention_mask)[:, None]
 
-    prepare = partial(imagereward_pixels, model.vision.config.image_size)
-    return Network(name, prepare, look, reads_while_looking=True)
+    prepare = partial(imagereward_pixels, IMAGEREWARD_CONFIG.vision_config.image_size)
+    return Scorer(name, prepare, encode_images, needs_prompts=True)
 
 
-def _processed(processor, image: Image.Image) -> torch.Tensor:
+def process_image(processor, image: Image.Image) -> torch.Tensor:
+    """Apply an image processor of transformers to one image."""
     return processor(images=image, return_tensors="pt").pixel_values[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------------------------------
+def prepare_batch(prepare: Callable, batch: list[tuple[Path, Optional[str]]]) -> list:
+    """Return (a network's input, prompt) for each (file, prompt), or a UserError where the file cannot be read."""
+    prepared = []
+    for file, prompt in batch:
+        image, problem = read_image(str(file))
+        error = UserError(f"{file}: cannot be read ({problem}); generate or copy it again", 2)
+        prepared.append(error if image is None else (prepare(image), prompt))
+    return prepared
+
+
+@torch.no_grad()
+def compute_image_features(args, scorer: Scorer, images: ImageSet) -> torch.Tensor:
+    """Compute features (N, D), float32 on the CPU, or read them from the cache.
+
+    Each CHUNK_SIZE images have a file in `images.cache`, written as soon as their features are computed. Its name is a
+    hash of the scorer's name, the files' paths, sizes and times of change, and the prompts that the scorer needs.
+    """
+    chunks = []
+    with tqdm(total=len(images.files), desc=f"{scorer.name.split('-')[0]} {images.name}", unit="image") as progress:
+        for start in range(0, len(images.files), CHUNK_SIZE):
+            files = images.files[start : start + CHUNK_SIZE]
+            prompts = images.prompts[start : start + CHUNK_SIZE] if scorer.needs_prompts else None
+            stats = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+            digest = hashlib.sha256(json.dumps([scorer.name, stats, prompts]).encode()).hexdigest()[:24]
+            cached = images.cache / f"{scorer.name}-{digest}.safetensors"
+            if cached.exists():
+                chunks.append(load_file(cached)["features"])
+                progress.update(len(files))
+            else:
+                chunks.append(compute_chunk(args, scorer, files, prompts, progress))
+                write_features(cached, chunks[-1])
+    return torch.cat(chunks)
+
+
+def compute_chunk(args, scorer: Scorer, files: list[Path], prompts: Optional[list[str]], progress) -> torch.Tensor:
+    """Compute features (N, D), float32 on the CPU, batch by batch; within a batch, images of one size at a time."""
+    features = []
+    for batch in DataLoader(
+        list(zip(files, prompts or [None] * len(files))),
+        args.batch_size,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=partial(prepare_batch, scorer.prepare),
+    ):
+        for item in batch:
+            if isinstance(item, UserError):
+                raise item
+        for _, same_size in itertools.groupby(batch, lambda item: item[0].shape):
+            pixels, texts = zip(*same_size)
+            more = [list(texts)] if scorer.needs_prompts else []
+            features.append(scorer.encode_images(torch.stack(pixels).to(args.device), *more).float().cpu())
+        progress.update(len(batch))
+    return torch.cat(features)
+
+
+def write_features(path: Path, features: torch.Tensor) -> None:
+    """Write features to the cache. Log a warning if the folder cannot be written."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda temporary: save_file({"features": features.contiguous()}, temporary))
+    except OSError as error:
+        logger.warning("%s: features are not cached (%s)", path.parent, error.strerror)
+
+
+@torch.no_grad()
+def compute_prompt_features(args, scorer: Scorer, prompts: list[str]) -> torch.Tensor:
+    """Compute features (N, D), float32 on the CPU. Each different prompt is encoded once."""
+    unique = list(dict.fromkeys(prompts))
+    batches = [unique[i : i + args.batch_size] for i in range(0, len(unique), args.batch_size)]
+    features = [scorer.encode_prompts(batch).float().cpu() for batch in tqdm(batches, "prompts", unit="batch")]
+    row = {prompt: i for i, prompt in enumerate(unique)}
+    return torch.cat(features)[[row[prompt] for prompt in prompts]]

@@ -143,11 +143,12 @@ def without(command: list[str], names: Sequence[str]) -> list[str]:
     return kept
 
 
-def report(args, make_schedule, load_parts, train_iteration) -> None:
-    """What `--dry_run` does instead of training: prints, in the first process, what a process of the command takes.
+def report(args, source, models_class, make_models, train_iteration) -> None:
+    """Print, in the first process, how much memory a process of this command takes, instead of training.
 
     Args:
-        make_schedule, load_parts, train_iteration: the script's own.
+        source: the teacher's pipeline.
+        models_class, make_models, train_iteration: the script's own.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return
@@ -162,12 +163,12 @@ def report(args, make_schedule, load_parts, train_iteration) -> None:
     init_fake_process_group()
     counter, bar = Counter(), tqdm(total=100, desc="dry run")
     with patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True), counter:
-        found = trace(args, make_schedule, load_parts, train_iteration, counter, bar)
+        found = trace(args, source, models_class, make_models, train_iteration, counter, bar)
     bar.close()
     if mode.startswith("zero"):
         found = under_zero(found, mode, processes, args.mixed_precision == "bf16")
     tell(found, mode, processes)
     print(verdict(found["peak"]))
     if args.dry_run and found["peak"] > USABLE * args.dry_run * GIB:
-        command = [load_parts.__code__.co_filename, *without(sys.argv[1:], ["dry_run"])]
+        command = [make_models.__code__.co_filename, *without(sys.argv[1:], ["dry_run"])]
         suggest(args, command, mode, processes, found["peak"], args.dry_run)

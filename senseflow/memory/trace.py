@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from senseflow.arguments import DTYPES
+from senseflow.arguments import torch_dtype
 from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
-from senseflow.models.hub import fingerprint, subfolder_of
+from senseflow.models.hub import ModelSource, fingerprint
 from senseflow.models.quantization import quantize_network
 from senseflow.models.text_encoders import text_encoders_of
 from senseflow.models.weights import from_pretrained_meta
@@ -56,8 +56,8 @@ def of_transformers(
     return (network, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else network
 
 
-def opened(kind, flag, path, subfolder, revision=None, variant=None, dtype=torch.float32):
-    return of_diffusers(kind, path, subfolder_of(path, subfolder, revision), dtype, revision=revision)
+def opened(source: ModelSource, cls, subfolder, dtype=torch.float32):
+    return of_diffusers(cls, source.path, source.network_subfolder(subfolder), dtype, revision=source.revision)
 
 
 def without_values(network: torch.nn.Module) -> torch.nn.Module:
@@ -204,9 +204,9 @@ def watch(counter: Counter, owner, name: str, who: Callable[[Any], str], what: s
 
 
 def trace(
-    args, make_schedule, load_parts, train_iteration, counter: Counter, bar: tqdm, device="cpu"
+    args, source, models_class, make_models, train_iteration, counter: Counter, bar: tqdm, device="cpu"
 ) -> dict[str, Any]:
-    """Runs `load_parts`, a step of every optimizer, an iteration without the student's turn and one with it, under `counter`.
+    """Runs `make_models`, a step of every optimizer, an iteration without the student's turn and one with it, under `counter`.
 
     Args:
         device: of the tensors; those on "cuda" may be fake on a machine without a GPU, where torch's build is one for GPUs.
@@ -237,7 +237,7 @@ def trace(
                 ("__call__", "forward"),
                 ("backward", "backward"),
                 ("step", "step"),
-                ("align_with", "IDA"),
+                ("ida_update_from", "IDA"),
             ):
                 if name in vars(owner):
                     stack.enter_context(watch(counter, owner, name, lambda role: role.name, what, step))
@@ -250,19 +250,20 @@ def trace(
         with unset_fake_temporarily():
             runtime = Runtime(args)
             runtime.device = torch.device(device)  # not cpu:0, which is another to fake tensors
-            schedule = make_schedule(args, "cpu")[0]
+            schedule = models_class.make_schedule(args, source, "cpu")[0]
         for name, value in vars(schedule).items():
             if isinstance(value, torch.Tensor):
                 setattr(schedule, name, value.to(runtime.device))
         stack.enter_context(mock.patch.object(Accelerator, "device", runtime.device))
-        models, pipeline = load_parts(args, runtime, schedule)
+        models = make_models(args, source, schedule, runtime)
+        pipeline = models.pipeline
         roles = roles_of(models)
         label_networks(counter, models, pipeline, args)
         encoder = HOST if args.offload_text_encoders else ENCODERS
         found["encoders"] = counter.by_label[encoder, WEIGHTS]
         for name in ("encode", "decode"):
             stack.enter_context(watch(counter, type(pipeline.vae), name, lambda _: "VAE", name, step))
-        stack.enter_context(watch(counter, models, "encode_prompts", lambda _: encoder, "forward", step))
+        stack.enter_context(watch(counter, models, "condition", lambda _: encoder, "forward", step))
         # DDP keeps the gradients of all networks, in its buckets.
         kept = {} if runtime.launch.mode == "replicated" and runtime.launch.world_size > 1 else None
         enter("optimizers")
@@ -290,7 +291,7 @@ def trace(
                     batch_of(args, models, sample_indices[i::micro_batches], runtime.device)
                     for i in range(micro_batches)
                 ]
-                train_iteration(iteration, batches, models, schedule, args, runtime.device)
+                train_iteration(iteration, batches, models, args)
             scale = args.gradient_accumulation_steps / micro_batches
             found["flops"][stage] = {phase: count * scale for phase, count in counter.flops.items()}
         found |= {"peak": counter.peak, "at_peak": counter.at_peak, "where": counter.where} | sizes_on_disk(
@@ -347,12 +348,12 @@ def label_networks(counter: Counter, models, pipeline, args) -> None:
 def sizes_on_disk(args, models, pipeline) -> dict[str, int]:
     """Bytes of a checkpoint and of the export."""
     trained = [role for role in roles_of(models).values() if role.optimizer is not None]
-    moments, size = 2 if args.use_8bit_adam else 8, DTYPES[args.export_dtype].itemsize
-    export = models.student.trained_numbers if args.rank else models.student.weight_bytes // 4
+    moments, size = 2 if args.use_8bit_adam else 8, torch_dtype(args.export_dtype).itemsize
+    export = models.student.num_trained_params if args.rank else models.student.weight_bytes // 4
     if not args.rank:
         network = {id(t) for t in models.teacher.module.parameters()}
         export += sum(t.numel() for t in tensors_of(pipeline) if id(t) not in network)
     return {
-        "checkpoint": sum(role.weight_bytes + moments * role.trained_numbers for role in trained),
+        "checkpoint": sum(role.weight_bytes + moments * role.num_trained_params for role in trained),
         "export": export * size,
     }

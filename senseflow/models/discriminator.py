@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, Dinov2Model
 
 from senseflow.errors import UserError
-from senseflow.models.hub import UNREADABLE, from_hub, hub_error, hub_reason, loading_model, refuse_file, variants_of
+from senseflow.models.hub import UNREADABLE, ModelSource, hub_error, hub_reason
 from senseflow_utils import StatelessRNG
 
 
@@ -47,9 +47,10 @@ def check_discriminator_args(args) -> None:
     Raises:
         UserError: exit code 2; a backbone or text encoder that is not there or of another kind, layers that it does not have.
     """
-    _config("--discriminator_text_encoder", args.discriminator_text_encoder, "CLIP", ("clip", "clip_text_model"))
+    text_encoder = ModelSource("--discriminator_text_encoder", args.discriminator_text_encoder)
+    _config(text_encoder, "CLIP", ("clip", "clip_text_model"))
     path, layers = args.discriminator_backbone, args.discriminator_layers
-    config = _config("--discriminator_backbone", path, "DINOv2", ("dinov2",))
+    config = _config(ModelSource("--discriminator_backbone", path), "DINOv2", ("dinov2",))
     name = "resolution" if args.discriminator_resolution is None else "discriminator_resolution"
     if getattr(args, name) < config.patch_size:
         raise UserError(
@@ -67,23 +68,17 @@ def check_discriminator_args(args) -> None:
         raise UserError(message, exit_code=2)
 
 
-def _config(flag: str, path: str, kind: str, model_types: Sequence[str]):
-    refuse_file(flag, path, "config.json")
+def _config(source: ModelSource, family: str, model_types: Sequence[str]):
+    source.check_not_a_file("config.json")
     try:
-        config = from_hub(AutoConfig.from_pretrained, path)
+        config = source.load(AutoConfig.from_pretrained)
     except UNREADABLE as error:
-        reason = (
-            f"no such folder, and {hub_reason(error)}"
-            if hub_error(error)
-            else f"no readable config.json; give a {kind}"
-        )
-        raise UserError(f"{flag} {path}: {reason}", exit_code=2) from error
+        on_hub, unreadable = hub_error(error) is not None, f"no readable config.json; give a {family}"
+        raise source.error(f"no such folder, and {hub_reason(error)}" if on_hub else unreadable) from error
     if config.model_type not in model_types:
-        raise UserError(f"{flag} {path}: is a {config.model_type}, give a {kind}", exit_code=2)
-    if None not in (variants_of(path, None) or {None}):
-        raise UserError(
-            f"{flag} {path}: its weights have a variant in their names; rename them without it", exit_code=2
-        )
+        raise source.error(f"is a {config.model_type}, give a {family}")
+    if None not in (source.variants() or {None}):
+        raise source.error("its weights have a variant in their names; rename them without it")
     return config
 
 
@@ -124,7 +119,8 @@ class VisionFeatures(_Frozen):
     ):
         super().__init__()
         self.dtype, self.gradient_checkpointing, self.resolution = dtype, gradient_checkpointing, resolution
-        model, info = from_hub(Dinov2Model.from_pretrained, path, dtype=torch.float32, output_loading_info=True)
+        source = ModelSource("--discriminator_backbone", path)
+        model, info = source.load(Dinov2Model.from_pretrained, dtype=torch.float32, output_loading_info=True)
         _refuse_missing(info)
         self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
         self.embeddings = model.embeddings
@@ -181,9 +177,10 @@ class TextFeatures(_Frozen):
 
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.tokenizer = from_hub(AutoTokenizer.from_pretrained, path)
-        self.model, info = from_hub(
-            CLIPTextModelWithProjection.from_pretrained, path, dtype=dtype, output_loading_info=True
+        source = ModelSource("--discriminator_text_encoder", path)
+        self.tokenizer = source.load(AutoTokenizer.from_pretrained)
+        self.model, info = source.load(
+            CLIPTextModelWithProjection.from_pretrained, dtype=dtype, output_loading_info=True
         )
         _refuse_missing(info)
         self.channels = self.model.config.projection_dim
@@ -374,18 +371,20 @@ class LatentClassifier(nn.Sequential):
         super().__init__(*blocks, nn.Conv2d(channels, 1, 1), nn.Flatten(0))
 
 
-def load_discriminator(args, runtime) -> tuple:
-    """The VFM discriminator and what it looks and reads through; only its heads learn."""
-    with loading_model("--discriminator_backbone", args.discriminator_backbone):
-        how = {"dtype": runtime.weight_dtype, "gradient_checkpointing": args.gradient_checkpointing}
-        how["resolution"] = args.discriminator_resolution
-        vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, **how).to(runtime.device)
-    with loading_model("--discriminator_text_encoder", args.discriminator_text_encoder):
-        text = TextFeatures(args.discriminator_text_encoder, runtime.weight_dtype).to(runtime.device)
+def load_discriminator(
+    args, dtype: torch.dtype, device: torch.device
+) -> tuple[Discriminator, VisionFeatures, TextFeatures]:
+    """Load the frozen networks on the device and make the heads, which are to be trained, on the CPU."""
+    backbone, text_encoder = args.discriminator_backbone, args.discriminator_text_encoder
+    with ModelSource("--discriminator_backbone", backbone).loading():
+        kwargs = {"gradient_checkpointing": args.gradient_checkpointing, "resolution": args.discriminator_resolution}
+        vision = VisionFeatures(backbone, args.discriminator_layers, dtype, **kwargs).to(device)
+    with ModelSource("--discriminator_text_encoder", text_encoder).loading():
+        text = TextFeatures(text_encoder, dtype).to(device)
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)
     for tower in (*heads.cls, *heads.refmap):
         tower.gradient_checkpointing = args.gradient_checkpointing
-    return runtime.trained_role("discriminator", heads, args.learning_rate_disc, gather_bf16=False), vision, text
+    return heads, vision, text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

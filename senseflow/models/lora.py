@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from senseflow.errors import UserError, loading, require_package
-from senseflow.models.hub import UNREADABLE, few, file_of, files_of, fingerprint, hub_reason, loading_model
-from senseflow.models.quantization import BACKENDS, quantization_states, quantize_network
+from senseflow.models.hub import UNREADABLE, ModelSource, abbreviate, fingerprint, hub_reason
+from senseflow.models.quantization import quantization_states, quantize_network
 from senseflow.models.weights import materialize
 
 
@@ -36,36 +36,6 @@ LORA_FLAGS = ("rank", "lora_alpha", "lora_layers")
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
-def add_lora_arguments(parser, layers: Sequence[str]) -> None:
-    """The flags of adapters; `layers` are what --lora_layers is for the script's teacher."""
-    add = parser.add_argument_group("low-rank adaptation").add_argument
-    add(
-        "--rank",
-        type=int,
-        default=0,
-        help="train adapters of this rank on the teacher's own weights, which are then held once, instead of two whole networks "
-        "(0: full fine-tuning); needs peft",
-    )
-    add("--lora_alpha", type=float, help="the adapters' output is scaled by this over the rank (default: the rank)")
-    add(
-        "--lora_layers",
-        nargs="+",
-        help=f"linear and convolutional layers with adapters: ends of their names, or one regular expression of peft's for their "
-        f"whole names (default: {' '.join(layers)})",
-    )
-    add(
-        "--teacher_lora",
-        help="a LoRA that is fused into the teacher on loading: a .safetensors file, or a folder or Hub id that holds one",
-    )
-    add("--teacher_lora_scale", type=float, default=1.0, help="of --teacher_lora (diffusers)")
-    add(
-        "--base_quantization",
-        default="none",
-        choices=("none", *BACKENDS),
-        help="hold the teacher's linear layers, which student and fake score share, in 8 bits or in 4 (nf4); needs bitsandbytes",
-    )
-
-
 def target_modules(layers: Sequence[str]):
     """What peft's LoraConfig takes: one regular expression, or a list of names."""
     return layers[0] if len(layers) == 1 and re.search(r"[*+?|()\[\]\\^$]", layers[0]) else list(layers)
@@ -99,7 +69,7 @@ def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str
                 f"--teacher_lora {args.teacher_lora}: stock pipelines fuse none into a quantized base; {fix}", 2
             )
     if args.teacher_lora:
-        find_lora("--teacher_lora", args.teacher_lora)
+        find_lora(ModelSource("--teacher_lora", args.teacher_lora))
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     args.lora_layers = args.lora_layers or list(default_layers)
     with torch.device("meta"):
@@ -134,9 +104,9 @@ def check_start(args, network: torch.nn.Module) -> None:
     Args:
         network: the teacher's, without weights.
     """
-    start = f"--student_model_name_or_path {args.student_model_name_or_path}"
-    with loading("--student_model_name_or_path", args.student_model_name_or_path):
-        with safe_open(start_file(args), "pt") as file:
+    start = ModelSource("--student_model_name_or_path", args.student_model_name_or_path)
+    with loading(start.flag, start.path):
+        with safe_open(find_lora(start), "pt") as file:
             shapes = {inner_name(name): list(file.get_slice(name).get_shape()) for name in file.keys()}
             said = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
     alpha = next((value for name, value in said.items() if name.rpartition(".")[2] == "lora_alpha"), args.lora_alpha)
@@ -152,13 +122,9 @@ def check_start(args, network: torch.nn.Module) -> None:
     other = [name for name in {**own, **shapes} if own.get(name) != shapes.get(name)]
     if other:
         raise UserError(
-            f"{start}: its adapter has other layers ({few(other)}); give the --lora_layers it was trained with", 2
+            f"{start}: its adapter has other layers ({abbreviate(other)}); give the --lora_layers it was trained with",
+            2,
         )
-
-
-def start_file(args) -> Path:
-    """The file of the adapter that --student_model_name_or_path names. UserError (exit code 2) where there is none."""
-    return find_lora("--student_model_name_or_path", args.student_model_name_or_path)
 
 
 def inner_name(name: str) -> str:
@@ -193,8 +159,9 @@ def adapted_twins(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.n
     student.add_adapter(lora_config(args))
     cast_training_params(student, torch.float32)
     if args.student_model_name_or_path:
-        with loading_model("--student_model_name_or_path", args.student_model_name_or_path):
-            weights = {inner_name(name): tensor for name, tensor in load_file(start_file(args)).items()}
+        start = ModelSource("--student_model_name_or_path", args.student_model_name_or_path)
+        with start.loading():
+            weights = {inner_name(name): tensor for name, tensor in load_file(find_lora(start)).items()}
             with torch.no_grad():
                 for name, parameter in student.named_parameters():
                     if ".lora_" in name:
@@ -220,24 +187,24 @@ def share_base(network: torch.nn.Module, base: torch.nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # A teacher that is a LoRA over a pipeline
 # ---------------------------------------------------------------------------------------------------------------------
-def find_lora(flag: str, path: str) -> Path:
+def find_lora(source: ModelSource) -> Path:
     """The file of a LoRA, by itself, or in a folder or Hub repository, where it is the only one or has diffusers' name.
 
     UserError (exit code 2) where there is none, or more than one.
     """
-    if Path(path).is_file():
-        return Path(path)
+    if Path(source.path).is_file():
+        return Path(source.path)
     try:
-        found = [file for file in files_of(path) if file.endswith(".safetensors") and "/" not in file]
-        if FILE in found or len(found) == 1:
-            return file_of(path, FILE if FILE in found else found[0])
+        files = [file for file in source.files() if file.endswith(".safetensors")]
+        if FILE in files or len(files) == 1:
+            return source.file(FILE if FILE in files else files[0])
     except UNREADABLE as error:
-        raise UserError(f"{flag} {path}: no such file or folder, and {hub_reason(error)}", 2) from error
-    fix = "give the one that is the LoRA, by itself" if found else "give a LoRA's file, or a folder with one"
-    raise UserError(f"{flag} {path}: holds {len(found)} .safetensors files; {fix}", 2)
+        raise source.error(f"no such file or folder, and {hub_reason(error)}") from error
+    fix = "give the one that is the LoRA, by itself" if files else "give a LoRA's file, or a folder with one"
+    raise source.error(f"holds {len(files)} .safetensors files; {fix}")
 
 
-def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[float]) -> str:
+def fuse_lora(source: ModelSource, pipeline, network: str, scale: Optional[float]) -> str:
     """Fuses a LoRA into a pipeline, as its stock methods do; into its text encoders, too, where it has weights for them.
 
     Args:
@@ -248,8 +215,8 @@ def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[floa
     Raises:
         UserError: exit code 1; not a LoRA, or one for another network.
     """
-    file = find_lora(flag, path)
-    with loading_model(flag, path):
+    file = find_lora(source)
+    with source.loading():
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
         module = getattr(pipeline, network)
         if not getattr(module, "peft_config", None):
@@ -261,7 +228,7 @@ def fuse_lora(pipeline, network: str, flag: str, path: str, scale: Optional[floa
         unknown = layers - {name for name, part in module.named_modules() if hasattr(part, "lora_A")}
         if unknown:
             logger.warning(
-                f"{flag} {path}: {len(unknown)} of its {len(layers)} layers have no place there ({few(unknown)})"
+                f"{source}: {len(unknown)} of its {len(layers)} layers have no place there ({abbreviate(unknown)})"
             )
         found = fingerprint(module)
         if scale is not None:
@@ -279,7 +246,8 @@ def make_base(args, pipeline, network: str, device) -> Optional[str]:
     if not args.teacher_lora:
         return None
     materialize(getattr(pipeline, network), "cpu")
-    found = fuse_lora(pipeline, network, "--teacher_lora", args.teacher_lora, args.teacher_lora_scale)
+    source = ModelSource("--teacher_lora", args.teacher_lora)
+    found = fuse_lora(source, pipeline, network, args.teacher_lora_scale)
     return f"{found} at {args.teacher_lora_scale:g}"
 
 

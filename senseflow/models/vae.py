@@ -15,8 +15,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.checkpoint import checkpoint
 
-from senseflow.arguments import DTYPES
-from senseflow.models.hub import load_network
+from senseflow.arguments import torch_dtype
+from senseflow.models.hub import ModelSource, load_network
 from senseflow_utils import StatelessRNG
 
 
@@ -48,9 +48,7 @@ def has_frames(config: dict) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-def load_vae(
-    kind, flag: str, path: str, args, device, encodes: bool, decodes: bool, auto: str, **source
-) -> Optional[ModelMixin]:
+def load_vae(source: ModelSource, cls, args, device, encodes: bool, decodes: bool, auto: str) -> Optional[ModelMixin]:
     """The frozen VAE on its device, without the half that nothing will run; None where neither is.
 
     Args:
@@ -59,9 +57,7 @@ def load_vae(
     if not (encodes or decodes):
         return None
     auto = auto if args.mixed_precision == "bf16" else "fp32"
-    vae = load_network(
-        kind, flag, path, "vae", dtype=DTYPES[auto if args.vae_dtype == "auto" else args.vae_dtype], **source
-    )
+    vae = load_network(source, cls, "vae", dtype=torch_dtype(auto if args.vae_dtype == "auto" else args.vae_dtype))
     if not encodes:
         vae.encoder = torch.nn.Module()  # not None: some count the layers of both halves whenever they run one
     if not decodes:

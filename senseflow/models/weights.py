@@ -25,15 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from senseflow.errors import loading
-from senseflow.models.hub import (
-    check_complete,
-    choose_variant,
-    file_of,
-    from_hub,
-    load_network,
-    loading_model,
-    subfolder_of,
-)
+from senseflow.models.hub import ModelSource, load_network
 
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -159,13 +151,7 @@ def meta_network(kind, config: dict, weights: Weights, dtype: torch.dtype = torc
 
 
 def from_pretrained_meta(
-    kind,
-    flag: str,
-    path: str,
-    subfolder: str,
-    revision: Optional[str] = None,
-    variant: Optional[str] = None,
-    dtype: torch.dtype = torch.float32,
+    source: ModelSource, cls, subfolder: str, dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
     """A network of a pipeline, or one by itself, as `senseflow.models.hub.load_network` would load it, but empty: see `fill`. What is not
     in safetensors files is loaded here.
@@ -173,48 +159,40 @@ def from_pretrained_meta(
     Raises:
         UserError: exit code 1; weights are missing or damaged.
     """
-    with loading_model(flag, path):
-        place = subfolder_of(path, subfolder, revision)
-        own = choose_variant(flag, path, place, variant, revision)
-        files = safetensors_files(path, place, own, revision)
-        config = from_hub(kind.load_config, path, revision, subfolder=place)
-        weights = Weights(files, flag=flag, path=path)
+    with source.loading():
+        location = source.network_subfolder(subfolder)
+        files = safetensors_files(source, location)
+        config = source.load(cls.load_config, subfolder=location)
+        weights = Weights(files, flag=source.flag, path=source.path)
     if not files:
-        loaded = load_network(kind, flag, path, subfolder, revision, variant, dtype=dtype)
-        weights = Weights(tensors=loaded.state_dict())
-    network = meta_network(kind, config, weights, dtype)
-    network.register_to_config(_name_or_path=path)
+        weights = Weights(tensors=load_network(source, cls, subfolder, dtype=dtype).state_dict())
+    network = meta_network(cls, config, weights, dtype)
+    network.register_to_config(_name_or_path=source.path)
     names = OrderedDict((name, name) for name in weights.names())
     network._fix_state_dict_keys_on_load(names)
     network.weights = weights = weights.renamed(names)
     wanted = network.state_dict(keep_vars=True)
     read = {id(tensor) for name, tensor in wanted.items() if name in weights}
     missing = {name for name, tensor in wanted.items() if id(tensor) not in read}
-    check_complete(flag, path, missing, weights.names() - set(wanted))
-    with loading_model(flag, path):
+    source.check_complete(missing, weights.names() - set(wanted))
+    with source.loading():
         for name in wanted:
             if name in weights and weights.shape(name) != tuple(wanted[name].shape):
                 raise ValueError(f"{name} is of another shape than config.json says")
     return network
 
 
-def initial_student(kind, args, subfolder: str) -> torch.nn.Module:
-    """What student and fake score start as, in float32: --student_model_name_or_path, else the teacher's own network."""
-    flag, path, revision = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision
-    if args.student_model_name_or_path:
-        flag, path, revision = "--student_model_name_or_path", args.student_model_name_or_path, None
-    return from_pretrained_meta(kind, flag, path, subfolder, revision, args.variant)
-
-
-def safetensors_files(path: str, place: Optional[str], variant: Optional[str], revision: Optional[str]) -> list[Path]:
+def safetensors_files(source: ModelSource, subfolder: Optional[str]) -> list[Path]:
     """The files of a network's weights, of a Hub id downloaded; none where it has others alone.
 
     Raises:
         OSError: its index names a file that is not there.
     """
 
+    variant = source.weight_variant(subfolder)
+
     def found(name: str) -> Optional[Path]:
-        return file_of(path, f"{place}/{name}" if place else name, revision)
+        return source.file(f"{subfolder}/{name}" if subfolder else name)
 
     index = found(_add_variant(SAFE_WEIGHTS_INDEX_NAME, variant))
     if index is None:
@@ -224,7 +202,7 @@ def safetensors_files(path: str, place: Optional[str], variant: Optional[str], r
     files = {name: found(name) for name in names}
     for name, file in files.items():
         if file is None:
-            raise (OSError if Path(path).is_dir() else LocalEntryNotFoundError)(f"{name} is not there")
+            raise (OSError if source.is_folder else LocalEntryNotFoundError)(f"{name} is not there")
     return list(files.values())
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints: complete or absent, found, compared with the run that resumes from them, and removed when there are too many."""
+"""Write checkpoints that are complete or absent, resume from them, and export the student."""
 
 import json
 import os
@@ -7,243 +7,293 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional, Sequence
+from typing import Optional
 
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from senseflow.errors import UserError
-from senseflow.models.hub import fingerprint
-from senseflow.models.lora import FILE, LORA_FLAGS, adapter_of
-from senseflow.training.roles import Role, launch_config
-from senseflow.training.runtime import ENDINGS, Metrics, Runtime
+from senseflow.models.lora import FILE, LORA_FLAGS
+from senseflow.student_config import make_student_config, write_student_config
+from senseflow.training.export import export_adapter, export_pipeline
+from senseflow.training.metrics import Metrics
+from senseflow.training.models import TrainingModels
+from senseflow.training.roles import launch_config
+from senseflow.training.runtime import ENDINGS, Runtime
 
 
 logger = get_logger(__name__)
 
-# What is being written, and what its successor is about to replace. Names that nobody gives a folder of his own.
+# Suffixes of a folder that is being written, and of one that is about to be replaced.
 INCOMPLETE, REPLACED = ".senseflow-incomplete", ".senseflow-replaced"
 
 
-def checkpoints(output_dir: str) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+class Checkpointer:
+    """Save, resume and export a run.
+
+    Args:
+        args: the command line.
+        runtime, models: of the run.
+        scheduler: what the student is exported with.
+        pipeline_kwargs: of the stock call that visits the trained noise levels.
+    """
+
+    def __init__(self, args, runtime: Runtime, models: TrainingModels, scheduler, pipeline_kwargs: dict):
+        self.args, self.runtime, self.models, self.pipeline_kwargs = args, runtime, models, pipeline_kwargs
+        self.extra_components = {"scheduler": scheduler, **models.extra_components}
+        self.fingerprints = models.fingerprints()
+
+    def resume(self) -> tuple[int, int]:
+        """Load the checkpoint to resume from, if any. Return (iterations done, samples seen).
+
+        Raises:
+            UserError: a checkpoint that this run cannot continue; too little space for the next one.
+        """
+        checkpoint = find_checkpoint(self.args)
+        state = read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
+        if checkpoint:
+            self._check_compatible(checkpoint, state)
+            for role in self.runtime.trained:
+                role.load(checkpoint)
+        if self.runtime.accelerator.is_main_process:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.args.output_dir)
+            self._check_disk()
+        self.runtime.saved = state["iteration"]
+        return state["iteration"], state["samples_seen"]
+
+    def save(self, iteration: int, samples_seen: int, signals: Optional[dict] = None) -> None:
+        """Write checkpoint-{iteration} aside and rename it when complete, then drop old ones. All processes call it.
+
+        Args:
+            iteration: iterations done.
+            samples_seen: position in the data.
+            signals: of the last validation images, for validation.json.
+        """
+        accelerator = self.runtime.accelerator
+        for role in self.runtime.trained:
+            role.check_finite()
+        final = Path(self.args.output_dir) / f"checkpoint-{iteration}"
+        aside = final.with_name(final.name + INCOMPLETE)
+        with writing(aside):
+            if accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            for role in self.runtime.trained:
+                role.save(aside)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                for name, component in self.extra_components.items():
+                    component.save_pretrained(aside / name)
+                write_student_config(aside, self._student_config(iteration))
+                if signals:
+                    (aside / "validation.json").write_text(json.dumps(signals, indent=1))
+                state = {"iteration": iteration, "samples_seen": samples_seen, "args": self._recorded_args()}
+                state |= {"fingerprint": self.fingerprints, "launch": launch_record()}
+                (aside / "state.json").write_text(json.dumps(state, indent=1))
+                replace_folder(aside, final)
+                if self.args.checkpoints_total_limit is not None:
+                    for old in list_checkpoints(self.args.output_dir)[: -self.args.checkpoints_total_limit]:
+                        remove_folder(old)
+            accelerator.wait_for_everyone()
+        self.runtime.saved = iteration
+
+    def check_finished(self, metrics: Metrics, iteration: int) -> None:
+        """Exit a run that was interrupted before its last iteration; its checkpoint has been saved.
+
+        Raises:
+            UserError: exit code 130 after Ctrl-C, 143 after SIGTERM, 1 if the data of a process ended the run.
+        """
+        if metrics.ended_by == "failure":
+            reason = gather_object([str(metrics.failure)] if metrics.failure else [])[0]
+            raise UserError(f"{reason}, {self.runtime.last_checkpoint()}", everywhere=True)
+        if iteration < self.args.max_train_steps:
+            signal = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM"}[metrics.ended_by]
+            where = f"checkpoint-{iteration} in {self.args.output_dir}"
+            message = f"stopped by {signal}; {where} is complete: continue with"
+            code = ENDINGS[metrics.ended_by]
+            raise UserError(f"{message} --resume_from_checkpoint latest", exit_code=code, everywhere=True)
+
+    def export(self, iteration: int) -> None:
+        """Write the student to --output_dir as a pipeline, or with --rank as an adapter. All processes call it."""
+        self.models.student.check_finite()
+        aside = Path(self.args.output_dir) / f"export{INCOMPLETE}"
+        config = self._student_config(iteration)
+        with writing(aside):
+            if self.args.rank:
+                last = export_adapter(aside, self.args, self.models, self.extra_components, config)
+            else:
+                last = export_pipeline(aside, self.args, self.models, self.extra_components, config)
+            if self.runtime.accelerator.is_main_process:
+                publish_folder(aside, Path(self.args.output_dir), last)
+        kind = "adapter" if self.args.rank else "pipeline"
+        logger.info(f"the {kind} is in {self.args.output_dir}")
+        self.runtime.accelerator.wait_for_everyone()
+
+    def _recorded_args(self) -> dict:
+        """Return the arguments with the commit at which the teacher was read."""
+        return {**vars(self.args), "revision": self.models.source.revision}
+
+    def _student_config(self, iteration: int) -> dict:
+        schedule, source = self.models.schedule, self.models.source
+        return make_student_config(
+            self.args,
+            revision=source.revision,
+            sigmas=schedule.levels(schedule.anchors)[1].tolist(),
+            timesteps=schedule.anchors.tolist(),
+            pixel_multiple=self.models.pixel_multiple(source),
+            pipeline_kwargs=self.pipeline_kwargs,
+            iteration=iteration,
+            teacher_fingerprint=self.models.teacher_fingerprint,
+        )
+
+    def _check_compatible(self, checkpoint: Path, state: dict) -> None:
+        """Refuse a checkpoint that this run cannot continue; log every other flag that has changed.
+
+        Raises:
+            UserError: another teacher or optimizer, other adapters, or a network that the checkpoint does not hold.
+        """
+        args, new_folder = self._recorded_args(), "or start in a new --output_dir"
+        stored_args = state["args"]
+        for role in self.runtime.trained:
+            if not (checkpoint / role.subfolder).is_dir():
+                raise UserError(
+                    f"--resume_from_checkpoint {checkpoint}: holds no {role.name}, which --gan_weight "
+                    f"{args['gan_weight']} needs; resume with --gan_weight 0, or start anew"
+                )
+
+        def refuse(name: str, fix: str = "") -> None:
+            given, stored = (" ".join(v) if isinstance(v, list) else v for v in (args[name], stored_args.get(name)))
+            made = f"{checkpoint} was made with {stored}"
+            raise UserError(f"--{name} {given}: {made}; {fix or 'give that'}, {new_folder}")
+
+        if args["base_quantization"] != stored_args.get("base_quantization", "none"):
+            refuse("base_quantization")
+        for name, value in self.fingerprints.items():
+            if state["fingerprint"].get(name) != value:
+                if name in LORA_FLAGS:
+                    refuse(name)
+                message = f"made with another {name}; give the {name} it was made with, {new_folder}"
+                raise UserError(f"--resume_from_checkpoint {checkpoint}: {message}")
+        if stored_args.get("pretrained_model_name_or_path") == args["pretrained_model_name_or_path"]:
+            for name in ("revision", "variant"):  # a folder has no revision
+                stored = stored_args.get(name)
+                if stored != args[name] and (stored or name == "variant"):
+                    refuse(name, f"give --{name} {stored}" if stored else f"drop --{name}")
+        # How this run's student would have started does not matter: the stored one goes on.
+        ignored = {"resume_from_checkpoint", "output_dir", "student_model_name_or_path"}
+        ignored |= set() if args["rank"] else {"student_guidance_scale"}
+        changed = [
+            f"--{name} {stored_args.get(name)} -> {value}"
+            for name, value in args.items()
+            if name not in ignored and stored_args.get(name) != value
+        ]
+        changed = ", ".join(changed) or "nothing"
+        logger.info(f"resuming from {checkpoint} at iteration {state['iteration']}; changed: {changed}")
+
+    def _check_disk(self) -> None:
+        """Refuse a run whose next checkpoint does not fit on the disk of --output_dir (UserError, exit code 1)."""
+        each = 2 if self.args.use_8bit_adam else 8  # bytes of two Adam moments
+        each += 4 if launch_config().mode.startswith("zero") else 0  # and of the master weight
+        size = sum(role.weight_bytes + each * role.num_trained_params for role in self.runtime.trained)
+        free = shutil.disk_usage(self.args.output_dir).free
+        if free < size:
+            raise UserError(
+                f"--output_dir {self.args.output_dir}: a checkpoint takes {size / 2**30:.1f} GiB, and only "
+                f"{free / 2**30:.1f} GiB are free; free some space or choose another disk"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in folders if (p / "state.json").is_file()), key=number_of)
+    return sorted((p for p in folders if (p / "state.json").is_file()), key=iteration_of)
 
 
-def number_of(checkpoint: Path) -> int:
-    """The iteration in a checkpoint's name."""
+def iteration_of(checkpoint: Path) -> int:
+    """Return the iteration in a checkpoint's name."""
     return int(checkpoint.name.split("-")[1])
 
 
 def find_checkpoint(args) -> Optional[Path]:
-    """The checkpoint that `--resume_from_checkpoint` names, None without the flag; before any model loads.
+    """Return the checkpoint that --resume_from_checkpoint names; None without the flag. No model loads.
 
     Raises:
-        UserError: exit code 2: nothing to resume from, or an output folder that holds another run.
+        UserError: exit code 2; nothing to resume from, or an --output_dir that holds another run.
     """
     output_dir, wanted = args.output_dir, args.resume_from_checkpoint
-    here = checkpoints(output_dir)
+    existing = list_checkpoints(output_dir)
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; give a folder", exit_code=2)
     if wanted is None:
-        if here or any((Path(output_dir) / file).exists() for file in ("model_index.json", FILE)):
-            fix = "choose an empty folder" + (", or --resume_from_checkpoint latest" if here else "")
+        if existing or any((Path(output_dir) / file).exists() for file in ("model_index.json", FILE)):
+            fix = "choose an empty folder" + (", or --resume_from_checkpoint latest" if existing else "")
             raise UserError(f"--output_dir {output_dir} holds another run: {fix}", exit_code=2)
         return None
     if wanted == "latest":
-        if not here:
-            raise UserError(
-                f"--resume_from_checkpoint latest: no complete checkpoint in --output_dir {output_dir}; drop the flag to start",
-                exit_code=2,
-            )
-        check_launch(here[-1])
-        return here[-1]
-    if wanted in [path.name for path in here]:  # as in the diffusers examples
-        wanted = Path(output_dir) / wanted
-    if not (Path(wanted) / "state.json").is_file():
-        message = f"--resume_from_checkpoint {wanted}: not a complete checkpoint, neither a folder nor a name below --output_dir"
-        raise UserError(f"{message} (no state.json)", exit_code=2)
-    later = [path.name for path in here if number_of(path) > read_state(Path(wanted))["iteration"]]
-    if later:
-        # They would be "latest" before this run's own, and --checkpoints_total_limit would keep them instead.
-        message = f"--resume_from_checkpoint {wanted}: --output_dir {output_dir} holds later ones ({', '.join(later)})"
-        raise UserError(message + "; move them away, or choose another --output_dir", exit_code=2)
-    check_launch(Path(wanted))
-    return Path(wanted)
+        if not existing:
+            problem = f"no complete checkpoint in --output_dir {output_dir}; drop the flag to start"
+            raise UserError(f"--resume_from_checkpoint latest: {problem}", exit_code=2)
+        checkpoint = existing[-1]
+    else:
+        names = [path.name for path in existing]
+        checkpoint = Path(output_dir) / wanted if wanted in names else Path(wanted)  # as in diffusers examples
+        if not (checkpoint / "state.json").is_file():
+            problem = "not a complete checkpoint (no state.json), neither as a folder nor as a name in --output_dir"
+            raise UserError(f"--resume_from_checkpoint {wanted}: {problem}", exit_code=2)
+        later = [path.name for path in existing if iteration_of(path) > read_state(checkpoint)["iteration"]]
+        if later:
+            # They would be "latest" before this run's own, and --checkpoints_total_limit would keep them instead.
+            problem = f"--output_dir {output_dir} holds later ones ({', '.join(later)})"
+            fix = "move them away, or choose another --output_dir"
+            raise UserError(f"--resume_from_checkpoint {wanted}: {problem}; {fix}", exit_code=2)
+    check_launch(checkpoint)
+    return checkpoint
 
 
 def check_launch(checkpoint: Path) -> None:
-    """Refuses (exit code 2) a checkpoint whose optimizer state another kind of launch wrote.
+    """Refuse (UserError, exit code 2) a checkpoint whose optimizer state another kind of launch wrote.
 
-    One process, DDP and FSDP2 read each other's, at any number of processes; ZeRO reads its own stage's at the same number.
+    One process, DDP and FSDP2 read each other's, at any number of processes; ZeRO reads its own stage's at the same
+    number.
     """
     made, now = read_state(checkpoint)["launch"], launch_record()
     if made != now and any(mode.startswith("zero") for mode in (made["mode"], now["mode"])):
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: made under {made['mode']} in {made['processes']} processes, and this is "
-            f"{now['mode']} in {now['processes']}; DeepSpeed's state fits the same stage and number alone: launch as it was made",
+            f"--resume_from_checkpoint {checkpoint}: made under {made['mode']} in {made['processes']} processes, and this "
+            f"is {now['mode']} in {now['processes']}; DeepSpeed's state fits only the same stage and number: launch as before",
             exit_code=2,
         )
 
 
 def launch_record() -> dict:
-    """How this run was launched, for state.json."""
+    """Return how this run was launched, for state.json."""
     return {"mode": launch_config().mode, "processes": launch_config().world_size}
 
 
 def read_state(checkpoint: Path) -> dict:
-    """state.json of a checkpoint: iteration, samples_seen, args, fingerprint, launch. UserError (exit code 2) where it is cut."""
+    """Read state.json: iteration, samples_seen, args, fingerprint, launch. UserError (exit code 2) if it is damaged."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         if not {"iteration", "samples_seen", "args", "fingerprint", "launch"} <= set(state):
             raise ValueError("incomplete")
         return state
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: state.json is damaged; use another one", exit_code=2
-        ) from error
+        message = f"--resume_from_checkpoint {checkpoint}: state.json is damaged; use another one"
+        raise UserError(message, exit_code=2) from error
 
 
-def fingerprints_of(models) -> dict[str, Any]:
-    """What stored state belongs to, of a script's `TrainingModels`: the frozen networks, the adapters, and the kind of optimizer."""
-    fingerprints = {"teacher": models.teacher.fingerprint, "optimizer": type(models.student.optimizer).__name__}
-    fingerprints |= adapter_of(models.student.module)
-    if models.discriminator is not None:
-        fingerprints["discriminator_backbone"] = (
-            f"{fingerprint(models.vision_features)} {models.vision_features.layers}"
-        )
-        fingerprints["discriminator_resolution"] = models.vision_features.resolution
-        fingerprints["discriminator_text_encoder"] = fingerprint(models.text_features)
-    return fingerprints
-
-
-def compare_with_checkpoint(checkpoint: Path, state: dict, args, fingerprints: dict, roles: Sequence[Role]) -> None:
-    """Refuses stored state that this run cannot use; lists every other changed flag in one log line.
-
-    Raises:
-        UserError: another teacher, another optimizer, or a network that the checkpoint does not hold.
-    """
-    for role in roles:
-        if not (checkpoint / role.subfolder).is_dir():
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: holds no {role.name}, which --gan_weight {args.gan_weight} needs; "
-                "resume with --gan_weight 0 or start anew"
-            )
-    given, stored = args.base_quantization, state["args"].get("base_quantization", "none")
-    if given != stored:
-        fix = "give that, or start in a new --output_dir"
-        raise UserError(f"--base_quantization {given}: {checkpoint} was made with {stored}; {fix}")
-    for name, value in fingerprints.items():
-        if state["fingerprint"].get(name) != value:
-            if name in LORA_FLAGS:
-                given, stored = getattr(args, name), state["args"].get(name)
-                if isinstance(given, list):
-                    given, stored = " ".join(given), " ".join(stored or [])
-                raise UserError(
-                    f"--{name} {given}: {checkpoint} was made with {stored}; give that, or start in a new --output_dir"
-                )
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: made with another {name}; give the {name} it was made with, "
-                "or start in a new --output_dir"
-            )
-    if state["args"].get("pretrained_model_name_or_path") == args.pretrained_model_name_or_path:
-        for name in ("revision", "variant"):  # of what is not trained, too; a folder has no revision
-            stored, given = state["args"].get(name), getattr(args, name)
-            if stored != given and (stored or name == "variant"):
-                fix = f"give --{name} {stored}" if stored else f"drop --{name}"
-                raise UserError(
-                    f"--{name} {given}: {checkpoint} was made with {stored}; {fix}, or start in a new --output_dir"
-                )
-    ignored = {"resume_from_checkpoint", "output_dir"}
-    # The stored student is what goes on: how this run's would have started does not matter any more.
-    ignored |= {"student_model_name_or_path", *(() if args.rank else ("student_guidance_scale",))}
-    changed = [
-        f"--{name} {state['args'].get(name)} -> {value}"
-        for name, value in vars(args).items()
-        if name not in ignored and state["args"].get(name) != value
-    ]
-    logger.info(
-        f"resuming from {checkpoint} at iteration {state['iteration']}; changed: {', '.join(changed) or 'nothing'}"
-    )
-
-
-def check_disk(args, roles: Iterable[Role]) -> None:
-    """Before training: refuses a run whose next checkpoint does not fit on the disk of --output_dir (exit code 1)."""
-    each = 2 if args.use_8bit_adam else 8  # two Adam moments
-    each += 4 if launch_config().mode.startswith("zero") else 0  # the masters, beside the weights
-    size = sum(role.weight_bytes + each * role.trained_numbers for role in roles)
-    free = shutil.disk_usage(args.output_dir).free
-    if free < size:
-        raise UserError(
-            f"--output_dir {args.output_dir}: a checkpoint takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-            "free some space or choose another disk"
-        )
-
-
-def save_checkpoint(
-    runtime: Runtime, iteration: int, samples_seen: int, fingerprints: dict, extras: Callable[[Path], None]
-) -> None:
-    """Writes checkpoint-{iteration}/ aside and renames it when complete, then drops what --checkpoints_total_limit allows.
-
-    Args:
-        iteration: iterations done.
-        samples_seen: the position in the data.
-        prints: fingerprints of the frozen networks and the optimizer, checked on resume.
-        extras: writes what makes the student usable as it stands (scheduler, senseflow.json); main process only.
-    """
-    args, main = runtime.args, runtime.accelerator
-    for role in runtime.trained:
-        role.check_finite()
-    final = Path(args.output_dir) / f"checkpoint-{iteration}"
-    aside = final.with_name(final.name + INCOMPLETE)
-    with writing(aside):
-        if main.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        main.wait_for_everyone()
-        for role in runtime.trained:
-            role.save(aside)
-        main.wait_for_everyone()
-        if main.is_main_process:
-            extras(aside)
-            state = {
-                "iteration": iteration,
-                "samples_seen": samples_seen,
-                "args": vars(args),
-                "fingerprint": fingerprints,
-            }
-            state["launch"] = launch_record()
-            (aside / "state.json").write_text(json.dumps(state, indent=1))
-            replace_folder(aside, final)
-            if args.checkpoints_total_limit is not None:
-                for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                    discard(old)
-        main.wait_for_everyone()
-    runtime.saved = iteration
-
-
-def check_finished(runtime: Runtime, metrics: Metrics, iteration: int) -> None:
-    """Ends a run that something stopped, after its checkpoint; a signal that came in the last iteration has stopped nothing.
-
-    Raises:
-        UserError: exit code 130 after Ctrl-C, 143 after SIGTERM, 1 with what a process' data ended with.
-    """
-    args = runtime.args
-    if metrics.ended_by == "failure":
-        reason = runtime.gather_objects([str(metrics.failure)] if metrics.failure else [])[0]
-        raise UserError(f"{reason}, {runtime.last_checkpoint()}", everywhere=True)
-    if iteration < args.max_train_steps:
-        what = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM"}[metrics.ended_by]
-        message = f"stopped by {what}; checkpoint-{iteration} in {args.output_dir} is complete: go on with"
-        raise UserError(
-            f"{message} --resume_from_checkpoint latest", exit_code=ENDINGS[metrics.ended_by], everywhere=True
-        )
-
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that are complete or absent
+# ---------------------------------------------------------------------------------------------------------------------
 @contextmanager
 def writing(aside: Path):
-    """Turns a full disk, or another that cannot be written to, into a UserError; what was written so far is removed."""
+    """Turn a full disk, or another that cannot be written to, into a UserError; what was written so far is removed."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -252,21 +302,21 @@ def writing(aside: Path):
         shutil.rmtree(aside, ignore_errors=True)
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--output_dir {aside.parent}: {aside.name.removesuffix(INCOMPLETE)} could not be written ({reason}); what was there "
-            "before is intact: free some space, then --resume_from_checkpoint latest"
+            f"--output_dir {aside.parent}: {aside.name.removesuffix(INCOMPLETE)} could not be written ({reason}); what "
+            "was there before is intact: free some space, then --resume_from_checkpoint latest"
         ) from error
 
 
-def discard(folder: Path) -> None:
-    """Removes a folder; renamed first, so that half of it is never taken for the whole."""
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; it is renamed first, so that half of it is never taken for the whole."""
     aside = folder.with_name(folder.name + REPLACED)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
     shutil.rmtree(aside)
 
 
-def clear_leftovers(output_dir: str) -> None:
-    """Removes what a killed run left half-written, and puts back what it had moved aside for a successor that never came."""
+def remove_leftovers(output_dir: str) -> None:
+    """Remove what a killed run left half-written, and restore what it had moved aside before replacing it."""
     for old in Path(output_dir).glob(f"*{REPLACED}"):
         final = old.with_name(old.name.removesuffix(REPLACED))
         if not re.fullmatch(r"checkpoint-\d+", final.name) and not final.exists():
@@ -277,7 +327,7 @@ def clear_leftovers(output_dir: str) -> None:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Renames `new` to `final`; what stood there before is removed only after."""
+    """Rename `new` to `final`; what was there before is removed only afterwards."""
     old = final.with_name(final.name + REPLACED)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -287,7 +337,7 @@ def replace_folder(new: Path, final: Path) -> None:
 
 
 def publish_folder(aside: Path, final: Path, last: str) -> None:
-    """Moves every entry of `aside` into the existing folder `final`, `last` (the file that makes it count) at the end."""
+    """Move every entry of `aside` into the folder `final`; at the end `last`, the file that makes it count."""
     for entry in sorted(aside.iterdir(), key=lambda p: p.name == last):
         target = final / entry.name
         if entry.is_dir():

@@ -1,38 +1,31 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""The roles of a training loop (student, teacher, fake_score, discriminator), and what may stand behind them.
+"""The roles of a training loop: student, teacher, fake score and discriminator.
 
-    Role         a copy of the network in every process: one process, or DDP
-    ShardedRole  weights, gradients and optimizer state shared out by FSDP2
-    ZeroRole     by DeepSpeed: the optimizer state and gradients (ZeRO-2), the weights too (ZeRO-3)
-
-A loop speaks to a role and never to what is behind it. That a role trains a part of its module alone (`parameters`), over tensors
-which other roles share (senseflow.models.lora), is decided here, too.
+A role hides how its network is distributed over the processes. `Role` holds a full copy in every process (a single
+process, or DDP); senseflow.training.sharded has the roles of FSDP2 and of DeepSpeed's ZeRO. A role may train a part of
+its module only (`parameters`) and share other tensors with other roles, as adapters do (senseflow.models.lora).
 """
 
 import copy
 import functools
-import logging
 import os
-import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Optional, Sequence
+from typing import Any, Callable, ContextManager, NoReturn, Optional, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, parse_flag_from_env
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from senseflow.errors import UserError, loading, require_package
-from senseflow.models.lora import save_adapter, share_base, stored_name
-from senseflow.models.weights import Weights, is_meta, materialize, meta_network, read_into, rows_of, save_tensors
+from senseflow.models.lora import save_adapter, stored_name
+from senseflow.models.weights import Weights, materialize, meta_network, read_into, save_tensors
 from senseflow_utils import ida_update
 
 
-SAMPLE = 2**20  # values of a network, by which an update is measured
+UPDATE_SAMPLE_SIZE = 2**20  # about how many values of a network `step(measure_update=True)` compares
 DIFFUSERS_FILE = "diffusion_pytorch_model{suffix}.safetensors"
 
 
@@ -40,70 +33,58 @@ DIFFUSERS_FILE = "diffusion_pytorch_model{suffix}.safetensors"
 # How the processes were launched
 # ---------------------------------------------------------------------------------------------------------------------
 class LaunchConfig:
-    """What `accelerate launch --config_file` asked for.
+    """The configuration that `accelerate launch --config_file` left in the environment.
 
     Attributes:
-        mode: "replicated" (one process, or DDP), "fsdp2", "zero2", "zero3".
-        world_size: number of processes over all nodes.
-        plugin: accelerate's reading of the configuration file under fsdp2 and ZeRO, else None.
+        mode: "replicated" (a single process, or DDP), "fsdp2", "zero2" or "zero3".
+        world_size: the number of processes over all nodes.
+        plugin: accelerate's plugin of FSDP2 or DeepSpeed, else None.
+    Raises:
+        UserError: exit code 2; no role can follow the configuration.
     """
 
     def __init__(self):
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.mode, self.plugin = "replicated", None
-        if _set("ACCELERATE_USE_DEEPSPEED"):
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             require_package("deepspeed", "the DeepSpeed configuration of accelerate")
             self.plugin = DeepSpeedPlugin()
             self.mode = f"zero{self.plugin.zero_stage}"
-            zero = self.plugin.deepspeed_config["zero_optimization"]
-            for entry in sorted({"optimizer", "scheduler"} & set(self.plugin.deepspeed_config)):
-                self._refuse(
-                    f"{entry} of the DeepSpeed file",
-                    "leave it out; --learning_rate, --adam_beta1, --lr_scheduler, ... say it",
-                )
-            offloaded = {
-                (zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")
-            }
+            config = self.plugin.deepspeed_config
+            offload = [config["zero_optimization"].get(f"offload_{name}") or {} for name in ("optimizer", "param")]
+            for entry in {"optimizer", "scheduler"} & config.keys():
+                self._reject(f"{entry} of the DeepSpeed file", "remove it; flags such as --learning_rate set it")
             if self.plugin.zero_stage not in (2, 3):
-                self._refuse(f"zero_stage {self.plugin.zero_stage}", "give 2 or 3, or take ddp.yaml")
-            if offloaded - {"none", None}:
-                self._refuse(
-                    "offload_optimizer_device, offload_param_device",
-                    "set them to none; more processes or ZeRO-3 save memory",
-                )
-        elif _set("ACCELERATE_USE_FSDP"):
-            self.plugin = FullyShardedDataParallelPlugin()
-            self.mode = "fsdp2"
+                self._reject(f"zero_stage {self.plugin.zero_stage}", "set it to 2 or 3, or use ddp.yaml")
+            if any(entry.get("device") not in ("none", None) for entry in offload):
+                fix = "set them to none; more processes or ZeRO-3 save memory"
+                self._reject("offload_optimizer_device, offload_param_device", fix)
+        elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            self.plugin, self.mode = FullyShardedDataParallelPlugin(), "fsdp2"
             if self.plugin.fsdp_version != 2:
-                self._refuse(f"fsdp_version {self.plugin.fsdp_version}", "set it to 2")
+                self._reject(f"fsdp_version {self.plugin.fsdp_version}", "set it to 2")
             if isinstance(self.plugin.cpu_offload, CPUOffloadPolicy):
-                self._refuse("fsdp_offload_params", "set it to false")
+                self._reject("fsdp_offload_params", "set it to false")
             if self.plugin.activation_checkpointing:
-                self._refuse("fsdp_activation_checkpointing", "set it to false and give --gradient_checkpointing")
+                self._reject("fsdp_activation_checkpointing", "set it to false and give --gradient_checkpointing")
 
     @staticmethod
-    def _refuse(entry: str, fix: str):
+    def _reject(entry: str, fix: str) -> NoReturn:
         raise UserError(f"accelerate's configuration: {entry} is not supported here: {fix}", exit_code=2)
-
-
-def _set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
 
 
 @functools.cache
 def launch_config() -> LaunchConfig:
-    """How this process was launched. UserError (exit code 2) for a configuration that no role can follow.
+    """Read the launch configuration once, then remove it from the environment.
 
-    Read once, and then taken out of the environment: accelerate would prepare networks after its own rules (one per process, with
-    an optimizer), and transformers and diffusers would load text encoders as if they were to be sharded, too.
+    Otherwise accelerate would prepare networks by its own rules (one network with one optimizer), and transformers and
+    diffusers would load text encoders as networks to be sharded.
     """
     launch = LaunchConfig()
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         os.environ.pop(variable, None)
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # not looked for, with a warning, when a library imports deepspeed
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches for one and warns, whoever imports it
     if launch.mode.startswith("zero"):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -112,28 +93,28 @@ def launch_config() -> LaunchConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A copy in every process
+# A full copy in every process
 # ---------------------------------------------------------------------------------------------------------------------
 class Role:
-    """One of the networks that the loop speaks of.
+    """A network with a part in the training loop, with its optimizer if it is trained. `Runtime` makes roles.
 
-    Called, it runs its network: inside its own `accumulate` and with gradients enabled through whatever synchronizes gradients
-    between processes, everywhere else as a frozen network (gradient still flows to its inputs). Made by `Runtime`.
+    Calling a role runs its network. Inside the role's own `accumulate`, with gradients enabled, the call goes through
+    the wrapper that synchronizes gradients between processes. Anywhere else the network is frozen, and gradient still
+    flows to its inputs.
 
     Args:
-        name: "student", "teacher", "fake_score", "discriminator".
-        module: the network, on the CPU or on its device, or empty (senseflow.models.weights), to be filled where it learns.
-        dtype: what floating-point inputs are cast to.
-        accelerator: of the run.
-        parameters: what it trains, by name in the module; none for the teacher.
-        autocast: whether the network computes under the run's autocast, where nothing else puts it there.
-        max_grad_norm, accumulation: of its step; micro-batches of an iteration.
-        subfolder: where a checkpoint holds its weights (default: its name).
+        name: "student", "teacher", "fake_score" or "discriminator".
+        module: the network, on any device; on the meta device (senseflow.models.weights) until `prepare`.
+        dtype: the dtype that callers cast floating-point inputs to.
+        accelerator, args: of the run; of args, max_grad_norm and gradient_accumulation_steps are read.
+        parameters: the trained parameters by their names in the module; none for the teacher.
+        autocast: whether to run the network under the run's autocast; nothing else does so for this module.
+        subfolder: the folder of the weights in a checkpoint (default: the name).
     Attributes:
-        module: the bare network, for a pipeline or a config; never call it in a loop.
-        parameters: what the optimizer owns, by name; shards where the network is sharded.
-        fingerprint: of a frozen network, see `senseflow.models.hub.fingerprint`.
-        weight_bytes, trained_numbers: size of what a checkpoint stores of the network, and how many numbers it trains.
+        module: the bare network, for a pipeline or its config; a training loop never calls it.
+        parameters: what the optimizer owns, by name; shards if the network is sharded.
+        weight_bytes: the size of the weights in a checkpoint.
+        num_trained_params: the number of trained values.
     """
 
     def __init__(
@@ -142,86 +123,102 @@ class Role:
         module: torch.nn.Module,
         dtype: torch.dtype,
         accelerator: Accelerator,
+        args,
         parameters: Optional[dict[str, torch.nn.Parameter]] = None,
         autocast: bool = False,
-        max_grad_norm: float = 1.0,
-        accumulation: int = 1,
         subfolder: Optional[str] = None,
     ):
         self.name, self.module, self.dtype, self.accelerator = name, module, dtype, accelerator
-        self.parameters = {} if parameters is None else parameters
-        self.autocast, self.max_grad_norm, self.accumulation = autocast, max_grad_norm, accumulation
-        self.subfolder = subfolder or name
+        self.parameters, self.autocast, self.subfolder = parameters or {}, autocast, subfolder or name
+        self.max_grad_norm, self.accumulation = args.max_grad_norm, args.gradient_accumulation_steps
         self.optimizer = self.lr_scheduler = None
-        self._wrapped, self._learning, self._turns = module, False, 0
-        self._class = type(module)  # before a wrapper gives it another
-        state = module.state_dict()  # before anything shards it
+        self._wrapped, self._training, self._num_micro_batches = module, False, 0
+        self._class = type(module)  # FSDP2 changes the class of the module
         self._adapted = hasattr(module, "peft_config")
+        state = module.state_dict()  # of full tensors: the module is not sharded yet
         if self._adapted or not hasattr(module, "save_pretrained"):
-            kept = {*self.parameters, *(() if self._adapted else dict(module.named_buffers()))}
-            state = {name: tensor for name, tensor in state.items() if name in kept}
-        self._stored = {stored_name(name): name for name in state}  # {name in a checkpoint: name in the module}
-        self._like = {stored_name(name): torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-        self.fingerprint = ""
+            buffers = {} if self._adapted else dict(module.named_buffers())
+            state = {name: tensor for name, tensor in state.items() if name in self.parameters or name in buffers}
+        self._module_names = {stored_name(name): name for name in state}  # {name in a checkpoint: name in the module}
+        self._stored = {stored_name(name): torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
         self.weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        self.trained_numbers = sum(parameter.numel() for parameter in self.parameters.values())
+        self.num_trained_params = sum(parameter.numel() for parameter in self.parameters.values())
 
     def prepare(self, make_optimizer: Callable[[list[torch.nn.Parameter]], tuple]) -> None:
-        """Puts the network where it learns; `make_optimizer(parameters) -> (optimizer, lr_scheduler)`."""
+        """Materialize the network, then make its optimizer and wrapper.
+
+        Args:
+            make_optimizer: parameters -> (optimizer, lr_scheduler).
+        """
         materialize(self.module, self.accelerator.device)
-        self._look_up_parameters()
-        self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
+        self._make_optimizer(make_optimizer)
         self._wrapped = self.accelerator.prepare(self.module)
 
-    def _look_up_parameters(self) -> None:
-        """After what has put others into their place."""
-        own = dict(self.module.named_parameters())
-        self.parameters = {name: own[name] for name in self.parameters}
+    def _make_optimizer(self, make_optimizer) -> None:
+        """Make the optimizer of the module's present parameters: materialization and sharding have replaced them."""
+        current = dict(self.module.named_parameters())
+        self.parameters = {name: current[name] for name in self.parameters}
+        self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
 
     def __call__(self, *args, **kwargs):
-        network = self._wrapped if self._learning and torch.is_grad_enabled() else self.module
+        network = self._wrapped if self._training and torch.is_grad_enabled() else self.module
         with self.accelerator.autocast() if self.autocast else nullcontext():
             return network(*args, **kwargs)
 
     @contextmanager
     def accumulate(self):
-        """The role's turn to learn from one micro-batch: forward, loss and `backward` happen inside, `step` after the last.
+        """Train on one micro-batch: run forward, loss and `backward` inside, and call `step` after the last one.
 
-        Entered once per micro-batch. Only this role's parameters take gradient; what other roles accumulated stays.
+        Only this role's parameters take gradient inside. Gradients that other roles have accumulated stay.
         """
-        self._turns += 1
-        with self._gradients_stay_here(self._turns % self.accumulation > 0):
-            self._set_learning(True)
+        self._num_micro_batches += 1
+        last = self._num_micro_batches % self.accumulation == 0
+        with nullcontext() if last else self._defer_gradient_sync():
+            self._set_training(True)
             try:
                 yield
             finally:
-                self._set_learning(False)
+                self._set_training(False)
 
-    def _gradients_stay_here(self, yes: bool) -> ContextManager:
-        """Whether the processes' gradients are not averaged yet, as another micro-batch follows."""
-        return self.accelerator.no_sync(self._wrapped) if yes else nullcontext()
+    def _defer_gradient_sync(self) -> ContextManager:
+        """Keep gradients from being averaged over the processes, since another micro-batch follows."""
+        return self.accelerator.no_sync(self._wrapped)
 
-    def _set_learning(self, learning: bool) -> None:
-        self._learning = learning
-        self.module.train(learning)
+    def _set_training(self, training: bool) -> None:
+        self._training = training
+        self.module.train(training)
         for parameter in self.parameters.values():
-            parameter.requires_grad_(learning)
+            parameter.requires_grad_(training)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Backward of a micro-batch's mean loss; divides by the number of accumulated micro-batches. Inside `accumulate` only."""
+        """Backpropagate a micro-batch's mean loss, divided by the number of micro-batches; inside `accumulate`."""
         (loss / self.accumulation).backward()
 
-    def _step(self) -> torch.Tensor:
-        """Clips, steps optimizer and schedule, clears the gradients. Returns the gradient norm before clipping (no host sync).
+    def step(self, measure_update: bool = False):
+        """Clip, step optimizer and schedule, and clear the gradients, without a host sync.
 
-        A step whose norm is not finite is not taken: weights and moments stay as they are, and the schedule goes on. 8-bit Adam
-        cannot be told so without a sync, and takes the gradient for zero: moments decay, and weights follow what is left of them.
+        A step whose gradient norm is not finite is skipped: weights and moments stay, and the schedule goes on. 8-bit
+        Adam cannot skip without a sync, so its gradient becomes zero: moments decay, and weights still follow them.
+
+        Returns:
+            The gradient norm before clipping. With `measure_update`: (that norm, the update's norm over the weights'),
+            where the ratio is measured on about UPDATE_SAMPLE_SIZE values.
         """
+        before = self._sample_masters() if measure_update else None
+        norm = self._step()
+        if before is None:
+            return norm
+        after = self._sample_masters()
+        squares = torch.stack([(after - before).square().sum(), after.square().sum()])
+        update, weights = self._sum_over_shards(squares).sqrt()
+        return norm, update / weights
+
+    def _step(self) -> torch.Tensor:
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = self._full_tensor(torch.nn.utils.get_total_norm(gradients))
         scale, finite = (norm / self.max_grad_norm).clamp(min=1), norm.isfinite()
         if self.optimizer.defaults.get("fused"):
-            # As torch.amp.GradScaler hands them over: the one divides the gradients, where the other is 1 nothing happens.
+            # As torch.amp.GradScaler does: gradients are divided by grad_scale; if found_inf is 1, nothing happens.
             self.optimizer.grad_scale, self.optimizer.found_inf = scale, (~finite).float()
         else:
             for gradient in gradients:
@@ -231,397 +228,149 @@ class Role:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def step(self, measure_update: bool = False):
-        """Clips, steps optimizer and schedule, clears the gradients (no host sync).
-
-        Returns:
-            The gradient norm before clipping; with `measure_update` (it, norm of the update over that of the weights), both of about
-            SAMPLE of their values.
-        """
-        before = self._some_values() if measure_update else None
-        norm = self._step()
-        if before is None:
-            return norm
-        after = self._some_values()
-        update, weights = self._over_parts(torch.stack([(after - before).square().sum(), after.square().sum()])).sqrt()
-        return norm, update / weights
-
-    def _some_values(self) -> torch.Tensor:
-        """Every n-th value of the masters that this process holds, flat."""
-        stride = max(1, self.trained_numbers // SAMPLE)
+    def _sample_masters(self) -> torch.Tensor:
+        """Take every n-th value of this process' masters, flat."""
+        stride = max(1, self.num_trained_params // UPDATE_SAMPLE_SIZE)
         return torch.cat([tensor.flatten()[::stride] for tensor in self._masters()])
 
     def ida_update_from(self, other: "Role", decay: float) -> None:
-        """IDA: moves every parameter of this role towards the other role's: own <- decay * own + (1 - decay) * other."""
+        """IDA: move every parameter towards the other role's: own <- decay * own + (1 - decay) * other."""
         ida_update(list(self.parameters.values()), list(other.parameters.values()), decay)
 
     @property
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def _masters(self) -> list[torch.Tensor]:
-        """This process's part of the fp32 weights that the optimizer owns, as plain tensors."""
-        return [parameter.detach() for parameter in self.parameters.values()]
-
     def check_finite(self) -> None:
-        """Refuses (UserError, in all processes) weights that hold NaN or infinity: they shall not be saved over sound ones."""
+        """Raise a UserError in all processes if the weights hold NaN or infinity: they must not replace sound ones."""
         finite = torch.stack([tensor.isfinite().all() for tensor in self._masters()]).all()
         if self.accelerator.reduce(finite.float(), reduction="mean") < 1:
-            raise UserError(
-                f"the weights of the {self.name} are not finite; resume from a checkpoint with a lower --learning_rate"
-            )
+            fix = "resume from a checkpoint with a lower --learning_rate"
+            raise UserError(f"the weights of the {self.name} are not finite; {fix}")
 
-    # Checkpoints: the whole weights in one place, as a single process would write them; the optimizer's state by parts.
-    def network(self) -> Optional[torch.nn.Module]:
-        """The whole network, in the main process; None in the others. All call it; nobody trains it any further."""
-        return self.module if self.accelerator.is_main_process else None
+    # What sharded roles override.
+    def _masters(self) -> list[torch.Tensor]:
+        """The float32 weights that the optimizer owns, as plain tensors; the shards of this process."""
+        return [parameter.detach() for parameter in self.parameters.values()]
 
-    def _over_parts(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sums over this process's part of the weights, over all of them; all processes call it."""
+    def _sum_over_shards(self, sums: torch.Tensor) -> torch.Tensor:
+        """Add up what each process has summed over its shards. All processes call it."""
         return sums
 
     def _full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter or buffer as it is without sharding; all processes call it."""
+        """Gather a parameter or buffer of the module. All processes call it."""
         return tensor
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by their names in the module."""
-        return {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
+    # Checkpoints. Weights are written in full, as a single process would write them; optimizer state in shards.
+    def gather_network(self) -> Optional[torch.nn.Module]:
+        """Return the full network in the main process and None in the others; training ends. All processes call it."""
+        return self.module if self.accelerator.is_main_process else None
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint stores of the network, on the CPU of the main process; empty in the others. All call it."""
-        tensors, weights = self._tensors(), {}
-        for stored, name in self._stored.items():
-            whole = self._full_tensor(tensors[name]).detach()
+        """Gather what a checkpoint stores, on the CPU of the main process; empty elsewhere. All processes call it."""
+        tensors, weights = self.module.state_dict(keep_vars=True), {}
+        for stored, name in self._module_names.items():
+            tensor = self._full_tensor(tensors[name]).detach()
             if self.accelerator.is_main_process:
-                weights[stored] = whole.cpu().contiguous()
+                weights[stored] = tensor.cpu().contiguous()
         return weights
 
     def save(self, folder: Path) -> None:
-        """Writes weights (safetensors; as diffusers does where the network is a diffusers model, or one with an adapter) and
-        optimizer state. No process holds more of the network than it does anyway, and one tensor."""
-        path, main, names = folder / self.subfolder, self.accelerator.is_main_process, {}
-        if main:
+        """Write the optimizer state, and the weights as safetensors files, in diffusers' layout for its networks.
+
+        All processes call it. None holds more than its shards and one full tensor.
+        """
+        path, is_main, names = folder / self.subfolder, self.accelerator.is_main_process, {}
+        if is_main:
             path.mkdir(parents=True, exist_ok=True)
         if self._adapted:
             weights = self.weights()
-            if main:
+            if is_main:
                 save_adapter(path, self.module, weights)
         else:
             if hasattr(self.module, "save_pretrained"):
                 names = {"pattern": DIFFUSERS_FILE, "index": SAFE_WEIGHTS_INDEX_NAME}
-                if main:
+                if is_main:  # through a network of the original class, whose name goes into config.json
                     meta_network(self._class, self.module.config, Weights()).save_config(path)
-            tensors = self._tensors()
-            save_tensors(path, self._like, lambda name: self._full_tensor(tensors[self._stored[name]]), main, **names)
-        part, parts = self._part()
-        if part is not None:
-            state = {"state": self._optimizer_state(), "steps": self.lr_scheduler.last_epoch}
-            torch.save(state, folder / f"{self.name}_optimizer-{part + 1:05d}-of-{parts:05d}.pt")
+            tensors = self.module.state_dict(keep_vars=True)
 
-    def _part(self) -> tuple[Optional[int], int]:
-        """Which part of the optimizer's state this process writes, and how many there are."""
+            def gather(stored: str) -> torch.Tensor:
+                return self._full_tensor(tensors[self._module_names[stored]])
+
+            save_tensors(path, self._stored, gather, is_main, **names)
+        shard, num_shards = self._shard_index()
+        if shard is not None:
+            state = {"state": self._optimizer_state(), "steps": self.lr_scheduler.last_epoch}
+            torch.save(state, folder / f"{self.name}_optimizer-{shard + 1:05d}-of-{num_shards:05d}.pt")
+
+    def load(self, folder: Path) -> None:
+        """Restore exactly what `save` wrote. Rates, betas and the schedule stay those of this run, at the stored step.
+
+        Raises:
+            UserError: exit code 1; files are missing, damaged, or of another network.
+        """
+        flag, path = "--resume_from_checkpoint", folder / self.subfolder
+        with loading(flag, path):
+            weight_files = sorted(path.glob("*.safetensors"))
+            optimizer_files = sorted(folder.glob(f"{self.name}_optimizer-*.pt"))
+            if not weight_files or not optimizer_files:
+                raise OSError(f"no {'optimizer state' if weight_files else 'weights'} of the {self.name}")
+            weights = Weights(weight_files, flag=flag, path=path)
+            missing, unexpected = self._stored.keys() - weights.names(), weights.names() - self._stored.keys()
+            if missing or unexpected:
+                counts = f"{len(missing)} weights missing, {len(unexpected)} unexpected"
+                raise UserError(f"{flag} {folder}: {self.name} is another network ({counts})")
+            # Memory-mapped: of many shards, each process reads only its own rows of every tensor.
+            shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in optimizer_files]
+            self._load_weights(weights)
+            self._load_optimizer_state([shard["state"] for shard in shards])
+        set_schedule_step(self.lr_scheduler, shards[0]["steps"])
+
+    def _shard_index(self) -> tuple[Optional[int], int]:
+        """(the index of the optimizer shard that this process writes, or None; the number of shards)."""
         return (0 if self.accelerator.is_main_process else None), 1
 
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """Adam's moments of this process's part, {parameter's name: {"exp_avg": ...}}; a network that has not stepped has none."""
+        """This process' Adam moments, {parameter name: {"exp_avg": ...}}; empty before the first step."""
         state = self.optimizer.state
         return {name: dict(state[parameter]) for name, parameter in self.parameters.items() if parameter in state}
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, exactly. Rates, betas and the schedule are those of THIS run, at the stored step.
-
-        Raises:
-            UserError: files missing, cut, or of another network.
-        """
-        with loading("--resume_from_checkpoint", folder / self.subfolder):
-            weights = stored_weights(folder / self.subfolder)
-            missing, unexpected = set(self._stored) - weights.names(), weights.names() - set(self._stored)
-            missing = {name for name in missing if self._stored[name] in self.parameters}
-            if missing or unexpected:
-                raise UserError(
-                    f"--resume_from_checkpoint {folder}: {self.name} is another network "
-                    f"({len(missing)} weights missing, {len(unexpected)} unexpected)"
-                )
-            files = sorted(folder.glob(f"{self.name}_optimizer-*.pt"))
-            if not files:
-                raise OSError(f"no optimizer state of the {self.name}")
-            # Of many parts, each process wants some rows of every tensor.
-            parts = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
-            self._load_weights(weights)
-            self._load_optimizer_state([part["state"] for part in parts])
-        steps = self.lr_scheduler.last_epoch = parts[0]["steps"]
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas
-        ):
-            group["lr"] = base * factor(steps)
-
     @torch.no_grad()
     def _load_weights(self, weights: Weights) -> None:
-        """Takes what is stored, one tensor after the other."""
-        tensors = self._tensors()
-        for stored in weights.names():
-            read_into(tensors[self._stored[stored]], weights, stored)
+        """Read the stored weights, one tensor at a time."""
+        tensors = self.module.state_dict(keep_vars=True)
+        for stored, name in self._module_names.items():
+            read_into(tensors[name], weights, stored)
 
-    def _load_optimizer_state(self, parts: Sequence[dict]) -> None:
-        """Takes the state of all parts; of a sharded run, too."""
-        state = {index: _joined(parts, name) for index, name in enumerate(self.parameters) if name in parts[0]}
+    def _load_optimizer_state(self, shards: Sequence[dict]) -> None:
+        """Read the optimizer state of all shards, of one process or several."""
+        state = {index: join_shards(shards, name) for index, name in enumerate(self.parameters) if name in shards[0]}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def _joined(parts: Sequence[dict], name: str, rows: slice = slice(None)) -> dict[str, Any]:
-    """A copy of a parameter's optimizer state, or of some rows of it, from that of its shards, which are cut along their first
-    dimension; of other rows nothing is read."""
-    first, joined = parts[0][name], {}
-    for key, value in first.items():
+def join_shards(shards: Sequence[dict], name: str, rows: slice = slice(None)) -> dict[str, Any]:
+    """Join a parameter's optimizer state from shards along the first dimension, and return a copy of some rows.
+
+    Other rows are not read.
+    """
+    joined = {}
+    for key, value in shards[0][name].items():
         if not torch.is_tensor(value) or not value.dim():
             joined[key] = copy.deepcopy(value)
             continue
-        shards = [part[name][key] for part in parts]
-        start, stop, _ = rows.indices(sum(len(shard) for shard in shards))
-        kept, begin = [], 0
-        for shard in shards:
-            kept.append(shard[max(start - begin, 0) : max(stop - begin, 0)])
-            begin += len(shard)
-        joined[key] = torch.cat(kept)
+        tensors = [shard[name][key] for shard in shards]
+        start, stop, _ = rows.indices(sum(map(len, tensors)))
+        selected, offset = [], 0
+        for tensor in tensors:
+            selected.append(tensor[max(start - offset, 0) : max(stop - offset, 0)])
+            offset += len(tensor)
+        joined[key] = torch.cat(selected)
     return joined
 
 
-def stored_weights(folder: Path) -> Weights:
-    """All tensors of a folder's safetensors files (one, or the shards of a large model)."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise OSError(f"no safetensors file in {folder}")
-    return Weights(files, flag="--resume_from_checkpoint", path=folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A part in every process
-# ---------------------------------------------------------------------------------------------------------------------
-class ShardedRole(Role):
-    """A role of which no process holds everything."""
-
-    def _over_parts(self, sums):
-        return self.accelerator.reduce(sums, reduction="sum")
-
-    def _gradients_stay_here(self, yes):
-        return nullcontext()  # kept whole until the last micro-batch, they would fill the memory that sharding saves
-
-    def network(self):
-        weights = self.weights()
-        if not self.accelerator.is_main_process:
-            return None
-        network = meta_network(self._class, self.module.config, Weights(tensors=weights))
-        del network.weights
-        network.load_state_dict(weights, assign=True)
-        return network
-
-    def _part(self):
-        return self.accelerator.process_index, self.accelerator.num_processes
-
-
-# FSDP2 ---------------------------------------------------------------------------------------------------------------
-def shard(
-    module: torch.nn.Module, mesh: DeviceMesh, reshard: bool, policy: Optional[MixedPrecisionPolicy] = None
-) -> None:
-    """Shares a network's weights out over the mesh, in place: its blocks (`_no_split_modules`) one by one, then the rest.
-
-    Args:
-        reshard: whether gathered weights are freed after the forward, and gathered once more for the backward.
-        policy: precision of the gathered weights and of the gradients' average; None: that of the weights.
-    """
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes it in place
-    policy = policy or MixedPrecisionPolicy(cast_forward_inputs=False)
-    options = {"mesh": mesh, "reshard_after_forward": reshard, "mp_policy": policy}
-    blocks = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    for part in reversed(list(module.modules())):  # children before their parents
-        if part is not module and type(part).__name__ in blocks:
-            fully_shard(part, **options)
-    fully_shard(module, **options)
-
-
-class FSDP2Role(ShardedRole):
-    """A role whose weights, gradients and optimizer state are shared out by FSDP2; checkpoints fit any number of processes.
-
-    Args:
-        mesh, reshard: see `shard`.
-        half: gather the weights, which stay in float32 where the optimizer owns them, in the precision of `dtype`.
-        base: the sharded network whose twin the module is, or holds; None where it is none.
-    """
-
-    def __init__(
-        self, *args, mesh: DeviceMesh, reshard: bool, gather_bf16: bool, base: Optional[torch.nn.Module], **kwargs
-    ):
-        super().__init__(*args, **kwargs)
-        self._mesh, self._reshard, self._gather_bf16, self._base = mesh, reshard, gather_bf16, base
-
-    def prepare(self, make_optimizer):
-        policy = None
-        if self._gather_bf16:
-            # Inputs are cast by the caller: a timestep of 759 would be 760 in bfloat16.
-            policy = MixedPrecisionPolicy(
-                param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-        shard(self.module, self._mesh, self._reshard, policy)
-        if is_meta(self.module):
-            materialize(self.module, self.accelerator.device)
-        if self._base is not None:
-            share_base(self.module, self._base)
-        # Now, as long as the parameters take gradient: FSDP looks at them once to learn the gradients' precision.
-        self.module._get_fsdp_state()._lazy_init()
-        self._look_up_parameters()
-        self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
-
-    def __call__(self, *args, **kwargs):
-        with self.accelerator.autocast():
-            return super().__call__(*args, **kwargs)
-
-    def _free_gathered(self) -> None:
-        """Frees gathered weights that a forward has left behind: what happens to the shards must reach the next forward."""
-        for part in self.module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
-
-    def _set_learning(self, learning):
-        self._free_gathered()
-        super()._set_learning(learning)
-
-    def ida_update_from(self, other, decay):
-        self._free_gathered()
-        super().ida_update_from(other, decay)
-
-    def _tensors(self):
-        self._free_gathered()  # not those: what numpy has looked at, as files are written, cannot be freed by FSDP2
-        return super()._tensors()
-
-    def _masters(self):
-        return [parameter.detach().to_local() for parameter in self.parameters.values()]
-
-    def _full_tensor(self, tensor):
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-    def _optimizer_state(self):
-        def local(value):
-            return value.to_local() if isinstance(value, DTensor) else value
-
-        return {name: {k: local(v) for k, v in state.items()} for name, state in super()._optimizer_state().items()}
-
-    def _load_optimizer_state(self, parts):
-        for name, parameter in self.parameters.items():
-            if name in parts[0]:
-                state = _joined(parts, name, rows_of(parameter))
-                # The number of steps goes to the device, too, where a fused optimizer wants it.
-                own = {
-                    k: self._shard_like(parameter, v) if v.dim() else v.to(parameter.device) for k, v in state.items()
-                }
-                self.optimizer.state[parameter] = own
-
-    @staticmethod
-    def _shard_like(parameter: DTensor, local: torch.Tensor) -> DTensor:
-        """This process's rows as a tensor that is sharded as the parameter is."""
-        how = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
-        return DTensor.from_local(local.to(parameter.device), parameter.device_mesh, parameter.placements, **how)
-
-
-# DeepSpeed -----------------------------------------------------------------------------------------------------------
-def deepspeed_engine(module: torch.nn.Module, config: dict, optimizer: Optional[torch.optim.Optimizer] = None):
-    """A network in DeepSpeed's hands."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
-
-
-def materialize_for_deepspeed(module: torch.nn.Module, config: dict, device: torch.device) -> None:
-    """Fills an empty network as DeepSpeed wants it: in its precision, with ZeRO-3 shared out part by part."""
-    if not is_meta(module):
-        return
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
-    def share_out(part: torch.nn.Module) -> None:
-        if any(True for _ in part.parameters(recurse=False)):
-            deepspeed.zero.Init(module=part, config_dict_or_path=config)
-
-    if config["bf16"]["enabled"]:
-        module.to(torch.bfloat16)
-    materialize(module, device, share_out if config["zero_optimization"]["stage"] == 3 else None)
-
-
-class ZeroRole(ShardedRole):
-    """A role in DeepSpeed's hands. Its checkpoints fit the same stage and number of processes alone.
-
-    The optimizer owns flat float32 copies of this process's part of the weights (`_masters`): what the network computes with is
-    filled from them, and a change to the network's own parameters would be lost at the next step.
-
-    Args:
-        config: DeepSpeed's, complete.
-    """
-
-    def __init__(self, *args, config: dict, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._stage, self._config = config["zero_optimization"]["stage"], config
-
-    def prepare(self, make_optimizer):
-        materialize_for_deepspeed(self.module, self._config, self.accelerator.device)
-        self._look_up_parameters()
-        self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
-        self._wrapped = deepspeed_engine(self.module, self._config, self.optimizer)
-
-    def backward(self, loss):
-        self._wrapped.backward(loss / self.accumulation, scale_wrt_gas=False)
-
-    def _step(self):
-        self._wrapped.step()
-        self.lr_scheduler.step()
-        return torch.as_tensor(self._wrapped.get_global_grad_norm(), device=self.accelerator.device)
-
-    def ida_update_from(self, other, decay):
-        ida_update(self._masters(), other._masters(), decay)
-        self._fill_network()
-
-    def _masters(self):
-        zero = self._wrapped.optimizer
-        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
-
-    def _fill_network(self) -> None:
-        """Makes the network compute with the masters' values."""
-        zero = self._wrapped.optimizer
-        if self._stage == 2:
-            zero.update_lp_params()
-            return
-        zero.empty_partition_cache()  # small weights are kept whole, and would stay as they were
-        for group in range(len(self._masters())):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
-
-    def _full_tensor(self, tensor):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if not isinstance(tensor, torch.nn.Parameter):
-            return tensor
-        tensor.requires_grad_(True)  # ZeRO-3 knows nothing of a frozen one
-        whole = safe_get_full_fp32_param(tensor)
-        tensor.requires_grad_(False)
-        return whole
-
-    def _optimizer_state(self):
-        state = self.optimizer.state
-        return {
-            str(i): {"master": master.detach(), **state.get(master, {})} for i, master in enumerate(self._masters())
-        }
-
-    @torch.no_grad()
-    def _load_weights(self, weights):
-        for name, buffer in self.module.named_buffers():
-            if name in weights:
-                read_into(buffer, weights, name)
-
-    @torch.no_grad()
-    def _load_optimizer_state(self, parts):
-        part = parts[self.accelerator.process_index]
-        for index, master in enumerate(self._masters()):
-            master.copy_(part[str(index)]["master"])
-            state = {k: v.to(master.device, copy=True) for k, v in part[str(index)].items() if k != "master"}
-            if state:
-                self.optimizer.state[master] = state
-        self._fill_network()
+def set_schedule_step(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Set a schedule to a step, and its optimizer's learning rates to those of that step."""
+    lr_scheduler.last_epoch = step
+    groups = lr_scheduler.optimizer.param_groups
+    for group, rate, factor in zip(groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas):
+        group["lr"] = rate * factor(step)

@@ -1,19 +1,13 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""The run around a training loop: processes, devices, trackers, the making of roles (senseflow.training.roles), and the metrics.
+"""The run around a training loop: processes, devices, signals, trackers, and the making of roles."""
 
-Checkpoints are senseflow.training.checkpoints'.
-"""
-
-import copy
 import logging
-import math
 import os
 import signal
 import time
-from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Optional
 
 import numpy as np
 import torch
@@ -25,7 +19,6 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    gather_object,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
@@ -33,103 +26,93 @@ from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 
 from senseflow.errors import INTERRUPTED, TERMINATED, UserError, exit_now, print_from_signal_handler
-from senseflow.models.hub import fingerprint
 from senseflow.models.weights import is_meta, materialize
-from senseflow.training.roles import (
-    FSDP2Role,
-    Role,
-    ZeroRole,
-    deepspeed_engine,
-    launch_config,
-    materialize_for_deepspeed,
-    shard,
-)
-from senseflow.training.signals import SignalMonitor
+from senseflow.training.roles import LaunchConfig, Role, launch_config, set_schedule_step
+from senseflow.training.sharded import FSDP2Role, ZeroRole, deepspeed_engine, materialize_for_deepspeed, shard
 
 
 logger = get_logger(__name__)
 
-# What ends a run early, first things first, and its exit code: data that must be mended, Ctrl-C, a cluster.
-LAG = 100  # iterations, over which the mean of the fake score's loss is taken
+# What ends a run early, the most important first, and its exit code: unreadable data, Ctrl-C, a cluster's signal.
 ENDINGS = {"failure": 1, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
-SAME_CTRL_C = (
-    0.5  # seconds in which one Ctrl-C may arrive twice: from the terminal or a cluster, and from the launcher
-)
-TAKE_LISTS = ("wandb", "swanlab")  # of accelerate's trackers: images by the list
+SAME_CTRL_C = 0.5  # seconds within which one Ctrl-C may arrive twice, from the terminal and from the launcher
+TRACKERS_OF_LISTS = ("wandb", "swanlab")  # their `log_images` takes lists of images
+
+
+def check_launch_supports(args, launch: LaunchConfig) -> None:
+    """Raise a UserError (exit code 2) for a flag that this launch does not support."""
+    if args.use_8bit_adam and launch.mode == "fsdp2":
+        raise UserError("--use_8bit_adam: bitsandbytes cannot take FSDP2's shards: drop it, or use zero3.yaml", 2)
+    if args.rank and launch.mode.startswith("zero"):
+        fix = "use single.yaml, ddp.yaml or fsdp2.yaml, or drop it"
+        raise UserError(f"--rank {args.rank}: adapters share weights, which DeepSpeed would copy: {fix}", 2)
+    if args.base_quantization != "none" and launch.mode != "replicated":
+        problem, fix = "FSDP2 cannot shard such a base", "use single.yaml or ddp.yaml, or drop it"
+        raise UserError(f"--base_quantization {args.base_quantization}: {problem}: {fix}", 2)
 
 
 class Runtime:
-    """Processes, devices, trackers, and the making of roles after the way the processes were launched.
+    """The processes, devices and trackers of a run. It makes roles to fit the way the processes were launched.
 
     Args:
-        args: reads output_dir, logging_dir, report_to, mixed_precision, allow_tf32, gradient_accumulation_steps, seed, rank and the
-            optimizer's flags.
+        args: read are output_dir, logging_dir, report_to, mixed_precision, allow_tf32, gradient_accumulation_steps,
+            seed, rank, validation_prompts and the flags of the optimizer.
+    Attributes:
+        accelerator, device, launch: of this process.
+        weight_dtype: the precision of the frozen networks.
+        trained: the trained roles, in the order they were made.
+        endings: those of ENDINGS that have reached this process.
+        saved: the iterations that the last complete checkpoint holds.
     """
 
     def __init__(self, args):
         self.args, self.launch = args, launch_config()
-        if args.use_8bit_adam and self.launch.mode == "fsdp2":
-            raise UserError(
-                "--use_8bit_adam: bitsandbytes cannot take FSDP2's shards: drop it, or take zero3.yaml", exit_code=2
-            )
-        if args.rank and self.launch.mode.startswith("zero"):
-            fix = "take single.yaml, ddp.yaml or fsdp2.yaml, or drop it"
-            raise UserError(
-                f"--rank {args.rank}: adapters share weights, of which DeepSpeed makes copies: {fix}", exit_code=2
-            )
-        if args.base_quantization != "none" and self.launch.mode != "replicated":
-            fix = "take single.yaml or ddp.yaml, or drop it"
-            raise UserError(
-                f"--base_quantization {args.base_quantization}: FSDP2 cannot shard such a base: {fix}", exit_code=2
-            )
-        logging.basicConfig(
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO
-        )
+        check_launch_supports(args, self.launch)
+        log_format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(format=log_format, datefmt="%H:%M:%S", level=logging.INFO)
         if not torch.cuda.is_available() and self.launch.world_size > 1:
-            # A multi-GPU configuration launched on a machine without a GPU runs on its CPU, over gloo.
-            os.environ["ACCELERATE_USE_CPU"] = "true"
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # a multi-GPU configuration on a machine without a GPU
         folder = Path(args.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=1
-            ),  # a role counts its micro-batches itself
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # a role counts its micro-batches
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir)),
             kwargs_handlers=[
-                AutocastKwargs(cache_enabled=False),  # which keeps a bf16 copy of every weight until a forward ends
+                AutocastKwargs(cache_enabled=False),  # the cache keeps a bf16 copy of all weights during a forward
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
-                InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # the others wait while one writes a large network
+                InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # others wait while one writes a large network
             ],
         )
         self.device = self.accelerator.device
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]
         self.trained: list[Role] = []
-        self.base: Optional[torch.nn.Module] = None  # the frozen network, whose shards its twins take
+        self.base: Optional[torch.nn.Module] = None  # under FSDP2, the frozen network whose shards adapted copies take
         if self.launch.mode == "fsdp2":
             self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
-        # The gradients of cuDNN's attention are not finite for some shapes (RESULTS.md); torch has other kernels.
+        # cuDNN's attention has gradients that are not finite for some shapes (RESULTS.md); torch has other kernels.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32  # convolutions keep torch's own default, which is TF32
-        set_seed(args.seed)  # initial weights of the discriminator; every draw of the training itself is stateless
-        self.endings: set[str] = set()  # of ENDINGS, what has reached this process
-        self.saved = 0  # iterations that the last complete checkpoint holds
+        torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32  # convolutions keep torch's default, which is TF32
+        set_seed(args.seed)  # initial weights of the discriminator; all random numbers of training are stateless
+        self.endings: set[str] = set()
+        self.saved = 0
         self._process, self._interrupted_at = os.getpid(), None
         signal.signal(signal.SIGTERM, self._on_signal)
 
+    # Signals ---------------------------------------------------------------------------------------------------------
     def save_when_interrupted(self) -> None:
-        """From now on Ctrl-C does what SIGTERM does, and a second one ends at once; before, the first one does."""
+        """Make the first Ctrl-C end the run after a checkpoint, as SIGTERM does, and a second one end it at once."""
         signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, _) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if os.getpid() != self._process:  # a worker of the DataLoader, which inherited this handler
+        if os.getpid() != self._process:  # a worker of the DataLoader, which inherits this handler
             if name == "SIGTERM":
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)
             return
         if self._interrupted_at is not None and now - self._interrupted_at > SAME_CTRL_C:
-            # torchrun hands the first Ctrl-C on as SIGINT, and on a second one sends SIGTERM.
+            # torchrun forwards the first Ctrl-C as SIGINT and answers a second one with SIGTERM.
             if name == "SIGINT" or "TORCHELASTIC_RUN_ID" in os.environ:
                 exit_now("stopped at once by a second Ctrl-C; complete checkpoints are intact")
         elif name == "SIGINT" and self._interrupted_at is None:
@@ -139,18 +122,18 @@ class Runtime:
             )
         self.endings.add(name)
 
-    def frozen_role(self, name: str, module: torch.nn.Module, found: Optional[str] = None) -> Role:
-        """A role that never learns (the teacher); its module is in the precision of the run's frozen networks already.
+    def last_checkpoint(self) -> str:
+        """Describe for a message which checkpoint to resume from."""
+        return f"checkpoint-{self.saved} is complete" if self.saved else "no checkpoint has been saved yet"
 
-        Args:
-            found: the fingerprint of what the module was made of, where that depends on the precision.
-        """
+    # Roles -----------------------------------------------------------------------------------------------------------
+    def frozen_role(self, name: str, module: torch.nn.Module) -> Role:
+        """Make a role that is never trained (the teacher), of a network already in `weight_dtype`."""
         module.requires_grad_(False).eval()
-        # Its twins compute under autocast, which has some layers in float32 that are not by themselves: it does as they do.
-        role = Role(name, module, self.weight_dtype, self.accelerator, autocast=self.args.rank > 0)
-        role.fingerprint = found or fingerprint(module)
+        # Adapted copies run under autocast, which keeps some layers in float32: so does the network that they share.
+        role = Role(name, module, self.weight_dtype, self.accelerator, self.args, autocast=self.args.rank > 0)
         if self.launch.mode == "zero3":
-            config = self._deepspeed_config(gather_bf16=True)
+            config = self._deepspeed_config(gather_bf16=self.args.mixed_precision == "bf16")
             materialize_for_deepspeed(module, config, self.device)
             role._wrapped = deepspeed_engine(module, config)
             return role
@@ -170,241 +153,92 @@ class Runtime:
         subfolder: Optional[str] = None,
         gather_bf16: bool = True,
     ) -> Role:
-        """A role that learns, with its optimizer and learning-rate schedule. It trains what takes gradient in the module.
+        """Make a trained role with its optimizer and learning-rate schedule, of the parameters that require gradient.
 
         Args:
-            every: it steps in every `every`-th iteration; warm-up and decay, given in iterations, are divided by it.
-            subfolder: where a checkpoint holds its weights (default: its name).
-            half: under --mixed_precision bf16, a sharded network may be gathered in bfloat16. Not one that computes with its own
-                weights in float32, as spectral norms do.
+            step_every: the role steps in every such iteration; warm-up and decay, in iterations, are divided by it.
+            subfolder: the folder of the weights in a checkpoint (default: the name).
+            gather_bf16: whether a sharded network is gathered in bfloat16 under --mixed_precision bf16; not for one
+                that computes with its own weights in float32, as spectral norms do.
         """
-        args, mode = self.args, self.launch.mode
-        parameters = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
-        gather_bf16 = gather_bf16 and args.mixed_precision == "bf16"
-        kind, how = Role, {}
+        mode, gather_bf16 = self.launch.mode, gather_bf16 and self.args.mixed_precision == "bf16"
+        cls, kwargs = Role, {}
         if mode == "fsdp2":
-            kind, how = (
-                FSDP2Role,
-                {"mesh": self.mesh, "reshard": self.launch.plugin.reshard_after_forward, "gather_bf16": gather_bf16},
-            )
-            how["base"] = self.base if any(hasattr(part, "peft_config") for part in module.modules()) else None
+            adapted = any(hasattr(child, "peft_config") for child in module.modules())
+            cls, kwargs = FSDP2Role, {"mesh": self.mesh, "reshard": self.launch.plugin.reshard_after_forward}
+            kwargs |= {"gather_bf16": gather_bf16, "base": self.base if adapted else None}
         elif mode != "replicated":
-            kind, how = ZeroRole, {"config": self._deepspeed_config(gather_bf16)}
-        role = kind(
-            name,
-            module,
-            self.weight_dtype,
-            self.accelerator,
-            parameters,
-            max_grad_norm=args.max_grad_norm,
-            accumulation=args.gradient_accumulation_steps,
-            subfolder=subfolder,
-            **how,
-        )
-
-        def make_optimizer(own: list[torch.nn.Parameter]):
-            betas, eps, decay = (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
-            kind, how = torch.optim.AdamW, {"fused": True}  # without temporaries as large as the weights
-            if args.use_8bit_adam:
-                import bitsandbytes
-
-                kind, how = bitsandbytes.optim.AdamW8bit, {}
-            optimizer = kind(own, lr=learning_rate, betas=betas, eps=eps, weight_decay=decay, **how)
-            return optimizer, self._lr_scheduler(optimizer, step_every)
-
-        role.prepare(make_optimizer)
-        role._set_learning(False)
+            cls, kwargs = ZeroRole, {"config": self._deepspeed_config(gather_bf16)}
+        parameters = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
+        kwargs |= {"parameters": parameters, "subfolder": subfolder}
+        role = cls(name, module, self.weight_dtype, self.accelerator, self.args, **kwargs)
+        role.prepare(lambda parameters: self._make_optimizer(parameters, learning_rate, step_every))
+        role._set_training(False)
         self.trained.append(role)
         return role
 
-    def _deepspeed_config(self, gather_bf16: bool) -> dict:
-        """DeepSpeed's configuration of one network: the launch's, and what our flags say."""
-
-        def said(node: dict) -> dict:
-            return {k: said(v) if isinstance(v, dict) else v for k, v in node.items() if v != "auto"}
-
-        return said(copy.deepcopy(self.launch.plugin.deepspeed_config)) | {
-            "train_micro_batch_size_per_gpu": self.args.train_batch_size,
-            "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": False,  # a role says itself when it steps
-            "gradient_clipping": self.args.max_grad_norm,
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": gather_bf16 and self.args.mixed_precision == "bf16", "check_grad_overflow": True},
-        }
-
-    def _lr_scheduler(self, optimizer, step_every: int):
+    def _make_optimizer(self, parameters: list[torch.nn.Parameter], learning_rate: float, step_every: int):
+        """Make (AdamW, its learning-rate schedule)."""
         args = self.args
+        cls, kwargs = torch.optim.AdamW, {"fused": True}  # without temporary tensors as large as the weights
+        if args.use_8bit_adam:
+            import bitsandbytes
+
+            cls, kwargs = bitsandbytes.optim.AdamW8bit, {}
+        kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        optimizer = cls(parameters, lr=learning_rate, weight_decay=args.adam_weight_decay, **kwargs)
         warmup, total = args.lr_warmup_steps // step_every, max(1, args.max_train_steps // step_every)
         scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-        if args.lr_warmup_start_factor > 0:
-            # The warm-up rises from this fraction of the rate instead of from 0.
-            def from_start(factor):
-                start = args.lr_warmup_start_factor
+        start = args.lr_warmup_start_factor
+        if start > 0:  # the warm-up starts from this fraction of the rate, not from 0
+
+            def raise_start(factor):
                 return lambda step: start + (1 - start) * factor(step) if step < warmup else factor(step)
 
-            scheduler.lr_lambdas = [from_start(factor) for factor in scheduler.lr_lambdas]
-            for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
-                group["lr"] = base * factor(0)
-        return scheduler
+            scheduler.lr_lambdas = [raise_start(factor) for factor in scheduler.lr_lambdas]
+            set_schedule_step(scheduler, 0)
+        return optimizer, scheduler
 
-    def last_checkpoint(self) -> str:
-        """What a message says of the checkpoint to go on from."""
-        return f"checkpoint-{self.saved} is complete" if self.saved else "no checkpoint has been saved yet"
+    def _deepspeed_config(self, gather_bf16: bool) -> dict:
+        """Make DeepSpeed's configuration of one network, from that of the launch and our flags."""
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean of a tensor over all processes; one collective, no host sync."""
-        return self.accelerator.reduce(values, reduction="mean")
+        def without_auto(node: dict) -> dict:
+            return {k: without_auto(v) if isinstance(v, dict) else v for k, v in node.items() if v != "auto"}
 
-    def gather_objects(self, objects: list) -> list:
-        """The lists of all processes, joined."""
-        return gather_object(objects) if self.accelerator.num_processes > 1 else objects
+        return without_auto(self.launch.plugin.deepspeed_config) | {
+            "train_micro_batch_size_per_gpu": self.args.train_batch_size,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,  # a role decides when it steps
+            "gradient_clipping": self.args.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": gather_bf16, "check_grad_overflow": True},
+        }
 
-    def to_device(self, batch: dict) -> dict:
-        """A batch with its tensors on this process's device."""
-        return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
+    # Trackers --------------------------------------------------------------------------------------------------------
     def start_trackers(self, project: str) -> None:
-        """Starts --report_to with the run's arguments as its configuration; before any weight loads.
+        """Start --report_to with the run's arguments as its configuration, before any weights load.
 
         Raises:
-            UserError: exit code 2: the tracker does not start: no key, no server, a folder that cannot be written to.
+            UserError: exit code 2; the tracker does not start: no key, no server, or a folder that cannot be written.
         """
-        plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(self.args).items()}
+        config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(self.args).items()}
         try:
-            self.accelerator.init_trackers(project, config=plain)
-        except Exception as error:  # every tracker has its own
-            problem = f"does not start ({type(error).__name__}: {error})"  # `run_script` makes one line of it
+            self.accelerator.init_trackers(project, config=config)
+        except Exception as error:  # each tracker raises its own
+            problem = f"does not start ({type(error).__name__}: {error})"
             fix = "log in to it, set its key, or give tensorboard or none"
             raise UserError(f"--report_to {self.args.report_to}: {problem}: {fix}", exit_code=2) from error
         for tracker in self.accelerator.trackers:
             if self.args.validation_prompts and not hasattr(tracker, "log_images"):
-                logger.warning(
-                    f"--report_to {tracker.name} shows no images: those of --validation_prompts are not logged"
-                )
+                problem = "shows no images: those of --validation_prompts are not logged"
+                logger.warning(f"--report_to {tracker.name} {problem}")
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
-        """One image to every tracker that shows images."""
+        """Log an image to every tracker that shows images."""
         for tracker in self.accelerator.trackers:
             if not hasattr(tracker, "log_images"):
-                continue  # `start_trackers` has said so
+                continue
             if tracker.name == "tensorboard":
                 tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
             else:
-                tracker.log_images({name: [image] if tracker.name in TAKE_LISTS else image}, step=step)
-
-
-def _leave_process_group(worker: int) -> None:
-    """In a worker of the DataLoader: what Ctrl-C or a launcher sends to the group is the main process' business."""
-    os.setpgid(0, 0)
-
-
-class Metrics:
-    """Scalars of the iterations to the trackers and the progress bar, read one iteration late: the device never waits for the host.
-
-    Stops the run (UserError) when values are not finite `patience` times in a row, with no sound student's turn between. Samples
-    whose DMD gradient was not finite are counted as `dmd_non_finite`, the mean over micro-batches and processes; steps that a
-    network has not taken since this start as `{name}_skipped_steps`; the fake score's loss over its mean of about the last LAG
-    iterations, since this start, as `signal/fake_lag`. Warns of signals that leave their bands (senseflow.training.signals).
-
-    Attributes:
-        ended_by: of ENDINGS, what reached a process and ends the run before its last iteration, else None. Known in all processes
-            after the same iteration, the one that was under way or the next.
-        failure: what came of this process' data, if that ends the run.
-    """
-
-    shown = ("dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss")
-
-    def __init__(self, runtime: Runtime, student: Role, samples: int, progress, patience: int = 3):
-        self.runtime, self.student, self.samples, self.progress, self.patience = (
-            runtime,
-            student,
-            samples,
-            progress,
-            patience,
-        )
-        self.pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
-        self.bad_in_a_row, self.since, self.postfix = 0, time.monotonic(), {}
-        self.skipped: Counter[str] = Counter()
-        self.watch = SignalMonitor(runtime.args.rank > 0)
-        self.fake_loss, self.fake_losses = 0.0, 0  # their mean, and how many are in it
-        self.ended_by: Optional[str] = None
-        self.failure: Optional[UserError] = None
-
-    def batches(self, loader, iterations: int) -> Iterator[list[dict]]:
-        """The micro-batches of `iterations` iterations, on the device; fewer where something ends the run.
-
-        Raises:
-            UserError: no batch can be made, and other processes, which wait for this one, cannot save. A process by itself says so
-                with `ended_by`.
-        """
-        runtime = self.runtime
-        runtime.save_when_interrupted()
-        loader.worker_init_fn = _leave_process_group
-        data = iter(loader)
-        for _ in range(iterations):
-            if self.ended_by:
-                return
-            try:
-                batches = [runtime.to_device(next(data)) for _ in range(runtime.args.gradient_accumulation_steps)]
-            except UserError as error:
-                if runtime.accelerator.num_processes > 1:
-                    raise UserError(f"{error}, {runtime.last_checkpoint()}", error.exit_code) from error
-                self.failure, self.ended_by = error, "failure"
-                return
-            if loader.failure is not None:
-                self.failure = loader.failure
-                runtime.endings.add("failure")
-            yield batches
-
-    def push(self, iteration: int, values: dict[str, torch.Tensor]) -> None:
-        """Takes the device scalars of an iteration, logs the one before."""
-        self.flush()
-        names = sorted(values)
-        stacked = [values[name].detach().float().reshape(()) for name in names]
-        endings = torch.tensor([float(ending in self.runtime.endings) for ending in ENDINGS])
-        stacked += endings.to(self.runtime.device, non_blocking=True)
-        self.pending = (iteration, self.student.learning_rate, names, self.runtime.mean(torch.stack(stacked)))
-
-    def flush(self) -> None:
-        """Logs the last iteration pushed, if that has not been done."""
-        if self.pending is None:
-            return
-        iteration, rate, names, stacked = self.pending
-        self.pending = None
-        means = stacked.tolist()
-        numbers, endings = dict(zip(names, means)), means[len(names) :]
-        self.ended_by = self.ended_by or next((ending for ending, share in zip(ENDINGS, endings) if share > 0), None)
-        self._check(iteration, numbers)
-        for name in names:
-            if name.endswith("_grad_norm"):
-                role = name.removesuffix("_grad_norm")
-                self.skipped[role] += not math.isfinite(numbers[name])
-                numbers[f"{role}_skipped_steps"] = self.skipped[role]
-        if math.isfinite(numbers.get("fake_loss", math.nan)):
-            if self.fake_loss > 0:
-                numbers["signal/fake_lag"] = numbers["fake_loss"] / self.fake_loss
-            self.fake_losses = min(self.fake_losses + 1, LAG)
-            self.fake_loss += (numbers["fake_loss"] - self.fake_loss) / self.fake_losses
-        now = time.monotonic()
-        numbers |= {"lr": rate, "samples_per_second": self.samples / max(now - self.since, 1e-9)}
-        self.since = now
-        self.runtime.accelerator.log(numbers, step=iteration)
-        self.watch.look(iteration, numbers)
-        self.postfix |= {name: f"{numbers[name]:.4g}" for name in self.shown if name in numbers}
-        self.progress.set_postfix(self.postfix, refresh=False)
-        self.progress.update(1)
-
-    def _check(self, iteration: int, numbers: dict[str, float]) -> None:
-        bad = [name for name, number in numbers.items() if not math.isfinite(number)]
-        if numbers.get("dmd_non_finite", 0) > 0:
-            bad.append("dmd_gradient")
-        if bad:
-            self.bad_in_a_row += 1
-            logger.warning(f"iteration {iteration}: not finite: {', '.join(bad)} ({self.bad_in_a_row} in a row)")
-            if self.bad_in_a_row >= self.patience:
-                raise UserError(
-                    f"{', '.join(bad)} not finite {self.patience} times in a row, last in iteration {iteration}: the run has "
-                    "diverged; resume from an earlier checkpoint with a lower --learning_rate"
-                )
-        elif "dmd_loss" in numbers:
-            self.bad_in_a_row = 0
+                tracker.log_images({name: [image] if tracker.name in TRACKERS_OF_LISTS else image}, step=step)

@@ -1,17 +1,18 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""What people look at while a run trains: images of --validation_prompts, what these say in numbers, and panels of latents."""
+"""Validation: images of --validation_prompts, grids of debug latents, and statistics of both as signals."""
 
 import inspect
 import itertools
-import math
 from contextlib import contextmanager
 from functools import partial
-from typing import Iterator, Sequence
+from typing import Iterator, Optional, Sequence
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
 from PIL import Image
 
 from senseflow.models.vae import decode
@@ -20,159 +21,170 @@ from senseflow.training.runtime import Runtime
 from senseflow.training.signals import SignalMonitor
 
 
-THUMBNAIL = 16  # pixels a side, on which images are compared
+THUMBNAIL_SIZE = 16  # pixels a side; images of a prompt are compared as thumbnails
+NUM_DEBUG_LATENTS = 4  # columns of the grid of debug latents
 
 
 class Validation:
-    """Draws --validation_prompts with the teacher once, and with the student again and again.
+    """Generate images of --validation_prompts with stock pipeline calls: with the teacher once, then with the student.
 
+    Warn of signals that leave their bands (senseflow.training.signals).
+
+    Args:
+        models: a script's TrainingModels. Read are pipeline (with the teacher's scheduler), network_name, vae and
+            teacher_pipeline_kwargs().
+        scheduler: the student's.
+        pipeline_kwargs: arguments of the student's pipeline call.
     Attributes:
-        signals: of the student's last images: "iteration", and what `image_statistics` and `latent_statistics` find, as shares
-            of the teacher's. Warns of those that leave their bands (senseflow.training.signals).
+        signals: the "iteration" of the student's last images, and their statistics relative to the teacher's.
     """
 
-    def __init__(self, runtime: Runtime, args, pipeline, subfolder: str):
-        self.runtime, self.args, self.pipeline, self.subfolder = runtime, args, pipeline, subfolder
+    def __init__(self, runtime: Runtime, args, models, scheduler, pipeline_kwargs: dict):
+        self.runtime, self.args, self.models, self.pipeline_kwargs = runtime, args, models, pipeline_kwargs
+        self.scheduler, self.teacher_scheduler = scheduler, models.pipeline.scheduler
         self.signals: dict[str, float] = {}
-        self._teachers: dict[str, float] = {}
-        self._watch = SignalMonitor(args.rank > 0)
+        self._teacher_statistics: dict[str, float] = {}
+        self._monitor = SignalMonitor(args.rank > 0)
 
-    def draw(self, role: Role, scheduler, call: dict, iteration: int) -> None:
-        """The images of a role, teacher or student, with a stock call of the pipeline, to the trackers; all processes call it."""
-        scheduler = type(scheduler).from_config(scheduler.config)
-        self.pipeline.register_modules(scheduler=scheduler, **{self.subfolder: role.module})
-        self.pipeline.set_progress_bar_config(disable=True)
-        rows, latents = generate_images(self.runtime, self.pipeline, self.args, call)
-        self.runtime.log_image(f"validation/{role.name}", image_grid(rows), iteration)
-        found = image_statistics(rows) | latent_statistics(latents)
-        if role.name == "teacher":
-            self._teachers = found
+    def run(self, role: Role, iteration: int, debug_latents: Optional[dict[str, torch.Tensor]] = None) -> None:
+        """Log the images of the teacher or the student, its signals, and debug latents. All processes call it.
+
+        Without --validation_prompts nothing is done.
+
+        Args:
+            debug_latents: {name: latents (B, C, ...)} of the last student update; a row of the grid each.
+        """
+        if not self.args.validation_prompts:
             return
-        shares = {
-            f"signal/{name}": value / self._teachers[name] for name, value in found.items() if self._teachers[name] > 0
-        }
-        self.runtime.accelerator.log(shares, step=iteration)
-        self._watch.look(iteration, shares)
-        self.signals = {"iteration": iteration, **shares}
+        scheduler, pipeline_kwargs = self.scheduler, self.pipeline_kwargs
+        if role.name == "teacher":
+            scheduler = self.teacher_scheduler
+            pipeline_kwargs = pipeline_kwargs | self.models.teacher_pipeline_kwargs()
+        pipeline = self.models.pipeline
+        scheduler = type(scheduler).from_config(scheduler.config)
+        pipeline.register_modules(scheduler=scheduler, **{self.models.network_name: role.module})
+        pipeline.set_progress_bar_config(disable=True)
+        images, latents = generate_images(self.runtime.accelerator, pipeline, self.args, pipeline_kwargs)
+        self.runtime.log_image(f"validation/{role.name}", grid(images), iteration)
+        if debug_latents:
+            rows = decode_debug_latents(self.models.vae, debug_latents)
+            self.runtime.log_image("panel/" + " ".join(debug_latents), grid(rows), iteration)
+        statistics = image_statistics(images) | latent_statistics(latents)
+        if role.name == "teacher":
+            self._teacher_statistics = statistics
+            return
+        teacher = self._teacher_statistics
+        signals = {f"signal/{name}": value / teacher[name] for name, value in statistics.items() if teacher[name] > 0}
+        self.runtime.accelerator.log(signals, step=iteration)
+        self._monitor.update(iteration, signals)
+        self.signals = {"iteration": iteration, **signals}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 # ---------------------------------------------------------------------------------------------------------------------
 def bind_generator(scheduler, generator) -> None:
-    """Makes a scheduler's `step` draw from `generator` (one, or a list of one per sample): not every pipeline hands it on."""
+    """Make a scheduler's `step` draw from `generator` (one, or one per sample): not every pipeline passes it on."""
     step = type(scheduler).step
     if "generator" in inspect.signature(step).parameters:
         scheduler.step = partial(step, scheduler, generator=generator)
 
 
 @contextmanager
-def kept_latents(vae: ModelMixin) -> Iterator[list[torch.Tensor]]:
-    """What the VAE is asked to decode meanwhile, on the CPU in float32."""
-    decode, kept = vae.decode, []
+def record_decoded_latents(vae: ModelMixin) -> Iterator[list[torch.Tensor]]:
+    """Yield a list to which the latents are added that the VAE decodes, on the CPU in float32."""
+    decode, recorded = vae.decode, []
 
-    def keep(latents: torch.Tensor, *args, **kwargs):
-        kept.append(latents.detach().float().cpu())
+    def record(latents: torch.Tensor, *args, **kwargs):
+        recorded.append(latents.detach().float().cpu())
         return decode(latents, *args, **kwargs)
 
-    vae.decode = keep
+    vae.decode = record
     try:
-        yield kept
+        yield recorded
     finally:
         vae.decode = decode
 
 
 def generate_images(
-    runtime: Runtime, pipeline, args, call: dict
+    accelerator, pipeline, args, pipeline_kwargs: dict
 ) -> tuple[list[list[Image.Image]], list[list[torch.Tensor]]]:
-    """Validation images and their latents (C, ...) of a stock pipeline call, lists of lists, one for each prompt.
+    """Generate --num_validation_images of each of --validation_prompts, split between the processes.
 
-    Each process draws its own, and gets all.
+    Returns:
+        (images, their latents (C, ...)) in all processes, each a list with a list per prompt.
     """
-    jobs = [(i, prompt) for prompt in args.validation_prompts for i in range(args.num_validation_images)]
-    rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
-    drawn = []
-    for number in range(rank, math.ceil(len(jobs) / world_size) * world_size, world_size):
-        # Past the last, once more: a sharded network runs in all ranks at once, or in none.
-        i, prompt = jobs[min(number, len(jobs) - 1)]
-        generator = torch.Generator().manual_seed(args.seed + i)
-        bind_generator(pipeline.scheduler, generator)
-        # The student is in fp32, VAE and text encoders may not be.
-        with torch.no_grad(), runtime.accelerator.autocast(), kept_latents(pipeline.vae) as latents:
-            image = pipeline(prompt=prompt, generator=generator, **call).images[0]
-        if number < len(jobs):
-            drawn.append((number, image, latents[-1][0]))
-    drawn = sorted(runtime.gather_objects(drawn), key=lambda found: found[0])
-    rows = [drawn[i : i + args.num_validation_images] for i in range(0, len(drawn), args.num_validation_images)]
-    return [[image for _, image, _ in row] for row in rows], [[latents for _, _, latents in row] for row in rows]
+    num_images, results = args.num_validation_images, {}
+    jobs = list(enumerate(itertools.product(args.validation_prompts, range(num_images))))
+    # Padded: the shards of a network are gathered in all processes at once.
+    with accelerator.split_between_processes(jobs, apply_padding=True) as own_jobs:
+        for index, (prompt, number) in own_jobs:
+            generator = torch.Generator().manual_seed(args.seed + number)
+            bind_generator(pipeline.scheduler, generator)
+            # Autocast: the student is in float32, VAE and text encoders may not be.
+            with torch.no_grad(), accelerator.autocast(), record_decoded_latents(pipeline.vae) as latents:
+                image = pipeline(prompt=prompt, generator=generator, **pipeline_kwargs).images[0]
+            results[index] = image, latents[-1][0]
+    results = dict(gather_object(list(results.items())))
+    images, latents = zip(*(results[index] for index, _ in jobs))
+    starts = range(0, len(jobs), num_images)
+    return [list(images[i : i + num_images]) for i in starts], [list(latents[i : i + num_images]) for i in starts]
 
 
-def decode_debug_latents(vae: ModelMixin, debug_latents: dict[str, torch.Tensor], images: int = 4) -> Image.Image:
-    """What the last student's turn looked at, decoded: a row for each of student, teacher and fake x0, ISG direct and target."""
-    rows = []
-    for latents in debug_latents.values():
-        with torch.no_grad():
-            decoded = decode(vae, latents[:images])
-        rows.append(VaeImageProcessor().postprocess(decoded.cpu(), output_type="pil"))
-    return image_grid(rows)
+@torch.no_grad()
+def decode_debug_latents(vae: ModelMixin, debug_latents: dict[str, torch.Tensor]) -> list[list[Image.Image]]:
+    """Decode the first NUM_DEBUG_LATENTS of each of the debug latents (B, C, ...) to a row of images."""
+    images = [decode(vae, latents[:NUM_DEBUG_LATENTS]).cpu() for latents in debug_latents.values()]
+    return [VaeImageProcessor().postprocess(row, output_type="pil") for row in images]
 
 
-def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of equally sized images as one image."""
-    width, height = rows[0][0].size
-    grid = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            grid.paste(image, (x * width, y * height))
-    return grid
+def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Paste rows of as many images each, all of one size, into one image."""
+    return make_image_grid(list(itertools.chain(*rows)), rows=len(rows), cols=len(rows[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers
+# Statistics
 # ---------------------------------------------------------------------------------------------------------------------
 def image_statistics(rows: Sequence[Sequence[Image.Image]]) -> dict[str, float]:
-    """What a student that goes wrong gets wrong first, of images in [0, 1].
+    """Measure, on values in [0, 1], what a diverging student gets wrong first.
 
     Args:
         rows: the images of each prompt.
     Returns:
-        diversity: mean distance (root of the mean square) of two images of one prompt, as thumbnails; only where there are two.
-        saturation: mean of largest less smallest channel.
+        diversity: root mean square difference of two images of a prompt, as thumbnails; absent for one image a prompt.
+        saturation: mean of the largest minus the smallest channel.
         contrast: standard deviation of the luminance within an image.
-        sharpness: energy of the luminance at more than half of the highest frequency, in either direction, per pixel.
+        sharpness: energy per pixel of the luminance above half of the highest frequency, in either direction.
     """
-    found = {"saturation": [], "contrast": [], "sharpness": []}
+    statistics = {"saturation": [], "contrast": [], "sharpness": []}
     for image in itertools.chain(*rows):
-        pixels, grey = (np.asarray(image.convert(mode), dtype=np.float64) / 255 for mode in ("RGB", "L"))
-        found["saturation"].append(np.ptp(pixels, axis=2).mean())
-        found["contrast"].append(grey.std())
-        spectrum = np.abs(np.fft.fft2(grey)) ** 2 / grey.size**2
-        high = [np.abs(np.fft.fftfreq(side)) > 0.25 for side in grey.shape]
-        found["sharpness"].append(spectrum[high[0][:, None] | high[1]].sum())
-    size = (THUMBNAIL, THUMBNAIL)
+        pixels, luminance = (np.asarray(image.convert(mode), dtype=np.float64) / 255 for mode in ("RGB", "L"))
+        statistics["saturation"].append(np.ptp(pixels, axis=2).mean())
+        statistics["contrast"].append(luminance.std())
+        spectrum = np.abs(np.fft.fft2(luminance)) ** 2 / luminance.size**2
+        high = [np.abs(np.fft.fftfreq(side)) > 0.25 for side in luminance.shape]
+        statistics["sharpness"].append(spectrum[high[0][:, None] | high[1]].sum())
+    size = (THUMBNAIL_SIZE, THUMBNAIL_SIZE)
     for row in rows:
-        small = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)) / 255 for image in row]
-        for one, other in itertools.combinations(small, 2):
-            found.setdefault("diversity", []).append(np.sqrt(((one - other) ** 2).mean()))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+        thumbnails = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)) / 255 for image in row]
+        for a, b in itertools.combinations(thumbnails, 2):
+            statistics.setdefault("diversity", []).append(np.sqrt(((a - b) ** 2).mean()))
+    return {name: float(np.mean(values)) for name, values in statistics.items()}
 
 
 def latent_statistics(rows: Sequence[Sequence[torch.Tensor]]) -> dict[str, float]:
-    """The same of what the VAE decoded: every number that the student draws counts, not what is left of it in a thumbnail.
+    """Measure the same of the latents that the VAE decoded, in which every value counts that the student generates.
 
     Args:
         rows: the latents (C, ...) of the images of each prompt.
     Returns:
-        latent_diversity: distance (root of the mean square) of two of one prompt; only where there are two.
+        latent_diversity: root mean square difference of two of a prompt; absent for one image a prompt.
         latent_contrast: standard deviation within a channel, mean over channels.
     """
-    found = {
-        "latent_contrast": [
-            latents.flatten(1).std(1, correction=0).mean().item() for latents in itertools.chain(*rows)
-        ]
+    latents, pairs = itertools.chain(*rows), [pair for row in rows for pair in itertools.combinations(row, 2)]
+    statistics = {
+        "latent_contrast": [each.flatten(1).std(1, correction=0).mean().item() for each in latents],
+        "latent_diversity": [(a - b).square().mean().sqrt().item() for a, b in pairs],
     }
-    pairs = itertools.chain(*(itertools.combinations(row, 2) for row in rows))
-    distances = [(one - other).square().mean().sqrt().item() for one, other in pairs]
-    if distances:
-        found["latent_diversity"] = distances
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    return {name: float(np.mean(values)) for name, values in statistics.items() if values}

@@ -1,30 +1,33 @@
-"""evaluate.py and its metrics: closed forms, transformers' own scores, what is kept, and what is refused."""
+"""evaluate.py and its metrics: closed forms, transformers' own scores, the cache, and bad input."""
 
 import json
 import logging
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_converters import hpsv2_shapes, imagereward_shapes, weights
+from published_files import hpsv2_config, hpsv2_weights, imagereward_config, imagereward_weights
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Model
 
 import evaluate
 import train_senseflow_flux as script
-from helpers import refused
+from helpers import ROOT, refused
 from senseflow.errors import UserError
 from senseflow.evaluation import converters, scorers
+from senseflow.evaluation.converters import ImageReward, load_published, transformer_sizes
 from senseflow.evaluation.metrics import (
-    bootstrap,
-    centre_patch,
-    cosine,
+    bootstrap_error,
+    center_patch,
+    clip_score,
     diversity,
     frechet_distance,
-    scaled_cosine,
+    pickscore,
     standard_error,
 )
 from tiny_pipelines import clip_config, clip_tokenizer
@@ -36,7 +39,7 @@ def randn(*shape, seed=0):
 
 @pytest.mark.parametrize("rows, others, width", [(400, 300, 6), (20, 15, 40), (60, 12, 20)])
 def test_frechet_distance_of_gaussians(rows, others, width):
-    """In closed form where covariances commute; of identical sets none; of any others as scipy's definition, by eigenvalues."""
+    """It is 0 for identical sets, in closed form where covariances commute, and else as defined, by eigenvalues."""
     first, second = randn(rows, width), randn(others, width, seed=1) * 1.4 + 0.3
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6 * first.var(0).sum().item())
     scaled = 3 * first + 2  # means m and 3 m + 2, covariances C and 9 C
@@ -52,38 +55,48 @@ def test_frechet_distance_of_gaussians(rows, others, width):
 def test_errors_are_over_prompts():
     scores, groups = torch.tensor([1.0, 3.0, 2.0, 6.0]), [0, 0, 1, 1]
     assert standard_error(scores, groups) == pytest.approx(math.sqrt(2) / math.sqrt(2))  # of the means 2 and 4
-    assert math.isnan(standard_error(scores, [0, 0, 0, 0]))
+    assert standard_error(scores, [0, 0, 0, 0]) is None
     features = randn(300, 1)
-    mean_of = lambda a, b: a.mean().item() - b.mean().item()  # noqa: E731
-    found = bootstrap(mean_of, features, features, list(range(300)), 400)
-    assert found == pytest.approx(features.std().item() / math.sqrt(300), rel=0.2)
-    twins = features[:150].repeat_interleave(2, 0)  # images of one prompt are drawn together
-    found = bootstrap(mean_of, twins, twins, [i // 2 for i in range(300)], 400)
-    assert found == pytest.approx(features[:150].std().item() / math.sqrt(150), rel=0.2)
+
+    def mean_difference(a, b):
+        return a.mean().item() - b.mean().item()
+
+    error = bootstrap_error(mean_difference, features, features, list(range(300)), 400)
+    assert error == pytest.approx(features.std().item() / math.sqrt(300), rel=0.2)
+    pairs = features[:150].repeat_interleave(2, 0)  # images of one prompt are resampled together
+    error = bootstrap_error(mean_difference, pairs, pairs, [i // 2 for i in range(300)], 400)
+    assert error == pytest.approx(features[:150].std().item() / math.sqrt(150), rel=0.2)
 
 
 def test_diversity_is_within_prompts():
     x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
     features = torch.stack([x, 3 * x, y, -y, x, y, y])
-    found = diversity(features, [0, 0, 1, 1, 2, 2, 3])
-    assert found.tolist() == pytest.approx([0, 2, 1])  # the same, opposite, at right angles; and a prompt of one image
+    spreads = diversity(features, [0, 0, 1, 1, 2, 2, 3])
+    assert spreads.tolist() == pytest.approx([0, 2, 1])  # parallel, opposite, orthogonal; and a prompt with one image
     assert len(diversity(features[:1], [0])) == 0
 
 
 @pytest.mark.parametrize("size, corner", [((299, 299), (0, 0)), ((302, 300), (1, 0)), ((401, 511), (51, 106))])
-def test_a_patch_is_the_unscaled_centre(size, corner):
+def test_center_patch_is_not_scaled(size, corner):
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     left, top = corner
-    assert np.array_equal(
-        np.asarray(centre_patch(Image.fromarray(pixels))), pixels[top : top + 299, left : left + 299]
-    )
+    patch = np.asarray(center_patch(Image.fromarray(pixels)))
+    assert np.array_equal(patch, pixels[top : top + 299, left : left + 299])
+
+
+def test_help_imports_no_torch():
+    code = "import sys, runpy; sys.argv = ['evaluate.py', '--help']\n"
+    code += f"try: runpy.run_path({str(ROOT / 'evaluate.py')!r}, run_name='__main__')\n"
+    code += "except SystemExit: print(sorted({'torch', 'transformers', 'diffusers', 'datasets'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--feature_model" in run.stdout and run.stdout.splitlines()[-1] == "[]"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 class Inception(torch.nn.Module):
-    """In the place of the published one: called as it is, on uint8 images."""
+    """Takes the place of the published network, and has its interface: uint8 images."""
 
     def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(x.float(), [4, 4]).flatten(1)
@@ -92,7 +105,7 @@ class Inception(torch.nn.Module):
 PROMPTS = ["a red circle", "a red circle", "a blue square", "a blue square", "a cat", "a cat"]
 
 
-def draw(folder, seed, size=300, prompts=PROMPTS):
+def generate(folder, seed, size=300, prompts=PROMPTS):
     folder.mkdir()
     rng = np.random.default_rng(seed)
     with open(folder / "metadata.jsonl", "w") as lines:
@@ -105,246 +118,215 @@ def draw(folder, seed, size=300, prompts=PROMPTS):
 
 @pytest.fixture
 def folders(tmp_path):
-    return draw(tmp_path / "student", 1), draw(tmp_path / "teacher", 2)
+    return generate(tmp_path / "student", 1), generate(tmp_path / "teacher", 2)
 
 
 @pytest.fixture(scope="module")
-def judges(tmp_path_factory, vision):
+def network_flags(tmp_path_factory, vision):
     """Flags of tiny networks of all kinds."""
-    path, tokenizer = tmp_path_factory.mktemp("judges"), clip_tokenizer()
+    path, tokenizer = tmp_path_factory.mktemp("networks"), clip_tokenizer()
     torch.jit.script(Inception()).save(path / "inception.pt")
-    sight = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "patch_size": 16,
-    }
-    config = CLIPConfig(
-        text_config=clip_config(tokenizer).to_dict(), vision_config=sight | {"image_size": 64}, projection_dim=16
-    )
+    sizes = transformer_sizes(32, layers=2, heads=2) | {"patch_size": 16, "image_size": 64}
+    config = CLIPConfig(text_config=clip_config(tokenizer).to_dict(), vision_config=sizes, projection_dim=16)
     torch.manual_seed(0)
-    model = CLIPModel(config).eval()
+    CLIPModel(config).save_pretrained(path / "clip")
+    tokenizer.save_pretrained(path / "clip")
+    Dinov2Model.from_pretrained(vision / "dinov2").save_pretrained(path / "dinov2")
     for folder in (path / "clip", path / "dinov2"):
         size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
         CLIPImageProcessorPil(**size).save_pretrained(folder)
-    model.save_pretrained(path / "clip")
-    tokenizer.save_pretrained(path / "clip")
-    Dinov2Model.from_pretrained(vision / "dinov2").save_pretrained(path / "dinov2")
-    torch.save(weights(hpsv2_shapes(len(tokenizer))), path / "hps.pt")
-    torch.save(weights(imagereward_shapes(len(tokenizer))), path / "imagereward.pt")
+    torch.save(hpsv2_weights(len(tokenizer)), path / "hps.pt")
+    torch.save(imagereward_weights(len(tokenizer)), path / "imagereward.pt")
     flags = ["--inception", path / "inception.pt", "--clip_model", path / "clip", "--pickscore_model", path / "clip"]
-    flags += [
-        "--hpsv2",
-        path / "hps.pt",
-        "--imagereward",
-        path / "imagereward.pt",
-        "--imagereward_tokenizer",
-        path / "clip",
-    ]
-    return [str(word) for word in (*flags, "--feature_model", path / "dinov2", "--device", "cpu")]
+    flags += ["--hpsv2", path / "hps.pt", "--imagereward", path / "imagereward.pt"]
+    flags += ["--imagereward_tokenizer", path / "clip", "--feature_model", path / "dinov2", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorers, "HPSV2_CONFIG", hpsv2_config(len(tokenizer)))
+        patch.setattr(scorers, "IMAGEREWARD_CONFIG", imagereward_config(len(tokenizer)))
+        yield [str(word) for word in flags]
 
 
-def run(folders, judges, tmp_path, *more):
+def run(folders, network_flags, tmp_path, *more):
     student, teacher = folders
-    command = ["--images", student, "--reference", teacher, "--output", tmp_path / "report.json", *judges, *more]
+    output = tmp_path / "report.json"
+    command = ["--images", student, "--reference", teacher, "--output", output, *network_flags, *more]
     evaluate.main([str(word) for word in command])
-    return json.loads((tmp_path / "report.json").read_text())["metrics"]
+    return json.loads(output.read_text())["metrics"]
 
 
-def test_all_metrics_and_the_table(folders, judges, tmp_path, caplog):
-    """Each against what transformers, or numpy on the images' pixels, says."""
+def test_all_metrics_and_the_table(folders, network_flags, tmp_path, caplog):
+    """Each metric equals what transformers, or numpy on the images' pixels, computes."""
     table = tmp_path / "table.md"
-    asked = ["--metrics", *evaluate.METRICS, "--append_to", table, "--bootstrap", "3"]
+    flags = ["--metrics", *evaluate.METRICS, "--append_to", table, "--bootstrap", "3", "--batch_size", "4"]
     with caplog.at_level(logging.WARNING):
-        found = run(folders, judges, tmp_path, *asked, "--batch_size", "4", "--clip_prefix", "A photo depicts ")
-    assert "fid: of 6 and 6 images, in 48 dimensions" in caplog.text
-    run(folders, judges, tmp_path, "--metrics", "clip", "--append_to", table)
+        results = run(folders, network_flags, tmp_path, *flags, "--clip_prefix", "A photo depicts ")
+    assert "fid: 6 and 6 images for 48 dimensions" in caplog.text
+    run(folders, network_flags, tmp_path, "--metrics", "clip", "--append_to", table)
     lines = table.read_text().splitlines()
-    assert (
-        len(lines) == 4
-        and lines[0] == "| | n | FID-T | Patch FID-T | CLIP | HPSv2 | Pick | ImageReward | FD | diversity |"
-    )
-    assert all(line.count("|") == 11 for line in lines) and f"{found['fid']['value']:.4g} ± " in lines[2]
+    assert len(lines) == 4
+    assert lines[0] == "| | n | FID-T | Patch FID-T | CLIP | HPSv2 | Pick | ImageReward | FD | diversity |"
+    assert all(line.count("|") == 11 for line in lines) and f"{results['fid']['value']:.4g} ± " in lines[2]
 
     images = [[Image.open(folder / f"{i:04d}.png") for i in range(6)] for folder in folders]
-    look = Inception()
-    pixels = [[torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in own] for own in images]
-    features = [torch.cat([look(image) for image in own]) for own in pixels]
-    assert found["fid"]["value"] == pytest.approx(frechet_distance(*features), rel=1e-6)
-    features = [torch.cat([look(image[..., :299, 2:301]) for image in own]) for own in pixels]
-    assert found["patch_fid"]["value"] == pytest.approx(frechet_distance(*features), rel=1e-6)
+    inception = Inception()
+    pixels = [[torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in each] for each in images]
+    features = [torch.cat([inception(image) for image in each]) for each in pixels]
+    assert results["fid"]["value"] == pytest.approx(frechet_distance(*features), rel=1e-6)
+    features = [torch.cat([inception(image[..., :299, 2:301]) for image in each]) for each in pixels]
+    assert results["patch_fid"]["value"] == pytest.approx(frechet_distance(*features), rel=1e-6)
 
-    path = judges[judges.index("--clip_model") + 1]
-    model, process, tokenizer = (
-        CLIPModel.from_pretrained(path),
-        CLIPImageProcessorPil.from_pretrained(path),
-        clip_tokenizer(),
-    )
-    shown = process(images=images[0], return_tensors="pt")
+    def path_of(flag):
+        return Path(network_flags[network_flags.index(flag) + 1])
+
+    clip, tokenizer = CLIPModel.from_pretrained(path_of("--clip_model")), clip_tokenizer()
+    process = CLIPImageProcessorPil.from_pretrained(path_of("--clip_model"))
+    inputs = process(images=images[0], return_tensors="pt")
     for name, prefix in (("clip", "A photo depicts "), ("pickscore", "")):
-        texts = tokenizer([prefix + prompt for prompt in PROMPTS], padding=True, return_tensors="pt")
+        tokens = tokenizer([prefix + prompt for prompt in PROMPTS], padding=True, return_tensors="pt")
         with torch.no_grad():
-            logits = model(**shown, **texts).logits_per_image.diag()
-        wanted = logits.mean() / (model.logit_scale.exp() if name == "clip" else 1)
-        assert found[name]["value"] == pytest.approx(wanted.item(), rel=1e-4)
-        assert found[name]["n"] == 6 and found[name]["standard_error"] > 0
-    files = [Path(judges[judges.index(flag) + 1]) for flag in ("--hpsv2", "--imagereward")]
-    score, reward = converters.read_hpsv2(files[0]), converters.read_imagereward(files[1])
-    shown = torch.stack([converters.hpsv2_pixels(28, image) for image in images[0]])
-    texts = tokenizer(PROMPTS, padding=True, truncation=True, max_length=8, return_tensors="pt")
+            logits = clip(**inputs, **tokens).logits_per_image.diag()
+        wanted = logits.mean() / (clip.logit_scale.exp() if name == "clip" else 1)
+        assert results[name]["value"] == pytest.approx(wanted.item(), rel=1e-4)
+        assert results[name]["n"] == 6 and results[name]["standard_error"] > 0
+
+    hpsv2 = load_published("", path_of("--hpsv2"), CLIPModel(hpsv2_config(len(tokenizer))))
+    inputs = torch.stack([converters.hpsv2_pixels(28, image) for image in images[0]])
+    tokens = tokenizer(PROMPTS, padding=True, truncation=True, max_length=8, return_tensors="pt")
     with torch.no_grad():
-        said = score(pixel_values=shown, **texts)
-    wanted = (said.image_embeds * said.text_embeds).sum(1).mean().item()
-    assert found["hpsv2"]["value"] == pytest.approx(wanted, rel=1e-4)
-    shown = torch.stack([converters.imagereward_pixels(32, image) for image in images[0]])
-    texts = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        outputs = hpsv2(pixel_values=inputs, **tokens)
+    wanted = (outputs.image_embeds * outputs.text_embeds).sum(1).mean().item()
+    assert results["hpsv2"]["value"] == pytest.approx(wanted, rel=1e-4)
+
+    reward = load_published("", path_of("--imagereward"), ImageReward(imagereward_config(len(tokenizer))))
+    inputs = torch.stack([converters.imagereward_pixels(32, image) for image in images[0]])
+    tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     with torch.no_grad():
-        scores = reward(shown, texts.input_ids, texts.attention_mask)
-    assert found["imagereward"]["value"] == pytest.approx(scores.mean().item(), rel=1e-4) and scores.std() > 1e-4
-    dino = Dinov2Model.from_pretrained(judges[judges.index("--feature_model") + 1]).eval()
+        scores = reward(inputs, tokens.input_ids, tokens.attention_mask)
+    assert results["imagereward"]["value"] == pytest.approx(scores.mean().item(), rel=1e-4) and scores.std() > 1e-4
+
+    dino = Dinov2Model.from_pretrained(path_of("--feature_model")).eval()
     with torch.no_grad():
-        features = [dino(**process(images=own, return_tensors="pt")).last_hidden_state[:, 0] for own in images]
-    assert found["fd"]["value"] == pytest.approx(frechet_distance(*features), rel=1e-3)
-    groups = [0, 0, 1, 1, 2, 2]
-    own, theirs = (diversity(each, groups).mean().item() for each in features)
-    assert found["diversity"]["value"] == pytest.approx(own, rel=1e-3)
-    assert found["diversity"]["share_of_reference"] == pytest.approx(own / theirs, rel=1e-3)
-    torch.testing.assert_close(cosine(features[0], features[1]) * math.e, scaled_cosine(features[0], features[1], 1.0))
+        features = [dino(**process(images=each, return_tensors="pt")).last_hidden_state[:, 0] for each in images]
+    assert results["fd"]["value"] == pytest.approx(frechet_distance(*features), rel=1e-3)
+    student, teacher = (diversity(each, [0, 0, 1, 1, 2, 2]).mean().item() for each in features)
+    assert results["diversity"]["value"] == pytest.approx(student, rel=1e-3)
+    assert results["diversity"]["share_of_reference"] == pytest.approx(student / teacher, rel=1e-3)
+    torch.testing.assert_close(clip_score(*features) * math.e, pickscore(*features, 1.0))
 
 
-def test_features_are_kept_until_a_image_changes_and_a_killed_run_goes_on(folders, judges, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "CHUNK", 2)
-    looked = []
-    load = scorers.load_inception
+def test_features_are_cached_until_an_image_changes(folders, network_flags, tmp_path, monkeypatch):
+    """A killed run continues where it stopped."""
+    monkeypatch.setattr(scorers, "CHUNK_SIZE", 2)
+    encoded, load, write = [], scorers.load_inception, scorers.write_features
 
-    def counted(*args, **kwargs):
-        network = load(*args, **kwargs)
-        look = network.look
-        network.look = lambda batch: looked.extend(range(len(batch))) or look(batch)
-        return network
+    def load_and_count(*args):
+        scorer = load(*args)
+        network = scorer.encode_images
+        scorer.encode_images = lambda batch: encoded.extend(batch) or network(batch)
+        return scorer
 
-    def cannot(*args):
-        raise KeyboardInterrupt
+    def stop_at_third_chunk(*args):
+        if len(encoded) > 4:
+            raise KeyboardInterrupt
+        write(*args)
 
-    monkeypatch.setattr(scorers, "load_inception", counted)
-    keep, calls = evaluate.keep, []
-    monkeypatch.setattr(evaluate, "keep", lambda *args: calls.append(1) or (keep if len(calls) < 3 else cannot)(*args))
+    monkeypatch.setattr(scorers, "load_inception", load_and_count)
+    monkeypatch.setattr(scorers, "write_features", stop_at_third_chunk)
     with pytest.raises(KeyboardInterrupt):
-        run(folders, judges, tmp_path, "--metrics", "fid")
-    monkeypatch.setattr(evaluate, "keep", keep)
-    looked.clear()
-    first = run(folders, judges, tmp_path, "--metrics", "fid")
-    assert len(looked) == 12 - 4  # two chunks were there
-    looked.clear()
-    assert run(folders, judges, tmp_path, "--metrics", "fid") == first and not looked
+        run(folders, network_flags, tmp_path, "--metrics", "fid")
+    monkeypatch.setattr(scorers, "write_features", write)
+    encoded.clear()
+    first = run(folders, network_flags, tmp_path, "--metrics", "fid")
+    assert len(encoded) == 12 - 4  # two chunks were cached
+    encoded.clear()
+    assert run(folders, network_flags, tmp_path, "--metrics", "fid") == first and not encoded
     Image.open(folders[1] / "0001.png").save(folders[0] / "0003.png")
     os.utime(folders[0] / "0003.png", ns=(0, 0))
-    other = run(folders, judges, tmp_path, "--metrics", "fid")
-    assert len(looked) == 2 and other != first
+    assert run(folders, network_flags, tmp_path, "--metrics", "fid") != first and len(encoded) == 2
 
 
-def test_real_images_and_a_file_of_prompts(folders, judges, tmp_path):
+def test_real_images_and_a_file_of_prompts(folders, network_flags, tmp_path):
     student, teacher = folders
-    rows = {
-        "keys": list("abcdef"),
-        "image_paths": [f"teacher/{i:04d}.png" for i in range(6)],
-        "prompts": [["x", "y"]] * 6,
-    }
-    (tmp_path / "real.json").write_text(json.dumps(rows))
+    captions = {"image_paths": [f"teacher/{i:04d}.png" for i in range(6)], "prompts": [["x", "y"]] * 6}
+    (tmp_path / "real.json").write_text(json.dumps(captions))
     (student / "metadata.jsonl").unlink()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    plain = run(folders, judges, tmp_path, "--metrics", "fid", "clip", "--prompts_file", tmp_path / "prompts.txt")
-    real = run((student, tmp_path / "real.json"), judges, tmp_path, "--metrics", "fid")
+    plain = run(
+        folders, network_flags, tmp_path, "--metrics", "fid", "clip", "--prompts_file", tmp_path / "prompts.txt"
+    )
+    real = run((student, tmp_path / "real.json"), network_flags, tmp_path, "--metrics", "fid")
     assert real["fid"]["value"] == pytest.approx(plain["fid"]["value"], rel=1e-6) and plain["clip"]["n"] == 6
 
 
 REFUSED = {
-    "no folder": (["--images", "{root}/none"], "--images {root}/none: is no folder"),
-    "no images": (["--images", "{root}/empty"], "--images {root}/empty: holds no image"),
-    "unreadable": (["--images", "{root}/broken"], "1 images cannot be read, one is 0001.png"),
-    "no reference": (["--metrics", "fd"], "--metrics fd: compares with other images; give --reference"),
-    "no prompts": (["--images", "{root}/bare", "--metrics", "clip"], "--metrics clip: no prompt is known of"),
-    "too few prompts": (
-        ["--images", "{root}/bare", "--prompts_file", "{root}/one.txt"],
-        "no line is that of 0001.png",
-    ),
-    "a line cut": (["--images", "{root}/cut"], "metadata.jsonl has no prompt of 1 images, one is 0001.png"),
-    "other prompts": (["--metrics", "fid", "--reference", "{root}/other"], "are of different prompts"),
+    "no folder": ("--images {root}/none", "--images {root}/none: no such folder"),
+    "no images": ("--images {root}/empty", "--images {root}/empty: has no image"),
+    "unreadable": ("--images {root}/broken", "1 images cannot be read, such as 0001.png"),
+    "no reference": ("--metrics fd", "--metrics fd: compares with other images; give --reference"),
+    "no prompts": ("--images {root}/bare --metrics clip", "--metrics clip: {root}/bare has no prompts"),
+    "one image": ("--metrics diversity", "--metrics diversity: no prompt has two images; generate several for each"),
+    "too few prompts": ("--images {root}/bare --prompts_file {root}/one.txt", "no prompt for 0001.png"),
+    "a line cut": ("--images {root}/cut", "metadata.jsonl lacks the prompt of an image"),
+    "a line missing": ("--images {root}/short", "metadata.jsonl lacks the prompt of an image ('0001.png')"),
+    "other prompts": ("--metrics fid --reference {root}/other", "have different prompts"),
     "small": (
-        ["--metrics", "patch_fid", "--reference", "{root}/small"],
-        "0000.png is 67 x 64, smaller than a patch of 299",
+        "--metrics patch_fid --reference {root}/small",
+        "0000.png has 67 x 64 pixels, fewer than the patch of 299",
     ),
-    "inception": (
-        ["--metrics", "fid", "--reference", "{root}/student", "--inception", "none.pt"],
-        "--inception none.pt: is no file",
-    ),
-    "hpsv2": (
-        ["--metrics", "hpsv2", "--hpsv2", "none"],
-        "--hpsv2 none: is no file, and --metrics hpsv2 needs HPS_v2.1_compr",
-    ),
-    "device": (["--device", "nowhere"], "--device nowhere: not available here"),
-    "no checkpoints": (
-        ["--checkpoints", "{root}/empty", "--prompts_file", "x"],
-        "{root}/empty: holds no checkpoint-N",
-    ),
-    "captions": (
-        ["--reference", "{root}/cut/metadata.jsonl", "--metrics", "fd"],
-        "no images and captions can be read",
-    ),
+    "inception": ("--metrics fid --reference {root}/student --inception none.pt", "--inception none.pt: no such file"),
+    "hpsv2": ("--metrics hpsv2 --hpsv2 none", "--hpsv2 none: no such file; --metrics hpsv2 needs HPS_v2.1_compr"),
+    "device": ("--device nowhere", "--device nowhere: not available here"),
+    "batch size": ("--batch_size 0", "argument --batch_size: must be 1 or more"),
+    "no checkpoints": ("--checkpoints {root}/empty --prompts_file x", "{root}/empty: has no checkpoint-N"),
+    "no prompts file": ("--checkpoints {root}/empty", "{root}/empty: give --prompts_file"),
+    "captions": ("--reference {root}/cut/metadata.jsonl --metrics fd", "cannot read images and captions"),
 }
 
 
+@pytest.fixture(scope="module")
+def bad_input(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad_input")
+    for name in ("student", "broken", "bare", "cut", "short"):
+        generate(root / name, 0, prompts=["a", "b"])
+    generate(root / "other", 0, prompts=["a", "c"])
+    generate(root / "small", 0, size=64, prompts=["a", "b"])
+    (root / "empty").mkdir()
+    (root / "one.txt").write_text("a\n")
+    (root / "broken/0001.png").write_bytes(b"no image")
+    (root / "bare/metadata.jsonl").unlink()
+    lines = (root / "cut/metadata.jsonl").read_text().splitlines()
+    (root / "cut/metadata.jsonl").write_text(lines[0] + "\n" + lines[1][:9])
+    (root / "short/metadata.jsonl").write_text(lines[0] + "\n")
+    return root
+
+
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_one_line_before_a_network_loads(case, judges, tmp_path, capsys, monkeypatch):
-    for name in ("student", "broken", "bare", "cut"):
-        draw(tmp_path / name, 0, prompts=["a", "b"])
-    draw(tmp_path / "other", 0, prompts=["a", "c"])
-    draw(tmp_path / "small", 0, size=64, prompts=["a", "b"])
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "one.txt").write_text("a\n")
-    (tmp_path / "broken/0001.png").write_bytes(b"no image")
-    (tmp_path / "bare/metadata.jsonl").unlink()
-    lines = (tmp_path / "cut/metadata.jsonl").read_text().splitlines()
-    (tmp_path / "cut/metadata.jsonl").write_text(lines[0] + "\n" + lines[1][:9])
-    for name in ("load_inception", "load_vision", "load_clip", "load_hpsv2", "load_imagereward"):
-        monkeypatch.setattr(
-            scorers, name, lambda *args, **kwargs: pytest.fail("a network was loaded before the check")
-        )
+def test_bad_input_is_one_line_before_a_network_loads(case, network_flags, bad_input, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_scorer", lambda *args: pytest.fail("a network was loaded before the check"))
     flags, needle = REFUSED[case]
-    given = [] if "--checkpoints" in flags else ["--images", str(tmp_path / "student")]
-    arguments = [*given, *judges, *(flag.format(root=tmp_path) for flag in flags)]
-    refused(evaluate, arguments, 2, needle.format(root=tmp_path), capsys)
+    images = [] if "--checkpoints" in flags else ["--images", str(bad_input / "student")]
+    arguments = [*images, *network_flags, *flags.format(root=bad_input).split()]
+    refused(evaluate, arguments, 2, needle.format(root=bad_input), capsys)
 
 
-def test_a_image_that_breaks_off_is_named(folders, judges, tmp_path):
+def test_a_truncated_image_is_named(folders, network_flags, tmp_path):
     file = folders[0] / "0004.png"
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(UserError, match=rf"{file}: cannot be read \(image file is truncated\)") as caught:
-        run(folders, judges, tmp_path, "--metrics", "fid")
+        run(folders, network_flags, tmp_path, "--metrics", "fid")
     assert caught.value.exit_code == 2
 
 
-def test_every_checkpoint_of_a_run(teacher, data, judges, tmp_path):
-    """Drawn, measured, and drawn as curves."""
+def test_every_checkpoint_of_a_run(teacher, data, network_flags, tmp_path):
+    """Each generates images and has metrics; their curves are plotted."""
     run = tmp_path / "run"
     arguments = ["--pretrained_model_name_or_path", str(teacher), "--dataset_json", str(data), "--resolution", "64"]
-    arguments += [
-        "--gan_weight",
-        "0",
-        "--max_train_steps",
-        "2",
-        "--ttur_ratio",
-        "1",
-        "--learning_rate",
-        "0.1",
-        "--lr_warmup_steps",
-        "0",
-    ]
+    arguments += ["--gan_weight", "0", "--max_train_steps", "2", "--ttur_ratio", "1", "--learning_rate", "0.1"]
+    arguments += ["--lr_warmup_steps", "0"]
     arguments += ["--checkpointing_steps", "1", "--report_to", "none", "--max_sequence_length", "16"]
     script.main([*arguments, "--output_dir", str(run)])
     (tmp_path / "prompts.txt").write_text("a red circle\na red circle\na cat\n")
-    command = ["--checkpoints", str(run), "--prompts_file", str(tmp_path / "prompts.txt"), *judges]
+    command = ["--checkpoints", str(run), "--prompts_file", str(tmp_path / "prompts.txt"), *network_flags]
     command += ["--metrics", "clip", "diversity", "--output", str(tmp_path / "report.json")]
     command += ["--append_to", str(tmp_path / "table.md")]
     evaluate.main(command)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from helpers import ROOT, refused
+from helpers import ROOT, models_class, refused
 from senseflow.memory import report
 from senseflow.memory.counter import GRADIENTS, STATES, WEIGHTS, Counter
 from senseflow.memory.report import GIB, candidates, under_zero, verdict, without
@@ -55,14 +55,14 @@ def flags(teacher, vision, data, tmp_path):
 def traced(script, arguments, fake=True, device="cpu") -> dict:
     """What a trace finds, of tensors without values or of real ones."""
     args = script.parse_args(arguments)
-    script.check_args(args)
+    source, _ = script.prepare(args)
     around = (patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True)) if fake else ()
     counter = Counter()
     with ExitStack() as stack:
         for context in (*around, counter):
             stack.enter_context(context)
-        own = (script.make_schedule, script.load_parts, script.train_iteration)
-        return trace(args, *own, counter, tqdm(disable=True, total=100), device)
+        own = (models_class(script), script.make_models, script.train_iteration)
+        return trace(args, source, *own, counter, tqdm(disable=True, total=100), device)
 
 
 def allocated(events) -> int:
@@ -188,7 +188,7 @@ def test_configurations_are_enough_and_what_is_printed_says_whether_it_fits(flag
     assert not (tmp_path / "out").exists()
     (bare / "transformer" / "config.json").unlink()
     refused(train_senseflow_flux, arguments, 2, f"{bare} (transformer): no readable FluxTransformer2DModel", capsys)
-    needle = "--dry_run: looks at no checkpoint; leave --resume_from_checkpoint latest out"
+    needle = "--dry_run: reads no checkpoint; leave out --resume_from_checkpoint latest"
     refused(
         train_senseflow_flux, [*flags("flux", "--dry_run"), "--resume_from_checkpoint", "latest"], 2, needle, capsys
     )

@@ -12,7 +12,7 @@ import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
 from helpers import built, refused
-from senseflow import arguments
+from senseflow.training import models as training_models
 from tiny_pipelines import write_sd3, write_sdxl
 
 
@@ -57,7 +57,7 @@ def attend(monkeypatch):
     monkeypatch.setattr(backends, "_active_backend", backends._active_backend)
     monkeypatch.setattr(diffusers.models.attention_processor, "is_xformers_available", lambda: True)
     monkeypatch.setattr(diffusers.models.attention_processor, "xformers", package, raising=False)
-    for module in (arguments, diffusers.models.attention_processor):  # both try xformers on a GPU first
+    for module in (training_models, diffusers.models.attention_processor):  # both try xformers on a GPU first
         monkeypatch.setattr(module, "torch", TorchWithGPU())
     return attend
 

@@ -206,10 +206,11 @@ def test_under_bf16_weights_and_residual_stream_stay_float32(deep):
 
 def test_the_backbone_follows_the_runs_precision_and_memory(vision):
     paths = {"discriminator_backbone": vision / "dinov2", "discriminator_text_encoder": vision / "clip"}
-    args = SimpleNamespace(**paths, discriminator_layers=None, learning_rate_disc=0.1, gradient_checkpointing=True)
-    args.discriminator_resolution = 24
-    runtime = SimpleNamespace(weight_dtype=torch.bfloat16, device="cpu", trained_role=lambda *_, **how: how)
-    _, network, _ = load_discriminator(args, runtime)
+    args = SimpleNamespace(
+        **paths, discriminator_layers=None, gradient_checkpointing=True, discriminator_resolution=24
+    )
+    heads, network, _ = load_discriminator(args, torch.bfloat16, "cpu")
+    assert all(tower.gradient_checkpointing for tower in (*heads.cls, *heads.refmap))
     assert network.dtype == torch.bfloat16 and network.gradient_checkpointing and network.resolution == 24
 
 

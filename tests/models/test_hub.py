@@ -21,6 +21,7 @@ from helpers import assert_same_image, image_of, refused, without
 from senseflow.errors import UserError
 from senseflow.models import discriminator
 from senseflow.models import hub as hub_module
+from senseflow.models.hub import ModelSource, load_network, load_pipeline
 from tiny_pipelines import cache_repository, only_variant, write_flux, write_sdxl
 
 
@@ -109,7 +110,7 @@ def test_the_hubs_reason_is_given(case, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_module, "resolve_revision", refuses)
     with pytest.raises(UserError, match=f"^--flag some/model: no such folder, and .*{reason}") as caught:
-        hub_module.read_json("--flag", "some/model", "model_index.json")
+        ModelSource("--flag", "some/model").read_json("model_index.json")
     assert caught.value.exit_code == 2
     # The weights are not what is at fault.
     (tmp_path / "model").mkdir()
@@ -118,7 +119,7 @@ def test_the_hubs_reason_is_given(case, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", library)
     with pytest.raises(UserError, match=f"^--flag some/model: .*{reason}") as caught:
-        hub_module.load_network(FluxTransformer2DModel, "--flag", "some/model", "transformer")
+        load_network(ModelSource("--flag", "some/model"), FluxTransformer2DModel, "transformer")
     assert caught.value.exit_code == 1 and "download or copy" not in str(caught.value)
 
 
@@ -160,12 +161,12 @@ def test_what_is_not_in_the_cache(hub, no_network, monkeypatch):
     with pytest.raises(
         UserError, match=r"some/model: no such folder, and the Hub cannot be reached \(.*not known\): try again"
     ):
-        hub_module.read_json("--flag", "some/model", "model_index.json")
+        ModelSource("--flag", "some/model").read_json("model_index.json")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="no such folder, and the cache .*/hub.* lacks it .*: unset HF_HUB_OFFLINE"):
-        hub_module.read_json("--flag", "some/model", "model_index.json")
+        ModelSource("--flag", "some/model").read_json("model_index.json")
     with pytest.raises(UserError, match="no/such/folder: no such folder, and it is no Hub id: give"):
-        hub_module.read_json("--flag", "no/such/folder", "model_index.json")
+        ModelSource("--flag", "no/such/folder").read_json("model_index.json")
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["switched off", "unreachable"])
@@ -177,9 +178,9 @@ def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, vision, hu
     assert len(list((tmp_path / "shards/transformer").glob("*-of-*.safetensors"))) > 1
     cache_repository(hub, "some/teacher", tmp_path / "shards", FIRST)
     cache_repository(hub, "some/network", tmp_path / "shards/transformer", FIRST)
-    transformer = hub_module.load_network(FluxTransformer2DModel, "--flag", "some/teacher", "transformer")
-    alone = hub_module.load_network(FluxTransformer2DModel, "--flag", "some/network", "transformer")
-    pipeline = hub_module.load_pipeline(type(whole), "--flag", "some/teacher", transformer=transformer)
+    transformer = load_network(ModelSource("--flag", "some/teacher"), FluxTransformer2DModel, "transformer")
+    alone = load_network(ModelSource("--flag", "some/network"), FluxTransformer2DModel, "transformer")
+    pipeline = load_pipeline(ModelSource("--flag", "some/teacher"), type(whole), transformer=transformer)
     for found in (transformer, alone):
         assert all(
             np.array_equal(a, b) for a, b in zip(found.state_dict().values(), whole.transformer.state_dict().values())
@@ -198,7 +199,7 @@ def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, vision, hu
     # A part that was never downloaded is the cache's fault.
     next((hub / "models--some--network/snapshots" / FIRST).glob("*00002-of*")).unlink()
     with pytest.raises(UserError, match="some/network: the .*cache.* lacks (it or )?a part of it"):
-        hub_module.load_network(FluxTransformer2DModel, "--flag", "some/network", "transformer")
+        load_network(ModelSource("--flag", "some/network"), FluxTransformer2DModel, "transformer")
 
 
 def test_a_process_keeps_to_one_commit(hub, tmp_path):
@@ -206,12 +207,13 @@ def test_a_process_keeps_to_one_commit(hub, tmp_path):
         (tmp_path / "card").mkdir(exist_ok=True)
         (tmp_path / "card/config.json").write_text(json.dumps({"commit": commit}))
         cache_repository(hub, "some/model", tmp_path / "card", commit)
-        assert hub_module.read_json("--flag", "some/model", "config.json") == {"commit": FIRST}
-    assert hub_module.commit_of("some/model") == FIRST and hub_module.commit_of("some/model", SECOND) == SECOND
-    assert hub_module.read_json("--flag", "some/model", "config.json", SECOND) == {"commit": SECOND}
-    assert hub_module.commit_of(str(tmp_path)) is None
+        assert ModelSource("--flag", "some/model").read_json("config.json") == {"commit": FIRST}
+    assert ModelSource("--flag", "some/model").commit == FIRST
+    assert ModelSource("--flag", "some/model", SECOND).commit == SECOND
+    assert ModelSource("--flag", "some/model", SECOND).read_json("config.json") == {"commit": SECOND}
+    assert ModelSource("--flag", str(tmp_path)).commit is None
     with pytest.raises(UserError, match="--revision main: .* is a folder"):
-        hub_module.commit_of(str(tmp_path), "main")
+        _ = ModelSource("--flag", str(tmp_path), "main").commit
 
 
 def test_a_run_remembers_how_its_teacher_is_loaded(teacher, data, hub, tmp_path, capsys):
@@ -234,6 +236,7 @@ def test_a_run_remembers_how_its_teacher_is_loaded(teacher, data, hub, tmp_path,
         str(tmp_path / "out"),
     ]
     flags += ["--max_train_steps"]
+    capsys.readouterr()
     refused(
         train_senseflow_flux,
         [*flags, "1"],
@@ -298,31 +301,27 @@ def test_variants_are_chosen_for_each_network(teacher, tmp_path):
     only_variant(mixed / "vae")
     fp16 = mixed / "vae/diffusion_pytorch_model.fp16.safetensors"
     shutil.copy(fp16, mixed / "vae/diffusion_pytorch_model-1-of-1.ema.safetensors")
-    held = {part: hub_module.variants_of(str(mixed), part) for part in ("vae", "transformer", "scheduler")}
+    source = ModelSource("--flag", str(mixed), variant="fp16")
+    held = {part: source.variants(part) for part in ("vae", "transformer", "scheduler")}
     assert held == {"vae": {"fp16", "ema"}, "transformer": {None}, "scheduler": set()}
-    chosen = {
-        part: hub_module.choose_variant("--flag", str(mixed), part, "fp16")
-        for part in ("vae", "transformer", "tokenizer")
-    }
+    chosen = {part: source.weight_variant(part) for part in ("vae", "transformer", "tokenizer")}
     assert chosen == {"vae": "fp16", "transformer": None, "tokenizer": None}
     for kind, part in ((AutoencoderKL, "vae"), (FluxTransformer2DModel, "transformer")):
-        hub_module.load_network(kind, "--flag", str(mixed), part, variant="fp16")
-    pipeline = hub_module.load_pipeline(DiffusionPipeline, "--flag", str(mixed), variant="fp16")
+        load_network(source, kind, part)
+    pipeline = load_pipeline(source, DiffusionPipeline)
     plain = load_file(next((teacher / "vae").glob("*.safetensors")))
     assert all(np.array_equal(plain[name], tensor) for name, tensor in pipeline.vae.state_dict().items())
     with pytest.raises(
         UserError, match=r"vae holds only \*.ema.safetensors and \*.fp16.safetensors: give --variant ema"
     ):
-        hub_module.load_network(AutoencoderKL, "--flag", str(mixed), "vae")
+        load_network(ModelSource("--flag", str(mixed)), AutoencoderKL, "vae")
     # Only what is handed over comes in the variant, from elsewhere: the rest of the pipeline is plain.
     args = SimpleNamespace(pretrained_vae_model_name_or_path=str(mixed), variant="fp16")
-    assert isinstance(train_senseflow_sdxl.own_vae(args)["vae"], AutoencoderKL)
+    vae_source = train_senseflow_sdxl.SDXLModels.vae_source(args, source)
+    assert isinstance(load_network(vae_source, AutoencoderKL, "vae"), AutoencoderKL)
     for weights in (mixed / "vae").glob("*.safetensors"):
         weights.unlink()
-    assert (
-        hub_module.load_pipeline(DiffusionPipeline, "--flag", str(mixed), variant="fp16", vae=pipeline.vae).vae
-        is pipeline.vae
-    )
+    assert load_pipeline(source, DiffusionPipeline, vae=pipeline.vae).vae is pipeline.vae
 
 
 def test_a_file_or_a_variant_where_a_folder_is_wanted(teacher, vision, data, tmp_path, capsys):
@@ -386,5 +385,5 @@ def test_a_network_is_found_by_itself_or_in_a_pipeline(hub, tmp_path):
             (tmp_path / name / file).write_text("{}")
         cache_repository(hub, f"someone/{name}", tmp_path / name, FIRST)
     for source in (str(tmp_path), "someone"):
-        found = {name: hub_module.subfolder_of(f"{source}/{name}", "vae") for name in there}
+        found = {name: ModelSource("--flag", f"{source}/{name}").network_subfolder("vae") for name in there}
         assert found == {"vae": None, "pipeline": "vae", "both": "vae"}

@@ -23,6 +23,7 @@ from helpers import (
     image_of,
     launch,
     missing,
+    models_class,
     refused,
     resume_is_the_same_run,
     states,
@@ -401,7 +402,7 @@ def test_an_adapter_is_drawn_with_over_its_own_base_and_whole(damage, more, code
 def write_lora(script: str, teachers: dict, file: Path) -> None:
     """A LoRA of rank 2 as other people make them: for attention alone, alpha 4, moving every layer."""
     torch.manual_seed(1)
-    pipeline = SCRIPTS[script].PIPELINE.from_pretrained(teachers[script])
+    pipeline = models_class(SCRIPTS[script]).pipeline_class.from_pretrained(teachers[script])
     network, name = getattr(pipeline, NETWORK[script]), NETWORK[script]
     network.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
     layers, metadata = get_peft_model_state_dict(network), network.peft_config["default"].to_dict()
@@ -446,7 +447,7 @@ def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_
     with pytest.raises(
         UserError, match=f"^--teacher_lora {lora.parent}: cannot load the weights .*SD3Transformer2DModel"
     ):
-        built(SCRIPTS["sd3"], taught)
+        built(SCRIPTS["sd3"], [*without(taught, "--output_dir"), "--output_dir", str(tmp_path / "new")])
     save_file({"a": torch.ones(1)}, lora.with_name("second.safetensors"))
     refused(SCRIPTS["sd3"], taught, 2, f"--teacher_lora {lora.parent}: holds 2 .safetensors files", capsys)
     refused(
@@ -513,9 +514,8 @@ def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, c
 @pytest.mark.parametrize(
     "name, more, needle",
     [
-        ("flux", ("--rank", "-1"), "--rank -1: must not be negative"),
-        ("flux", ("--rank", "0", "--lora_alpha", "2"), "--lora_alpha 2: a run without --rank has no use for it"),
-        ("flux", ("--lora_alpha", "0"), "--lora_alpha 0.0: must be above 0"),
+        ("flux", ("--rank", "-1"), "--rank -1: must be a whole number, 0 or more"),
+        ("flux", ("--lora_alpha", "0"), "--lora_alpha 0: must be above 0"),
         (
             "flux",
             ("--lora_layers", "to_q", "attn.to_kk"),
@@ -537,11 +537,6 @@ def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, c
         ),
         ("flux", ("--student_guidance_scale", "0"), "--student_guidance_scale 0: with --rank"),
         (
-            "flux",
-            ("--rank", "0", "--base_quantization", "4bit"),
-            "--base_quantization 4bit: a run without --rank has no use for it",
-        ),
-        (
             "sd3",
             ("--base_quantization", "4bit", "--teacher_lora", "x"),
             "--teacher_lora x: stock pipelines fuse none into",
@@ -561,9 +556,7 @@ def test_an_adapter_is_not_written_over(flags, tmp_path, capsys):
 def test_deepspeed_is_refused(flags, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("senseflow.training.runtime.launch_config", LaunchConfig)
-    refused(
-        SCRIPTS["sd3"], flags("sd3"), 2, "--rank 4: adapters share weights, of which DeepSpeed makes copies", capsys
-    )
+    refused(SCRIPTS["sd3"], flags("sd3"), 2, "--rank 4: adapters share weights, which DeepSpeed would copy", capsys)
 
 
 def test_a_quantised_base_is_refused_where_it_cannot_be(flags, capsys, monkeypatch):

@@ -31,6 +31,7 @@ import train_senseflow_sdxl
 from helpers import built
 from senseflow.memory.counter import Counter
 from senseflow.models import vae as vae_module
+from senseflow.models.hub import ModelSource
 from senseflow.training import validation
 from senseflow_utils import StatelessRNG
 from tiny_pipelines import tiny_vae, vivid, write_sd3, write_sdxl
@@ -193,7 +194,9 @@ def test_a_vae_is_loaded_without_the_half_that_nothing_runs(stock, tmp_path):
     args = SimpleNamespace(mixed_precision="no", vae_dtype="auto", gradient_checkpointing=True)
 
     def load(encodes, decodes):
-        return vae_module.load_vae(type(stock.vae), "--vae", str(tmp_path), args, "cpu", encodes, decodes, "bf16")
+        return vae_module.load_vae(
+            ModelSource("--vae", str(tmp_path)), type(stock.vae), args, "cpu", encodes, decodes, "bf16"
+        )
 
     images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     encoder, decoder = load(True, False), load(False, True)
@@ -270,14 +273,14 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
 
     seen.clear()
     run.pipeline.set_progress_bar_config(disable=True)
-    validation.generate_images(run.runtime, run.pipeline, run.args, run.call)
+    validation.generate_images(run.runtime.accelerator, run.pipeline, run.args, run.pipeline_kwargs)
     assert seen == {("decoder", dtype)}
 
     def stock_call(kind):
         generator = torch.Generator().manual_seed(0)
         validation.bind_generator(run.pipeline.scheduler, generator)
         with run.runtime.accelerator.autocast():
-            return run.pipeline("a red square", generator=generator, output_type=kind, **run.call).images
+            return run.pipeline("a red square", generator=generator, output_type=kind, **run.pipeline_kwargs).images
 
     with torch.no_grad():
         latents = stock_call("latent").float()
@@ -291,7 +294,9 @@ def test_a_decoder_that_computes_again_gives_the_same_gradient_in_less_memory(tm
     vae.save_pretrained(tmp_path)
     args, found = SimpleNamespace(mixed_precision="no", vae_dtype="auto"), []
     for args.gradient_checkpointing in (False, True):
-        decoder = vae_module.load_vae(AutoencoderKL, "--vae", str(tmp_path), args, "cpu", False, True, "fp32")
+        decoder = vae_module.load_vae(
+            ModelSource("--vae", str(tmp_path)), AutoencoderKL, args, "cpu", False, True, "fp32"
+        )
         x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with Counter() as counter:
             vae_module.decode(decoder, x0).square().mean().backward()

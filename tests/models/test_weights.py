@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from senseflow.errors import UserError
 from senseflow.memory.counter import Counter
-from senseflow.models.hub import fingerprint, load_network
+from senseflow.models.hub import ModelSource, fingerprint, load_network
 from senseflow.models.quantization import quantize_network
 from senseflow.models.weights import (
     Weights,
@@ -60,8 +60,9 @@ def test_a_network_is_as_diffusers_loads_it(files, kind, dtype, networks, tmp_pa
     how = {"max_shard_size": size, "variant": variant, "safe_serialization": files != "bin"}
     network.save_pretrained(tmp_path / name, **how)
     assert ("shards" in files) == (len(list((tmp_path / name).glob("*.safetensors"))) > 1)
-    whole = load_network(kind, FLAG, str(tmp_path), name, variant=variant, dtype=dtype)
-    empty = from_pretrained_meta(kind, FLAG, str(tmp_path), name, variant=variant, dtype=dtype)
+    source = ModelSource(FLAG, str(tmp_path), variant=variant)
+    whole = load_network(source, kind, name, dtype=dtype)
+    empty = from_pretrained_meta(source, kind, name, dtype)
     assert is_meta(empty) and all(parameter.is_meta for parameter in empty.parameters())
     assert fingerprint(empty) == fingerprint(whole)
     copy_sharing_base = copy.deepcopy(empty)  # of what is not read yet
@@ -107,7 +108,7 @@ def test_what_is_missing_or_another_is_one_line(networks, tmp_path):
 
     def bad(needle):
         with pytest.raises(UserError, match=f"^{FLAG} {tmp_path}: .*{needle}") as error:
-            from_pretrained_meta(FluxTransformer2DModel, FLAG, str(tmp_path), name)
+            from_pretrained_meta(ModelSource(FLAG, str(tmp_path)), FluxTransformer2DModel, name)
         assert error.value.exit_code == 1
 
     network = FluxTransformer2DModel.from_pretrained(path, subfolder=name)
@@ -130,7 +131,7 @@ def test_what_is_missing_or_another_is_one_line(networks, tmp_path):
 def test_some_of_the_weights(networks):
     path, name = networks[FluxTransformer2DModel]
     whole = FluxTransformer2DModel.from_pretrained(path, subfolder=name)
-    empty = from_pretrained_meta(FluxTransformer2DModel, FLAG, str(path), name, dtype=torch.bfloat16)
+    empty = from_pretrained_meta(ModelSource(FLAG, str(path)), FluxTransformer2DModel, name, torch.bfloat16)
     part = part_of(empty, "time_text_embed.guidance_embedder")
     assert_alike(part, whole.time_text_embed.guidance_embedder)
     weights, own = weights_of(empty), whole.state_dict()
@@ -151,7 +152,7 @@ def test_a_layer_at_a_time_is_read_and_quantised(bits, networks):
     whole = FluxTransformer2DModel.from_pretrained(path, subfolder=name)
     held = sum(4 * parameter.numel() for parameter in whole.parameters())
     quantize_network(whole, bits, "cpu")
-    empty = from_pretrained_meta(FluxTransformer2DModel, FLAG, str(path), name)
+    empty = from_pretrained_meta(ModelSource(FLAG, str(path)), FluxTransformer2DModel, name)
     with Counter() as counter:
         quantize_network(empty, bits, "cpu")
     assert_alike(empty, whole)

@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from senseflow.models.hub import ModelSource
+from senseflow.student_config import make_student_config
 from senseflow.training import export, validation
-from senseflow_utils import FlowSchedule
 
 
 class EditsImages:
@@ -26,35 +28,33 @@ class EditsImages:
 
 
 def test_the_prompt_goes_by_its_name(tmp_path):
-    accelerator = SimpleNamespace(process_index=0, num_processes=1, autocast=torch.no_grad)
-    runtime = SimpleNamespace(accelerator=accelerator, gather_objects=lambda objects: objects)
+    split = PartialState().split_between_processes
+    accelerator = SimpleNamespace(split_between_processes=split, autocast=torch.no_grad)
     args = SimpleNamespace(validation_prompts=["a cat", "a dog"], num_validation_images=1, seed=0)
     pipeline = EditsImages()
-    rows, latents = validation.generate_images(runtime, pipeline, args, {"num_inference_steps": 4})
+    rows, latents = validation.generate_images(accelerator, pipeline, args, {"num_inference_steps": 4})
     assert [[tuple(each.shape), each.max().item()] for row in latents for each in row] == [
         [(4, 1, 1), 1],
         [(4, 1, 1), 2],
     ]
-    assert validation.image_grid(rows).size == (8, 16)
+    assert validation.grid(rows).size == (8, 16)
     assert pipeline.prompts == ["a cat", "a dog"]
 
-    # The record is that of a call without guidance_scale, and the card's call is the record's.
-    args = SimpleNamespace(
-        resolution=64,
-        sampler="euler",
-        revision=None,
-        variant="fp16",
-        export_dtype="fp32",
-        rank=0,
-        base_quantization="none",
-    )
+    # senseflow.json is that of a call without guidance_scale, and the card's call is the one in it.
+    args = SimpleNamespace(sampler="euler", export_dtype="fp32", rank=0, base_quantization="none", variant="fp16")
     args.pretrained_model_name_or_path = str(tmp_path)
-    export.check_resolution(args, 32)
-    schedule = FlowSchedule(torch.arange(1000.0, 0, -1), [1000.0, 500.0])
-    record = export.student_config(args, schedule, {"num_inference_steps": 2}, 7, {})
+    levels = {"sigmas": [1.0, 0.5], "timesteps": [1000.0, 500.0], "pixel_multiple": 32, "iteration": 7}
+
+    def config(**pipeline_kwargs):
+        return make_student_config(
+            args, revision=None, pipeline_kwargs=pipeline_kwargs, teacher_fingerprint="", **levels
+        )
+
+    record = config(num_inference_steps=2)
     assert "guidance_scale" not in record and record["pixel_multiple"] == 32 and record["teacher_variant"] == "fp16"
-    assert export.student_config(args, schedule, {"guidance_scale": 1.0}, 7, {})["guidance_scale"] == 1.0
-    export.write_model_card(tmp_path, "pipeline = EditsImages()", record, args)
+    assert config(guidance_scale=1.0)["guidance_scale"] == 1.0
+    source = ModelSource("--model", str(tmp_path))
+    export.write_model_card(tmp_path, "pipeline = EditsImages()", args, source, record)
     card = (tmp_path / "README.md").read_text()
     line = next(line for line in card.splitlines() if line.startswith("image = "))
     names = {"pipeline": EditsImages()}
@@ -73,4 +73,4 @@ def test_the_prompt_goes_by_its_name(tmp_path):
 )
 def test_the_teachers_licence_is_named(card, found, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
-    assert export.license_of(str(tmp_path)) == found
+    assert export.license_of(ModelSource("--model", str(tmp_path))) == found

@@ -1,26 +1,16 @@
 """`train_iteration` of the FLUX script on real tiny networks: who learns when, how many passes run, what is shared."""
 
-from functools import partial
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn.utils import parametrize
 
+import train_senseflow_flux as script
+from helpers import built
 from senseflow.arguments import LR_SCHEDULERS
-from senseflow.data.sources import load_rows, make_dataloader
+from senseflow.training.models import TrainingModels
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
-from senseflow_utils import Guidance, StatelessRNG
-from train_senseflow_flux import (
-    TrainingModels,
-    load_parts,
-    make_schedule,
-    needs_images,
-    num_simulated_steps,
-    parse_args,
-    train_iteration,
-)
+from senseflow_utils import Guidance, StatelessRNG, num_simulated_steps
 
 
 @pytest.fixture
@@ -28,35 +18,21 @@ def build(teacher, vision, data, tmp_path):
     """build(*flags) -> (args, parts, schedule, step(iteration) -> metrics) on the tiny teacher."""
 
     def make(*flags):
-        args = parse_args(
-            [
-                "--pretrained_model_name_or_path",
-                str(teacher),
-                "--output_dir",
-                str(tmp_path),
-                "--dataset_json",
-                str(data),
-            ]
-            + [
+        flags = [
+            *("--pretrained_model_name_or_path", str(teacher), "--output_dir", str(tmp_path)),
+            *("--dataset_json", str(data), "--resolution", "64", "--train_batch_size", "2", "--report_to", "none"),
+            *(
                 "--discriminator_backbone",
                 str(vision / "dinov2"),
                 "--discriminator_text_encoder",
                 str(vision / "clip"),
-            ]
-            + ["--resolution", "64", "--train_batch_size", "2", "--report_to", "none", "--lr_warmup_steps", "0"]
-            + ["--max_sequence_length", "16", "--learning_rate", "1e-3", *flags]
-        )
-        runtime = Runtime(args)
-        schedule, _, _ = make_schedule(args, "cpu")
-        models, pipeline = load_parts(args, runtime, schedule)
-        wanted = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
-        batches = iter(make_dataloader(args, load_rows(args), 0, 1, 0, 0, wanted))
-
-        def step(iteration):
-            batch = [next(batches) for _ in range(args.gradient_accumulation_steps)]
-            return train_iteration(iteration, batch, models, schedule, args, "cpu")
-
-        return SimpleNamespace(args=args, models=models, schedule=schedule, step=step, pipeline=pipeline)
+            ),
+            *("--lr_warmup_steps", "0", "--max_sequence_length", "16", "--learning_rate", "1e-3", *flags),
+        ]
+        run = built(script, flags)
+        step = run.step
+        run.step = lambda iteration: step(iteration)[0]
+        return run
 
     return make
 

@@ -24,8 +24,10 @@ from helpers import ROOT, assert_same, refused, states
 from senseflow.errors import UserError
 from senseflow.models import text_encoders
 from senseflow.training import checkpoints
+from senseflow.training import models as training_models
 from senseflow.training import runtime as runtime_module
-from senseflow.training.roles import LaunchConfig, _joined
+from senseflow.training.metrics import Metrics
+from senseflow.training.roles import LaunchConfig, join_shards
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -144,7 +146,7 @@ def test_8_bit_adam_is_refused_under_fsdp2(flags, tmp_path, monkeypatch):
 def test_shards_are_joined_along_their_first_dimension():
     whole = torch.arange(10.0).view(5, 2)
     models = [{"w": {"exp_avg": rows, "step": torch.tensor(3.0)}} for rows in (whole[:3], whole[3:], whole[5:])]
-    joined = _joined(models, "w")
+    joined = join_shards(models, "w")
     assert torch.equal(joined["exp_avg"], whole) and joined["step"] == 3
 
 
@@ -240,7 +242,7 @@ def test_data_that_is_lost_at_once_leaves_no_checkpoint_of_nothing(flags, tmp_pa
 def test_lost_data_in_one_of_several_processes_say_what_is_saved(flags, tmp_path, monkeypatch):
     """The others wait in a collective: nothing more can be saved."""
     runtime = runtime_module.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
-    metrics = runtime_module.Metrics(runtime, None, 1, tqdm(disable=True))
+    metrics = Metrics(runtime, None, 1, tqdm(disable=True))
     runtime.saved = 7
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     batches = metrics.batches(lost([{}, {}], 1, raises=True), 5)
@@ -255,7 +257,7 @@ import os, signal, sys
 import senseflow.training.runtime as runtime_module, train_senseflow_flux as script
 from senseflow.errors import run_script
 
-iterate, load, when = script.train_iteration, script.load_parts, sys.argv.pop(1)
+iterate, load, when = script.train_iteration, script.make_models, sys.argv.pop(1)
 
 
 def press(times):
@@ -274,7 +276,7 @@ def loading(*args):
 
 
 runtime_module.SAME_CTRL_C = 0
-script.train_iteration, script.load_parts = pressed, loading
+script.train_iteration, script.make_models = pressed, loading
 run_script(lambda: script.main(sys.argv[1:]))
 """
 
@@ -388,7 +390,7 @@ def test_with_gradient_checkpointing_a_layers_weights_are_in_bfloat16_when_it_ru
 def test_skipped_steps_are_counted_and_three_in_a_row_end_the_run(flags, tmp_path, monkeypatch):
     runtime = runtime_module.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
     role = runtime.trained_role("student", torch.nn.Linear(1, 1), 0.1)
-    metrics, logged = runtime_module.Metrics(runtime, role, 1, tqdm(disable=True)), []
+    metrics, logged = Metrics(runtime, role, 1, tqdm(disable=True)), []
     monkeypatch.setattr(runtime.accelerator, "log", lambda numbers, step: logged.append(numbers))
     nan, sound = torch.tensor(float("nan")), torch.tensor(1.0)
     for iteration, norm in enumerate((sound, nan, nan, sound, nan, nan)):
@@ -405,7 +407,7 @@ def test_a_tracker_that_does_not_start_is_refused_before_weights_load(flags, tmp
         raise RuntimeError("No API key configured.\nUse `login`.")
 
     monkeypatch.setattr(TensorBoardTracker, "start", start)
-    monkeypatch.setattr(script, "load_parts", sync)
+    monkeypatch.setattr(script, "make_models", sync)
     reason = (
         "--report_to tensorboard: does not start (RuntimeError: No API key configured. Use `login`.): log in to it"
     )
@@ -465,16 +467,16 @@ def test_encoders_on_the_cpu_run_there_and_what_they_say_goes_to_the_device(offl
 def test_text_encoders_leave_the_device(few, validate, flags, tmp_path, monkeypatch):
     """The same run with and without; a small set's prompts are encoded once, and only validation keeps the encoders then."""
     calls, found = [], []
-    place = script.encode_small_set
+    encode_small_set = training_models.encode_small_set
 
     def watched(args, rows, pipeline, encode_prompts, device):
         if args.offload_text_encoders:
             encode = pipeline.encode_prompt
             pipeline.encode_prompt = lambda *a, **k: calls.append(1) or encode(*a, **k)
             found.append(pipeline)
-        return place(args, rows, pipeline, encode_prompts, device)
+        return encode_small_set(args, rows, pipeline, encode_prompts, device)
 
-    monkeypatch.setattr(script, "encode_small_set", watched)
+    monkeypatch.setattr(training_models, "encode_small_set", watched)
     monkeypatch.setattr(text_encoders, "SMALL_SET", 12 if few else 11)  # the data set has 12 prompts
     flags = [*flags, "--max_train_steps", "2", *(["--validation_prompts", "a red square"] if validate else [])]
     for name, add in (("with", ["--offload_text_encoders"]), ("without", [])):

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 import train_senseflow_flux as script
 from helpers import ROOT
+from senseflow.training import metrics as metrics_module
 from senseflow.training import roles
 from senseflow.training import runtime as runtime_module
 from senseflow.training.signals import BANDS, SignalMonitor
@@ -64,7 +65,7 @@ def test_latents_in_numbers():
 @pytest.mark.parametrize("sample", [2**20, 40])
 def test_an_update_is_measured_against_the_weights(sample, flags, tmp_path, monkeypatch):
     """AdamW's first step moves every weight by the rate; where some of the values stand for all, the share is the same."""
-    monkeypatch.setattr(roles, "SAMPLE", sample)
+    monkeypatch.setattr(roles, "UPDATE_SAMPLE_SIZE", sample)
     args = script.parse_args(
         [*flags, "--output_dir", str(tmp_path), "--adam_weight_decay", "0", "--lr_warmup_steps", "0"]
     )
@@ -84,14 +85,14 @@ def test_an_update_is_measured_against_the_weights(sample, flags, tmp_path, monk
 def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, monkeypatch, caplog):
     runtime = runtime_module.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
     role = runtime.trained_role("student", torch.nn.Linear(1, 1), 0.1)
-    metrics, logged = runtime_module.Metrics(runtime, role, 1, tqdm(disable=True)), []
+    metrics, logged = metrics_module.Metrics(runtime, role, 1, tqdm(disable=True)), []
     monkeypatch.setattr(runtime.accelerator, "log", lambda numbers, step: logged.append(numbers))
     for iteration, loss in enumerate((0.5, 0.5, 1.0, 0.5)):
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
     lags = [numbers.get("signal/fake_lag") for numbers in logged]
     assert lags[0] is None and lags[1:] == pytest.approx([1, 2, 0.75])
-    monkeypatch.setattr(runtime_module, "LAG", 3)
+    monkeypatch.setattr(metrics_module, "FAKE_LOSS_WINDOW", 3)
     for iteration, loss in enumerate((1.0, 1.0), 4):
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
@@ -104,7 +105,7 @@ def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, m
 def warned(caplog, watch, name, values) -> list[str]:
     caplog.clear()
     for iteration, value in enumerate(values, 1):
-        watch.look(iteration, {name: value, "fake_loss": 1e9})
+        watch.update(iteration, {name: value, "fake_loss": 1e9})
     return [record.getMessage() for record in caplog.records]
 
 

@@ -17,11 +17,11 @@ from senseflow.training.runtime import Runtime
 
 
 args = script.parse_args(sys.argv[1:])
-rows = script.check_args(args)
+source, rows = script.prepare(args)
 runtime = Runtime(args)
-schedule, _, _ = script.make_schedule(args, runtime.device)
-whole = load_network(script.TRANSFORMER, "", args.pretrained_model_name_or_path, "transformer")
-models, _ = script.load_parts(args, runtime, schedule)
+schedule, _, _ = script.FluxModels.make_schedule(args, source, runtime.device)
+whole = load_network(source, script.FluxTransformer2DModel, "transformer")
+models = script.make_models(args, source, schedule, runtime)
 roles = (models.teacher, models.student, models.fake_score)
 data = iter(script.make_dataloader(args, rows, runtime.accelerator.process_index, 2, 0, 0, lambda iteration: False))
 
@@ -44,7 +44,7 @@ def assert_one_base() -> None:
 assert_one_base()
 before = {name: parameter.full_tensor() for name, parameter in models.teacher.module.named_parameters()}
 for iteration in range(2):
-    script.train_iteration(iteration, [next(data)], models, schedule, args, runtime.device)
+    script.train_iteration(iteration, [next(data)], models, args)
 for role in roles[1:]:
     role._free_gathered()
 assert_one_base()

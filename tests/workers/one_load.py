@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusers import FluxTransformer2DModel
 
+from senseflow.models.hub import ModelSource
 from senseflow.models.weights import from_pretrained_meta
 from senseflow.training.runtime import Runtime
 from train_senseflow_flux import parse_args
@@ -74,7 +75,7 @@ def main() -> None:
     found: dict[str, dict] = {}
 
     def network() -> torch.nn.Module:
-        return from_pretrained_meta(FluxTransformer2DModel, flags[0], str(folder), "transformer")
+        return from_pretrained_meta(ModelSource(*flags[:2]), FluxTransformer2DModel, "transformer")
 
     def of(name: str, peak: Peak) -> None:
         found[name] = {"peak": round(peak.grown), "held": round(peak.held)}

@@ -1,0 +1,3 @@
+"""x"""
+
+from senseflow_utils import fit_flow_scheduler

@@ -1,0 +1,249 @@
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""The networks of a run, behind the methods that the training loop calls; scripts add what is particular."""
+
+import copy
+import os
+from typing import Any, Optional, Sequence
+
+import torch
+
+from senseflow.errors import UserError, require_package
+from senseflow.models.hub import (
+    ModelSource,
+    check_compatible,
+    check_pipeline,
+    fingerprint,
+    load_pipeline,
+    student_source,
+    teacher_source,
+)
+from senseflow.models.lora import adapted_twins, adapter_of, check_lora_args, make_base
+from senseflow.models.text_encoders import encode_small_set, place_text_encoders
+from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents
+from senseflow.models.weights import from_pretrained_meta, materialize
+from senseflow.training.roles import Role
+from senseflow.training.runtime import Runtime
+from senseflow_utils import Guidance, Prediction, Schedule, StatelessRNG
+
+
+LOWEST_DEFAULT_ANCHOR = 50  # a timestep; below it next to nothing is left to generate
+
+
+class TrainingModels:
+    """Hold the networks of a run, and define how the training loop calls them.
+
+    A subclass sets the class attributes and defines `make_schedule`, `predict`, `encode_prompts`, `omega` and
+    `teacher_pipeline_kwargs`; it overrides what else is different for its teacher.
+
+    A condition is what prompts are encoded to: a tuple of tensors (B, ...), whose shapes stay the same throughout a
+        run,
+    B apart. Text of variable length is padded, with a mask (senseflow.models.text_encoders.pad_condition).
+
+    Args:
+        args: the command line.
+        source: the teacher's pipeline.
+        schedule: of `make_schedule`.
+        runtime: of the run.
+    Attributes:
+        student, teacher, fake_score: the roles; None until `make_models` of the script has made them.
+        discriminator: None with --gan_weight 0, and then its `vision_features` and `text_features`, too.
+        pipeline: the stock pipeline of the teacher, with its text encoders.
+        network: the teacher's network, without memory until its role is made.
+        vae: the frozen VAE; None if the run needs none.
+        latent_shape: (C, H, W) of one x0.
+        extra_components: components of the saved pipeline that are not the teacher's, besides student and scheduler.
+    """
+
+    pipeline_class: type
+    network_class: type
+    vae_class: type
+    network_name = "transformer"  # of the distilled network in the pipeline
+    vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
+    compatible_config: Sequence[str] = ()  # entries of its configuration that a student must share with the teacher
+    has_classifier = False  # whether DMD2's classifier takes the place of the discriminator
+    vision_features = text_features = None
+
+    def __init__(self, args, source: ModelSource, schedule: Schedule, runtime: Runtime):
+        self.args, self.source, self.schedule, self.device = args, source, schedule, runtime.device
+        self.student = self.teacher = self.fake_score = self.discriminator = None
+        self.extra_components: dict[str, Any] = {}
+        self._encode_prompts = self.encode_prompts  # or a look-up, see `cache_prompts`
+        dtype, vae_source = runtime.weight_dtype, self.vae_source(args, source)
+        self.network = from_pretrained_meta(source, self.network_class, self.network_name, dtype=dtype)
+        encodes, decodes = self.uses_vae(args)
+        self.vae = load_vae(vae_source, self.vae_class, args, self.device, encodes, decodes, self.vae_auto_dtype)
+        components = {self.network_name: self.network, "vae": self.vae}
+        self.pipeline = load_pipeline(source, self.pipeline_class, dtype=dtype, **components)
+        self.teacher_fingerprint = make_base(args, self.pipeline, self.network_name, self.device)
+        self.teacher_fingerprint = self.teacher_fingerprint or fingerprint(self.network)
+        place_text_encoders(args, self.pipeline, self.device)
+        self.latent_shape = latent_shape_of(source.config(self.vae_class, "vae"), args.resolution)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What a subclass defines
+    # -----------------------------------------------------------------------------------------------------------------
+    @staticmethod
+    def make_schedule(args, source: ModelSource, device) -> tuple[Schedule, Any, dict]:
+        """Return (schedule to train on, scheduler to save, arguments of the stock call); no weights load.
+
+        The anchors of the schedule are the noise levels that the stock call visits with that scheduler.
+        """
+        raise NotImplementedError
+
+    def predict(
+        self, role: Role, x_t: torch.Tensor, t: torch.Tensor, condition: tuple, guidance: Optional[Guidance] = None
+    ) -> Prediction:
+        """Call the network of a role at x_t (B, C, H, W) and t (B,); `guidance` is for the teacher alone."""
+        raise NotImplementedError
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        """Encode B prompts to a condition, without gradient."""
+        raise NotImplementedError
+
+    def omega(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the weight (B,) of the adversarial terms at timesteps t (B,)."""
+        raise NotImplementedError
+
+    def teacher_pipeline_kwargs(self) -> dict[str, Any]:
+        """Return what differs from the student's stock call when the teacher generates validation images."""
+        raise NotImplementedError
+
+    @staticmethod
+    def pixel_multiple(source: ModelSource) -> int:
+        """Return what height and width in pixels must be divisible by."""
+        raise NotImplementedError
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What a subclass may override
+    # -----------------------------------------------------------------------------------------------------------------
+    @staticmethod
+    def vae_source(args, source: ModelSource) -> ModelSource:
+        """Return where the VAE lies."""
+        return source
+
+    def uses_vae(self, args) -> tuple[bool, bool]:
+        """Return whether the run encodes images, and whether it decodes latents."""
+        encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
+        return encodes, args.gan_weight > 0 or bool(args.validation_prompts)
+
+    def make_student(self) -> torch.nn.Module:
+        """Return what student and fake score start as, in float32, without memory until its role is made."""
+        source = student_source(self.args, self.source)
+        return from_pretrained_meta(source, self.network_class, self.network_name)
+
+    def enable_xformers(self, network: torch.nn.Module) -> None:
+        """Switch a network to the attention of xformers."""
+        network.enable_xformers_memory_efficient_attention()
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Return what a checkpoint's state belongs to: frozen networks, adapters, the class of the optimizer."""
+        fingerprints = {"teacher": self.teacher_fingerprint, "optimizer": type(self.student.optimizer).__name__}
+        fingerprints |= adapter_of(self.student.module)
+        if self.discriminator is not None:
+            vision = self.vision_features
+            fingerprints["discriminator_backbone"] = f"{fingerprint(vision)} {vision.layers}"
+            fingerprints["discriminator_resolution"] = vision.resolution
+            fingerprints["discriminator_text_encoder"] = fingerprint(self.text_features)
+        return fingerprints
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is the same for all teachers
+    # -----------------------------------------------------------------------------------------------------------------
+    def student_and_fake_score(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Return the two networks to train, which start equal: with --rank two adapters over the teacher's weights."""
+        if self.args.rank:
+            student, fake_score = adapted_twins(materialize(self.network, self.device), self.args)
+        else:
+            student = self.make_student()
+            fake_score = copy.deepcopy(student)
+        if self.args.enable_xformers_memory_efficient_attention:
+            for network in (self.network, student, fake_score):
+                self.enable_xformers(network)
+        if self.args.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+            fake_score.enable_gradient_checkpointing()
+        return student, fake_score
+
+    def cache_prompts(self, rows) -> None:
+        """Encode few different prompts once and free the encoders, with --offload_text_encoders."""
+        self._encode_prompts = encode_small_set(self.args, rows, self.pipeline, self.encode_prompts, self.device)
+
+    def condition(self, prompts: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        """Return the condition of B prompts: encoded, or looked up."""
+        return self._encode_prompts(prompts)
+
+    def real_latents(self, batch: dict, rows: torch.Tensor, rng: StatelessRNG) -> torch.Tensor:
+        """Return x0 (R, C, H, W) of these R rows of a batch, float32: its latents, or its images encoded."""
+        return real_latents(self.vae, batch, rows, rng)
+
+    def real_images(self, batch: dict) -> torch.Tensor:
+        """Return the images (B, 3, H, W) of a batch in [-1, 1]; decoded if the data set holds latents."""
+        return real_images(self.vae, batch)
+
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
+        """Decode x0 (B, C, H, W) to images (B, 3, H, W), about in [-1, 1], float32, with gradient."""
+        return decode(self.vae, x0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before any weights load
+# ---------------------------------------------------------------------------------------------------------------------
+def resolve_teacher(args, models: type[TrainingModels]) -> ModelSource:
+    """Return the teacher's source at one commit. UserError (exit code 2) if it is missing or another pipeline."""
+    return check_pipeline(teacher_source(args), models.pipeline_class)
+
+
+def check_models(args, source: ModelSource, models: type[TrainingModels]) -> None:
+    """Refuse (UserError, exit code 2) what does not fit the teacher: resolution, adapters, another start."""
+    source.config(models.vae_class, "vae")
+    config = source.config(models.network_class, models.network_name)
+    check_lora_args(args, models.network_class, config, args.lora_layers)
+    if args.student_model_name_or_path and not args.rank:
+        start = student_source(args, source)
+        check_compatible(start, models.network_class, models.network_name, config, models.compatible_config)
+    if args.enable_xformers_memory_efficient_attention:
+        check_xformers("--enable_xformers_memory_efficient_attention")
+    multiple = models.pixel_multiple(source)
+    if args.resolution % multiple:
+        raise UserError(
+            f"--resolution {args.resolution}: must be divisible by {multiple} for this teacher", exit_code=2
+        )
+
+
+def max_guidance(args) -> float:
+    """Return the largest guidance scale that the teacher is asked for."""
+    return max([*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])])
+
+
+def check_anchors(args, schedule: Schedule) -> None:
+    """Refuse (UserError, exit code 2) anchors between which --isg_margin leaves no timestep.
+
+    Anchors that were not given are refused without ISG, too, and if the last one is below LOWEST_DEFAULT_ANCHOR.
+    """
+    default, crowded = "anchors" not in args.given, schedule.check_margin(args.isg_margin)
+    shown = [f"{t:.4g}" for t in schedule.anchors]
+    problem, fix = None, "give --anchors, such as 1000 900 750 500"
+    if default and schedule.anchors[-1] < LOWEST_DEFAULT_ANCHOR:
+        problem = f"{shown[-1]} is below {LOWEST_DEFAULT_ANCHOR}, where next to nothing is left to generate"
+    elif crowded and (default or args.isg_weight > 0):
+        problem = f"--isg_margin {args.isg_margin:g} leaves no timestep between {crowded[0]:.4g} and {crowded[1]:.4g}"
+        fix = "lower it, or give --anchors further apart" if args.isg_weight > 0 else fix
+    if problem:
+        origin = f"--anchors {' '.join(shown)}{' (the default for this teacher)' if default else ''}"
+        raise UserError(f"{origin}: {problem}; {fix}", exit_code=2)
+
+
+def check_xformers(flag: str) -> None:
+    """Refuse (exit code 2) xformers that does not run: not installed, no GPU, or built for another torch."""
+    require_package("xformers", flag)
+    if not torch.cuda.is_available():
+        raise UserError(f"{flag} needs a CUDA GPU: drop the flag", exit_code=2)
+    from xformers.ops import memory_efficient_attention
+
+    query = torch.zeros(1, 8, 1, 64, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}", dtype=torch.float16)
+    try:
+        memory_efficient_attention(query, query, query)
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(":. ")
+        fix = f"install its build for torch {torch.__version__}, or drop the flag"
+        raise UserError(f"{flag}: xformers' attention does not run here ({reason}); {fix}", exit_code=2) from error
