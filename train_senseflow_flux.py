@@ -397,7 +397,8 @@ def check_args(args, source: ModelSource) -> None:
     if args.gan_weight > 0:
         check_discriminator_args(args)
     check_anchors(args, FluxModels.make_schedule(args, source, "cpu")[0])
-    find_checkpoint(args)
+    if args.dry_run is None:
+        find_checkpoint(args)
 
 
 def prepare(args):

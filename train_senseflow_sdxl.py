@@ -500,7 +500,8 @@ def check_args(args, source: ModelSource) -> None:
     elif args.gan_weight > 0:
         check_discriminator_args(args)
     check_anchors(args, SDXLModels.make_schedule(args, source, "cpu")[0])
-    find_checkpoint(args)
+    if args.dry_run is None:
+        find_checkpoint(args)
 
 
 # Copied from train_senseflow_flux.prepare with FluxModels->SDXLModels
