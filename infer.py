@@ -50,7 +50,7 @@ from senseflow.inference import (
     set_released,
     swap_network,
 )
-from senseflow.training.validation import bind_generator
+from senseflow.models.schedulers import bind_generator
 
 
 logger = logging.getLogger("infer")

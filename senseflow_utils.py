@@ -20,7 +20,6 @@ from typing import NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,57 +409,3 @@ def ida_update(
     """Set fake <- decay * fake + (1 - decay) * student, in place: IDA (SenseFlow, section 3.2)."""
     for fake, student in zip(fake_parameters, student_parameters, strict=True):
         fake.lerp_(student, 1 - decay)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From anchors to a saved scheduler
-# ---------------------------------------------------------------------------------------------------------------------
-def fit_flow_scheduler(sigmas: Sequence[float], visit, sampler: str, dynamic: bool = True, tolerance: float = 1e-3):
-    """A FlowMatchEulerDiscreteScheduler with which a STOCK pipeline call visits the given levels.
-
-    Tried in this order: a static shift (one degree of freedom), a shift with `shift_terminal` (two).
-
-    Args:
-        sigmas: (n,) wanted levels in (0, 1], decreasing.
-        visit: `visit(scheduler) -> list` of the n levels that the stock call of this pipeline visits with that
-            scheduler.
-        sampler: "stochastic" or "euler": what the scheduler's `step` does.
-        dynamic: whether this pipeline's stock call can serve dynamic shifting, which is then how the second kind is
-            written.
-    Returns:
-        (scheduler, levels): the levels that it will visit, the one source of truth for training. If none fits within
-            the
-        tolerance, an unshifted scheduler and `sigmas` as given: the pipeline must then be called with `sigmas=`.
-    """
-    wanted = torch.as_tensor(list(sigmas), dtype=torch.float64)
-
-    def scheduler_with(**config):
-        return FlowMatchEulerDiscreteScheduler(stochastic_sampling=sampler == "stochastic", **config)
-
-    def stretched(log_shift: float):
-        static = {"shift": math.exp(log_shift)}
-        shift = {"use_dynamic_shifting": True, "base_shift": log_shift, "max_shift": log_shift} if dynamic else static
-        return scheduler_with(shift_terminal=wanted[-1].item(), **shift)
-
-    def error(scheduler) -> float:
-        return (torch.as_tensor(visit(scheduler), dtype=torch.float64) - wanted).abs().max().item()
-
-    plain = scheduler_with(shift=1.0)
-    candidates = [plain]
-    if len(wanted) > 1 and wanted[-1] < 1:
-        base = visit(plain)[-1]
-        last = wanted[-1].item()
-        candidates.append(scheduler_with(shift=last * (1 - base) / (base * (1 - last))))
-        low, high = -4.0, 6.0  # log of the shift; golden-section search, the error is unimodal in it
-        ratio = (5**0.5 - 1) / 2
-        for _ in range(60):
-            left, right = high - ratio * (high - low), low + ratio * (high - low)
-            if error(stretched(left)) < error(stretched(right)):
-                high = right
-            else:
-                low = left
-        candidates.append(stretched((low + high) / 2))
-    for scheduler in candidates:
-        if error(scheduler) <= tolerance:
-            return scheduler, [float(level) for level in visit(scheduler)]
-    return plain, wanted.tolist()

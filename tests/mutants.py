@@ -238,7 +238,7 @@ MUTANTS = [  # name, file, test, text, replacement, and so on for what moves
         "        super().align_with(other, decay)\n"),
     # Roles over one base
     ("adapters: one for both", LORA, f"{ONE_BASE}[sd3]",
-        "return student, twin(student, base)",
+        "return student, copy_sharing_base(student, base)",
         "return student, student"),
     ("adapters: a base for each", LORA, f"{ONE_BASE}[sd3]",
         "return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})",

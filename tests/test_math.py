@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from senseflow_utils import (
     DDPMSchedule,
@@ -15,7 +15,6 @@ from senseflow_utils import (
     backward_simulation,
     denoising_loss,
     dmd_loss,
-    fit_flow_scheduler,
     guide,
     hinge_loss,
     ida_update,
@@ -25,7 +24,6 @@ from senseflow_utils import (
     non_saturating_loss,
     sampler_step,
 )
-from train_senseflow_flux import stock_sigmas
 
 
 SDXL = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -419,59 +417,6 @@ def test_integers_take_ends_of_each_sample():
     low, high = torch.tensor([0, 10, 5]), torch.tensor([0, 12, 9])
     rows = torch.stack([StatelessRNG(0, i).integers("n", [0, 1, 2], low, high) for i in range(300)])
     assert [torch.unique(column).tolist() for column in rows.T] == [[0], [10, 11, 12], [5, 6, 7, 8, 9]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From anchors to a saved scheduler
-# ---------------------------------------------------------------------------------------------------------------------
-TOKENS_1024 = 4096
-
-
-def fit(levels, sampler="stochastic", dynamic=True):
-    return fit_flow_scheduler(
-        levels, lambda scheduler: stock_sigmas(scheduler, len(levels), TOKENS_1024), sampler, dynamic
-    )
-
-
-def visits(scheduler, steps: int) -> list[float]:
-    """What a stock call visits with the scheduler read back from its configuration, as a pipeline folder does."""
-    return stock_sigmas(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), steps, TOKENS_1024)
-
-
-def test_flux_s_own_four_steps_are_fitted_by_a_static_shift():
-    flux = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # FLUX.1-dev; the shifts are defaults
-    levels = stock_sigmas(flux, 4, TOKENS_1024)
-    assert levels == pytest.approx([1, 0.9045, 0.7595, 0.5128], abs=1e-4)
-    scheduler, visited = fit(levels)
-    assert not scheduler.config.use_dynamic_shifting and scheduler.config.stochastic_sampling
-    assert visits(scheduler, 4) == pytest.approx(visited, abs=1e-6) and visited == pytest.approx(levels, abs=1e-5)
-
-
-def test_sd3_s_trained_levels_are_fitted_by_a_static_shift():
-    scheduler, visited = fit([1, 0.9, 0.75, 0.5], "euler")
-    assert scheduler.config.shift == pytest.approx(3) and not scheduler.config.stochastic_sampling
-    assert visits(scheduler, 4) == pytest.approx([1, 0.9, 0.75, 0.5], abs=1e-4)
-
-
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_levels_with_two_degrees_of_freedom_take_a_terminal_shift(dynamic):
-    shifted = [2 * s / (1 + s) for s in (1, 0.75, 0.5, 0.25)]
-    levels = [1 - (1 - s) * (1 - 0.2) / (1 - shifted[-1]) for s in shifted]  # stretched to end at 0.2
-    scheduler, visited = fit(levels, dynamic=dynamic)
-    assert scheduler.config.use_dynamic_shifting == dynamic and scheduler.config.shift_terminal == pytest.approx(0.2)
-    assert visits(scheduler, 4) == pytest.approx(visited, abs=1e-6) and visited == pytest.approx(levels, abs=1e-3)
-
-
-def test_levels_that_nothing_fits_are_returned_as_they_are():
-    scheduler, visited = fit([1, 0.99, 0.31, 0.3])
-    assert visited == pytest.approx([1, 0.99, 0.31, 0.3]) and visits(scheduler, 4) == pytest.approx(
-        [1, 0.75, 0.5, 0.25]
-    )
-
-
-def test_one_step_needs_no_shift():
-    scheduler, visited = fit([1.0])
-    assert visited == [1.0] and visits(scheduler, 1) == pytest.approx([1.0])
 
 
 def test_dmd2s_classifier_losses_are_logistic():

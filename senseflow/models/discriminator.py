@@ -1,13 +1,11 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""The vision-foundation-model discriminator of SenseFlow (section 3.4), after StyleGAN-T and ADD.
-
-Three parts, of which only the last learns:
+"""The discriminator of SenseFlow over a vision foundation model (section 3.4), after StyleGAN-T and ADD.
 
     VisionFeatures    images -> maps of a frozen DINOv2, one per chosen depth
     TextFeatures      prompts -> embedding of a frozen CLIP text encoder
-    Discriminator     a head per map: features of an image, given those of a reference image and the text -> logits
+    Discriminator     a trained head per map: features of an image, of a reference image and of the text -> logits
 
-and DiffAugment, on what is judged, never on the reference.
+DiffAugment changes the images that are classified, never the reference.
 """
 
 import math
@@ -36,39 +34,35 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------------------------------------------------------------
 # Frozen networks
 # ---------------------------------------------------------------------------------------------------------------------
-def default_layers(blocks: int) -> list[int]:
-    """The blocks of a backbone whose output is looked at: those of the release for 24 blocks, the same depths of any other."""
-    return sorted({max(0, round((layer + 1) / 24 * blocks) - 1) for layer in LAYERS_OF_24})
+def default_layers(num_blocks: int) -> list[int]:
+    """Return the blocks whose output is used: the release's of 24 blocks, else the same relative depths."""
+    return sorted({max(0, round((layer + 1) / 24 * num_blocks) - 1) for layer in LAYERS_OF_24})
 
 
 def check_discriminator_args(args) -> None:
-    """Looks at the configurations alone, no weights.
+    """Check backbone, text encoder, layers and resolution by their configurations.
 
     Raises:
-        UserError: exit code 2; a backbone or text encoder that is not there or of another kind, layers that it does not have.
+        UserError: exit code 2.
     """
     text_encoder = ModelSource("--discriminator_text_encoder", args.discriminator_text_encoder)
-    _config(text_encoder, "CLIP", ("clip", "clip_text_model"))
+    _read_config(text_encoder, "CLIP", ("clip", "clip_text_model"))
     path, layers = args.discriminator_backbone, args.discriminator_layers
-    config = _config(ModelSource("--discriminator_backbone", path), "DINOv2", ("dinov2",))
+    config = _read_config(ModelSource("--discriminator_backbone", path), "DINOv2", ("dinov2",))
     name = "resolution" if args.discriminator_resolution is None else "discriminator_resolution"
-    if getattr(args, name) < config.patch_size:
-        raise UserError(
-            f"--{name} {getattr(args, name)}: below the patch size {config.patch_size} of {path}", exit_code=2
-        )
-    if getattr(args, name) > args.resolution:
-        fix = "lower it, or drop it to look at images as they are"
-        raise UserError(f"--{name} {getattr(args, name)}: above --resolution {args.resolution}: {fix}", exit_code=2)
-    if layers is not None and (
-        layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers
-    ):
-        shown = " ".join(map(str, layers))
-        last = config.num_hidden_layers - 1
-        message = f"--discriminator_layers {shown}: must increase and lie in 0..{last}, the blocks of {path}"
-        raise UserError(message, exit_code=2)
+    flag, value = f"--{name} {getattr(args, name)}", getattr(args, name)
+    if value < config.patch_size:
+        raise UserError(f"{flag}: must be at least the patch size {config.patch_size} of {path}", exit_code=2)
+    if value > args.resolution:
+        problem = f"must not exceed --resolution {args.resolution}; lower it, or drop it to use images as they are"
+        raise UserError(f"{flag}: {problem}", exit_code=2)
+    last = config.num_hidden_layers - 1
+    if layers is not None and (layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= last):
+        problem = f"must increase and lie in 0..{last}, the blocks of {path}"
+        raise UserError(f"--discriminator_layers {' '.join(map(str, layers))}: {problem}", exit_code=2)
 
 
-def _config(source: ModelSource, family: str, model_types: Sequence[str]):
+def _read_config(source: ModelSource, family: str, model_types: Sequence[str]):
     source.check_not_a_file("config.json")
     try:
         config = source.load(AutoConfig.from_pretrained)
@@ -82,31 +76,17 @@ def _config(source: ModelSource, family: str, model_types: Sequence[str]):
     return config
 
 
-def _refuse_missing(info: dict) -> None:
-    """The libraries fill missing weights with random numbers and only warn; ValueError here."""
-    missing = sorted(set(info["missing_keys"]) - {"embeddings.mask_token"})  # the mask token is for pretraining
-    if missing:
-        raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
+class VisionFeatures(nn.Module):
+    """A frozen DINOv2 that returns maps of several depths.
 
-
-class _Frozen(nn.Module):
-    """A network that stays in eval mode; its owner clears requires_grad once the weights are there."""
-
-    def train(self, mode: bool = True):
-        return super().train(False)
-
-
-class VisionFeatures(_Frozen):
-    """Maps of a frozen DINOv2, in eval mode whatever `train` says.
-
-    Weights and the residual stream are float32, whatever the precision of the blocks' matrix products (release).
+    Weights and the residual stream are float32, whatever the precision of matrix products in the blocks (release).
 
     Args:
         path: folder or Hub id.
         layers: increasing block numbers; None for `default_layers`. Blocks above the last are dropped.
-        dtype: of the autocast that it runs under; none for float32.
-        gradient_checkpointing: recompute the blocks in the backward.
-        resolution: the side, in pixels, to which images are scaled; None: they are looked at as they are.
+        dtype: of autocast; no autocast for float32.
+        gradient_checkpointing: recompute the blocks in the backward pass.
+        resolution: side in pixels to which images are resized; None: not resized.
     """
 
     def __init__(
@@ -121,7 +101,8 @@ class VisionFeatures(_Frozen):
         self.dtype, self.gradient_checkpointing, self.resolution = dtype, gradient_checkpointing, resolution
         source = ModelSource("--discriminator_backbone", path)
         model, info = source.load(Dinov2Model.from_pretrained, dtype=torch.float32, output_loading_info=True)
-        _refuse_missing(info)
+        # transformers fills missing weights with random numbers. The mask token is for pretraining.
+        source.check_complete(set(info["missing_keys"]) - {"embeddings.mask_token"}, ())
         self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
         self.embeddings = model.embeddings
         self.blocks = model.encoder.layer[: self.layers[-1] + 1]
@@ -131,9 +112,9 @@ class VisionFeatures(_Frozen):
         self.requires_grad_(False).eval()
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Maps (B, C, h, w), float32, after the embedding and after each chosen block, without the final norm.
+        """Return maps (B, C, h, w), float32, after the embedding and after each chosen block, without the final norm.
 
-        Each is the patch tokens plus the CLS token. h and w are height and width over the patch size, rounded down.
+        Each map is patch tokens plus CLS token. h and w are height and width over the patch size, rounded down.
 
         Args:
             images: (B, 3, H, W) in [-1, 1], at least a patch high and wide; gradient flows back to them.
@@ -150,20 +131,16 @@ class VisionFeatures(_Frozen):
             states = torch.cat([cls.expand(batch, -1, -1), tokens], 1)
             maps = [states]
             for number, block in enumerate(self.blocks):
-                states = self._run(block, states)
+                if self.gradient_checkpointing:  # in eval mode nothing is random
+                    states = checkpoint(block, states, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    states = block(states)
                 if number in self.layers:
                     maps.append(states)
         return [(m[:, 1:] + m[:, :1]).transpose(1, 2).reshape(batch, channels, height, width) for m in maps]
 
-    def _run(self, block: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        if self.gradient_checkpointing and states.requires_grad:
-            return checkpoint(
-                block, states, use_reentrant=False, preserve_rng_state=False
-            )  # in eval mode it draws nothing
-        return block(states)
-
     def _positions(self, height: int, width: int) -> torch.Tensor:
-        # The release interpolates bilinearly, transformers' own code bicubically.
+        # The release interpolates bilinearly, transformers bicubically.
         positions = self.embeddings.position_embeddings[:, 1:]
         side = round(positions.shape[1] ** 0.5)
         grid = positions.transpose(1, 2).reshape(1, -1, side, side)
@@ -172,27 +149,24 @@ class VisionFeatures(_Frozen):
         return grid.flatten(2).transpose(1, 2)
 
 
-class TextFeatures(_Frozen):
+class TextFeatures(nn.Module):
     """The projected, L2-normalized text embedding of a frozen CLIP (folder or Hub id)."""
 
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         super().__init__()
         source = ModelSource("--discriminator_text_encoder", path)
         self.tokenizer = source.load(AutoTokenizer.from_pretrained)
-        self.model, info = source.load(
-            CLIPTextModelWithProjection.from_pretrained, dtype=dtype, output_loading_info=True
-        )
-        _refuse_missing(info)
+        load = CLIPTextModelWithProjection.from_pretrained
+        self.model, info = source.load(load, dtype=dtype, output_loading_info=True)
+        source.check_complete(info["missing_keys"], ())
         self.channels = self.model.config.projection_dim
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> torch.Tensor:
-        """(B, T) float32, of unit length."""
-        length = self.model.config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
+        """Return embeddings (B, T), float32, of unit length."""
+        kwargs = {"max_length": self.model.config.max_position_embeddings, "padding": "max_length", "truncation": True}
+        tokens = self.tokenizer(list(prompts), return_tensors="pt", **kwargs)
         ids = tokens.input_ids.to(self.model.device)
         return F.normalize(self.model(ids).text_embeds.float(), dim=-1)
 
@@ -201,9 +175,9 @@ class TextFeatures(_Frozen):
 # The heads
 # ---------------------------------------------------------------------------------------------------------------------
 class LocalBatchNorm(nn.Module):
-    """Batch norm over groups of at most `virtual_batch` neighboring samples; no running statistics (StyleGAN-T).
+    """Batch norm over groups of at most `virtual_batch` neighboring samples, without running statistics (StyleGAN-T).
 
-    A group is the largest divisor of the batch that is not above `virtual_batch`; at batch 1 this is an instance norm.
+    The size of a group is the largest divisor of the batch up to `virtual_batch`; with 1 this is an instance norm.
     """
 
     def __init__(self, channels: int, virtual_batch: int = 8, eps: float = 1e-5):
@@ -213,7 +187,7 @@ class LocalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> the same."""
+        """Normalize x (B, C, H, W)."""
         batch = x.shape[0]
         size = max(d for d in range(1, min(batch, self.virtual_batch) + 1) if batch % d == 0)
         groups = x.float().unflatten(0, (batch // size, size))
@@ -242,10 +216,10 @@ class Residual(Block):
 
 
 class Tower(nn.Sequential):
-    """Maps (B, C, h, w) to 64 channels at an eighth of their sides, rounded up.
+    """Convolutions from maps (B, C, h, w) to 64 channels at an eighth of the sides, rounded up.
 
     Attributes:
-        gradient_checkpointing: keep the maps alone for the backward, and neither weights, normalized and cast, nor activations.
+        gradient_checkpointing: keep only the input for the backward pass, neither activations nor normalized weights.
     """
 
     gradient_checkpointing = False
@@ -259,38 +233,34 @@ class Tower(nn.Sequential):
         super().__init__(*layers, _conv(channels, CONDITION_CHANNELS, 1))
 
     def forward(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
-        """Each of the maps, normalized by itself; weights are normalized once, when the tower runs.
+        """Run on each of the maps separately, with weights that are normalized once.
 
         Args:
-            one: 1, with gradient where the tower learns: FSDP2 frees a tower behind its backward only if an input takes gradient.
+            one: 1, with gradient in training: FSDP2 frees a tower after its backward only if an input takes gradient.
         """
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            how = {
-                "use_reentrant": False,
-                "preserve_rng_state": False,
-                "context_fn": self._contexts,
-            }  # it draws nothing
-            return checkpoint(self._run, maps, one, **how)
+        if self.gradient_checkpointing:
+            kwargs = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._contexts}
+            return checkpoint(self._run, maps, one, **kwargs)
         return self._run(maps, one)
 
     def _run(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
         with parametrize.cached():
-            self._normalise_weights(one.device.type)
+            self._normalize_weights(one.device.type)
             return [nn.Sequential.forward(self, features.float()) * one for features in maps]
 
-    def _normalise_weights(self, device_type: str) -> None:
-        """Power iteration and division of every convolution, in float32 under autocast too; kept by `parametrize.cached`."""
+    def _normalize_weights(self, device_type: str) -> None:
+        """Run every convolution's power iteration and division in float32; `parametrize.cached` keeps the result."""
         with torch.autocast(device_type, enabled=False):
             for module in self.modules():
                 if parametrize.is_parametrized(module):
                     _ = module.weight
 
     def _contexts(self) -> tuple:
-        """Of the first run, and of that in the backward, which iterates no further and so finds the same norms."""
-        return nullcontext(), self._as_they_are()
+        """Return contexts of the first run and the recomputation, which reuses the norms without iterating again."""
+        return nullcontext(), self._without_power_iteration()
 
     @contextmanager
-    def _as_they_are(self):
+    def _without_power_iteration(self):
         norms = [module for module in self.modules() if hasattr(module, "_power_method")]
         training = [norm.training for norm in norms]
         for norm in norms:
@@ -298,12 +268,12 @@ class Tower(nn.Sequential):
         try:
             yield
         finally:
-            for norm, learns in zip(norms, training):
-                norm.train(learns)
+            for norm, mode in zip(norms, training):
+                norm.train(mode)
 
 
 class TextMap(nn.Module):
-    """A linear map with weights N(0, 1), scaled by 1 / sqrt(inputs) when it runs, and no bias to start with."""
+    """A linear map with weights initialized from N(0, 1), scaled by 1 / sqrt(inputs) in the forward, and zero bias."""
 
     def __init__(self, inputs: int):
         super().__init__()
@@ -315,16 +285,16 @@ class TextMap(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A head per feature map: logits = sum over 64 of cls(features) * (cmap(text) + refmap(reference)) / 8.
+    """A head per feature map: logits = sum over 64 channels of cls(features) * (cmap(text) + refmap(reference)) / 8.
 
     Args:
-        channels: of the maps, and of the heads inside.
+        channels: of the maps, and inside the heads.
         num_maps: number of heads.
         text_channels: of the text embedding.
-        virtual_batch: of the local batch norm.
+        virtual_batch: see LocalBatchNorm.
     """
 
-    _no_split_modules = ("Tower",)  # what is sharded, and gathered, one by one
+    _no_split_modules = ("Tower",)  # sharded, and gathered, one by one
 
     def __init__(self, channels: int, num_maps: int, text_channels: int, virtual_batch: int = 8):
         super().__init__()
@@ -335,29 +305,29 @@ class Discriminator(nn.Module):
     def forward(
         self, images: Sequence[Sequence[torch.Tensor]], reference: Sequence[torch.Tensor], text: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Logits (B, L), float32, of each of `images`; what depends on reference and text alone is computed once.
+        """Return logits (B, L), float32, of each of `images`; reference and text are processed once.
 
         Args:
-            images: feature lists of `VisionFeatures`, such as (real, fake); each is normalized by itself. Carry gradient.
-            reference: feature list of the images that the prompts belong to, not augmented.
+            images: outputs of `VisionFeatures`, such as (real, fake), with gradient; each is normalized separately.
+            reference: output for the images that the prompts belong to, not augmented.
             text: (B, T) of `TextFeatures`.
         """
         logits = [[] for _ in images]
         one = torch.ones((), device=text.device, requires_grad=self.training and torch.is_grad_enabled())
         for head, (cls, refmap, cmap) in enumerate(zip(self.cls, self.refmap, self.cmap)):
             condition = cmap(text)[:, :, None, None] + refmap(reference[head : head + 1], one)[0]
-            for own, features in zip(logits, cls([features[head] for features in images], one)):
+            for per_head, features in zip(logits, cls([features[head] for features in images], one)):
                 scores = (features * condition).float().sum(1) / CONDITION_CHANNELS**0.5
-                own.append(scores.flatten(1))
-        return tuple(torch.cat(own, 1) for own in logits)
+                per_head.append(scores.flatten(1))
+        return tuple(torch.cat(per_head, 1) for per_head in logits)
 
 
 class LatentClassifier(nn.Sequential):
-    """DMD2's classifier: features (B, C, size, size) of a network's middle -> one logit (B,) a sample; any C and size.
+    """DMD2's classifier: mid-block features (B, C, size, size) -> one logit per sample (B,), for any C and size.
 
-    Convolutions of stride 2 halve the map down to at most 4, one more takes what is left to 1 x 1, then a linear map. At 32, as
-    SDXL has it at 1024 px, these are the four convolutions of kernel 4 of the release. GroupNorm has its 32 groups where each
-    holds 8 channels or more; fewer for narrower networks, which it would silence on a 1 x 1 map.
+    Convolutions of stride 2 halve the map down to at most 4, one more reduces it to 1 x 1, a linear map follows. At
+    size 32 (SDXL at 1024 px) these are the release's four convolutions of kernel 4. GroupNorm has 32 groups if each
+    has 8 channels or more, else fewer: on a 1 x 1 map few values per group would be normalized to almost nothing.
     """
 
     def __init__(self, channels: int, size: int):
@@ -374,13 +344,18 @@ class LatentClassifier(nn.Sequential):
 def load_discriminator(
     args, dtype: torch.dtype, device: torch.device
 ) -> tuple[Discriminator, VisionFeatures, TextFeatures]:
-    """Load the frozen networks on the device and make the heads, which are to be trained, on the CPU."""
-    backbone, text_encoder = args.discriminator_backbone, args.discriminator_text_encoder
-    with ModelSource("--discriminator_backbone", backbone).loading():
-        kwargs = {"gradient_checkpointing": args.gradient_checkpointing, "resolution": args.discriminator_resolution}
-        vision = VisionFeatures(backbone, args.discriminator_layers, dtype, **kwargs).to(device)
-    with ModelSource("--discriminator_text_encoder", text_encoder).loading():
-        text = TextFeatures(text_encoder, dtype).to(device)
+    """Load the frozen networks on the device, and make the heads on the CPU.
+
+    Raises:
+        UserError: exit code 1; weights are missing or damaged.
+    """
+    backbone = ModelSource("--discriminator_backbone", args.discriminator_backbone)
+    text_encoder = ModelSource("--discriminator_text_encoder", args.discriminator_text_encoder)
+    kwargs = {"gradient_checkpointing": args.gradient_checkpointing, "resolution": args.discriminator_resolution}
+    with backbone.loading():
+        vision = VisionFeatures(backbone.path, args.discriminator_layers, dtype, **kwargs).to(device)
+    with text_encoder.loading():
+        text = TextFeatures(text_encoder.path, dtype).to(device)
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)
     for tower in (*heads.cls, *heads.refmap):
         tower.gradient_checkpointing = args.gradient_checkpointing
@@ -391,15 +366,15 @@ def load_discriminator(
 # DiffAugment (Zhao et al., 2020)
 # ---------------------------------------------------------------------------------------------------------------------
 def diff_augment(images: torch.Tensor, rng: StatelessRNG, sample_indices: Sequence[int], name: str) -> torch.Tensor:
-    """Brightness, saturation, contrast, translation, cutout; per sample, differentiable, not clamped.
+    """Change brightness, saturation, contrast and position, and cut out a rectangle; differentiable, not clamped.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1].
-        name: prefix of the draws, so that real and student's images are augmented independently.
+        images: (B, 3, H, W) in [-1, 1]; each is augmented independently.
+        name: prefix of the random numbers' names, so that real and generated images are augmented independently.
     """
 
-    def uniform(what: str, low: float, high: float) -> torch.Tensor:
-        return rng.uniform(f"{name}_{what}", sample_indices, low, high).view(-1, 1, 1, 1)
+    def uniform(operation: str, low: float, high: float) -> torch.Tensor:
+        return rng.uniform(f"{name}_{operation}", sample_indices, low, high).view(-1, 1, 1, 1)
 
     x = images + uniform("brightness", -0.5, 0.5)
     mean = x.mean(1, keepdim=True)
@@ -410,22 +385,21 @@ def diff_augment(images: torch.Tensor, rng: StatelessRNG, sample_indices: Sequen
 
 
 def _translate(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str, ratio: float = 0.125) -> torch.Tensor:
-    """Shifts by up to `ratio` of each side; what comes in is 0."""
+    """Shift by up to `ratio` of each side and fill with 0."""
     indices = []
     for axis, size in (("y", x.shape[2]), ("x", x.shape[3])):
         reach = int(size * ratio + 0.5)
         shift = rng.integers(f"{name}_translate_{axis}", sample_indices, -reach, reach)
-        # The image is padded by one pixel of zeros, in which everything beyond its border is looked up.
+        # The image is padded by one pixel of zeros, to which indices beyond its border are clamped.
         indices.append((torch.arange(1, size + 1, device=x.device) - shift[:, None]).clamp(0, size + 1))
     rows, columns = indices
     samples = torch.arange(len(x), device=x.device)[:, None, None]
-    return (
-        F.pad(x, [1, 1, 1, 1]).permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    )
+    pixels = F.pad(x, [1, 1, 1, 1]).permute(0, 2, 3, 1)
+    return pixels[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _cutout(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str, ratio: float = 0.2) -> torch.Tensor:
-    """Zeroes a rectangle of `ratio` of each side, around a center anywhere in the image."""
+    """Set a rectangle of `ratio` of each side, centered anywhere in the image, to 0."""
     inside = []
     for axis, size in (("y", x.shape[2]), ("x", x.shape[3])):
         side = int(size * ratio + 0.5)

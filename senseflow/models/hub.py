@@ -22,7 +22,8 @@ from senseflow.errors import UserError, loading
 logger = logging.getLogger(__name__)
 UNREADABLE = (HTTPError, OSError, ValueError)  # raised by the Hub, its cache and damaged files
 WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?"
+    r"(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
 
 
@@ -71,31 +72,28 @@ def hub_error(error: Optional[BaseException]) -> Optional[BaseException]:
         chain.append(error)
         error = error.__cause__ or error.__context__
     absent = (errors.OfflineModeIsEnabled, LocalEntryNotFoundError, errors.RevisionResolutionError, HFValidationError)
-    by_priority = (
-        error for types in (HfHubHTTPError, HTTPError, absent) for error in chain if isinstance(error, types)
-    )
-    return next(by_priority, None)
+    found = (error for types in (HfHubHTTPError, HTTPError, absent) for error in chain if isinstance(error, types))
+    return next(found, None)
 
 
 def hub_reason(error: BaseException) -> str:
-    """Explain in half a sentence why the Hub or its cache failed and what to do; else return the error's first line."""
+    """Explain why the Hub or its cache failed and what to do; of another error, return the first line."""
     cause, retry = hub_error(error), "try again later, or set HF_HUB_OFFLINE=1 if all of it is in the cache"
-    repo_type = getattr(cause, "repo_type", None) or "model"
-    prefix = "" if repo_type == "model" else f"{repo_type}s/"
-    page = f"{constants.ENDPOINT}/{prefix}{getattr(cause, 'repo_id', None) or ''}"
+    page = f"{constants.ENDPOINT}/{getattr(cause, 'repo_id', None) or ''}"
     if isinstance(cause, errors.GatedRepoError):
         return f"it is gated on the Hub: accept its license at {page}, then log in with `hf auth login`"
     if isinstance(cause, errors.RepositoryNotFoundError):
-        return "the Hub has no such repository, or hides it: check the spelling, or log in with `hf auth login` if it is private"
+        fix = "check the spelling, or log in with `hf auth login` if it is private"
+        return f"the Hub has no such repository, or hides it: {fix}"
     if isinstance(cause, errors.RevisionNotFoundError):
         return f"the Hub has no such revision of it: give a branch, a tag, or a commit that {page}/commits lists"
     if isinstance(cause, errors.RemoteEntryNotFoundError):
         file = str(cause.response.url).partition("/resolve/")[2].partition("/")[2]
         return f"it has no {file or 'such file'} on the Hub"
     if isinstance(cause, HfHubHTTPError):
-        status, settings = cause.response.status_code, f"{constants.ENDPOINT}/settings/tokens"
-        fixes = {401: "log in with `hf auth login`", 403: f"give your token the right to it at {settings}"}
-        return f"the Hub answers {status}: {fixes.get(status, retry)}"
+        status = cause.response.status_code
+        fix = "log in with `hf auth login` and a token that may read it" if status in (401, 403) else retry
+        return f"the Hub answers {status}: {fix}"
     if isinstance(cause, HTTPError):
         return f"the Hub cannot be reached ({cause}): {retry}"
     if isinstance(cause, HFValidationError):
@@ -130,9 +128,9 @@ class ModelSource:
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
 
-    def error(self, problem: str, exit_code: int = 2) -> UserError:
-        """Make a UserError that names flag and path."""
-        return UserError(f"{self}: {problem}", exit_code)
+    def error(self, problem: str, exit_code: int = 2, subfolder: Optional[str] = None) -> UserError:
+        """Make a UserError that names flag, path and subfolder."""
+        return UserError(f"{self}{f' ({subfolder})' if subfolder else ''}: {problem}", exit_code)
 
     @property
     def is_folder(self) -> bool:
@@ -206,15 +204,12 @@ class ModelSource:
             except UNREADABLE as error:
                 on_hub = not self.is_folder and hub_error(error)
                 reason = hub_reason(error) if on_hub else f"no readable {cls.__name__}; download or copy it again"
-                raise self._error_in(subfolder, reason) from error
+                raise self.error(reason, subfolder=subfolder) from error
         config = dict(self._configs[cls, subfolder])
         class_name = config.get("_class_name", cls.__name__)
         if exact and class_name != cls.__name__:
-            raise self._error_in(subfolder, f"is a {class_name}, this script takes a {cls.__name__}")
+            raise self.error(f"is a {class_name}, this script takes a {cls.__name__}", subfolder=subfolder)
         return config
-
-    def _error_in(self, subfolder: Optional[str], problem: str) -> UserError:
-        return UserError(f"{self}{f' ({subfolder})' if subfolder else ''}: {problem}", exit_code=2)
 
     # Weights --------------------------------------------------------------------------------------------------------
     def network_subfolder(self, name: str) -> Optional[str]:
@@ -255,7 +250,7 @@ class ModelSource:
 
     @contextmanager
     def loading(self):
-        """Turn errors of loading weights into a UserError (exit code 1); where the Hub fails it gives the Hub's reason."""
+        """Turn an error while weights load into a UserError (exit code 1), with the Hub's reason if the Hub failed."""
         with loading(self.flag, self.path):
             try:
                 yield
@@ -356,7 +351,7 @@ def load_network(source: ModelSource, cls, subfolder: str, **kwargs: Any) -> tor
 
 
 def load_pipeline(source: ModelSource, cls, **components):
-    """Load a pipeline around `components` (and other arguments of from_pretrained). UserError (exit code 1) for damage."""
+    """Load a pipeline around `components` (and other arguments of from_pretrained). UserError (1) for bad weights."""
     with source.loading():
         index = source.read_json("model_index.json")
         variants = set().union(*(source.variants(name) for name in saved_components(index) if name not in components))

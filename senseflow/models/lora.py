@@ -1,9 +1,9 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Low-rank adapters (LoRA): teacher, student and fake score over one copy of the teacher's weights.
 
-Student and fake score are twins of the teacher: networks of their own, with an adapter of their own, whose frozen tensors are the
-teacher's. A twin takes no memory for weights, and no adapter is ever switched on or off: gradient checkpointing recomputes under
-the adapter it ran under, and DDP and the optimizer see the few parameters of one role.
+Student and fake score are copies of the teacher's network that share its frozen tensors and have an adapter each. A
+copy takes no memory for weights, and no adapter is ever switched on or off: gradient checkpointing recomputes with the
+adapter of the forward pass, and DDP and the optimizer see the few parameters of one role.
 """
 
 import copy
@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Optional, Sequence, Union
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
@@ -23,174 +23,162 @@ from safetensors.torch import load_file
 from senseflow.errors import UserError, loading, require_package
 from senseflow.models.hub import UNREADABLE, ModelSource, abbreviate, fingerprint, hub_reason
 from senseflow.models.quantization import quantization_states, quantize_network
-from senseflow.models.weights import materialize
+from senseflow.models.weights import materialize, state_dict_problems
 
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "default"  # the name peft gives to the adapter of a network; not a part of the names in a file
+ADAPTER = "default"  # peft's name of a network's adapter, which files leave out of tensor names
 FILE = "pytorch_lora_weights.safetensors"
 LORA_FLAGS = ("rank", "lora_alpha", "lora_layers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+# Before any weights load
 # ---------------------------------------------------------------------------------------------------------------------
-def target_modules(layers: Sequence[str]):
-    """What peft's LoraConfig takes: one regular expression, or a list of names."""
+def target_modules(layers: Sequence[str]) -> Union[str, list[str]]:
+    """Return --lora_layers for peft's LoraConfig: one regular expression, or a list of names."""
     return layers[0] if len(layers) == 1 and re.search(r"[*+?|()\[\]\\^$]", layers[0]) else list(layers)
 
 
 def lora_config(args):
-    """peft's configuration of the adapters."""
+    """Make peft's configuration of the adapters."""
     from peft import LoraConfig
 
     return LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules(args.lora_layers))
 
 
-def check_lora_args(args, kind: type, config: dict, default_layers: Sequence[str]) -> None:
-    """Refuses (exit code 2) layers that the network does not have, and an adapter to start from that has others; fills in
-    --lora_alpha and --lora_layers. No weight loads.
+def check_lora_args(args, cls, config: dict) -> None:
+    """Check the flags of adapters, and an adapter from which the run starts, against the teacher's network.
 
     Args:
-        kind, config: class and configuration of the teacher's network.
+        cls, config: class and configuration of that network.
+    Raises:
+        UserError: exit code 2; packages, files or layers are missing.
     """
     if not args.rank:
         return
     require_package("peft", "--rank")
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     if args.base_quantization != "none":
         require_package("bitsandbytes", f"--base_quantization {args.base_quantization}")
         if args.teacher_lora:
-            fix = "fuse it into a whole pipeline first, and give that"
-            raise UserError(
-                f"--teacher_lora {args.teacher_lora}: stock pipelines fuse none into a quantized base; {fix}", 2
+            problem = (
+                "stock pipelines cannot fuse one into a quantized base; fuse it into a pipeline first, and give that"
             )
+            raise UserError(f"--teacher_lora {args.teacher_lora}: {problem}", exit_code=2)
     if args.teacher_lora:
         find_lora(ModelSource("--teacher_lora", args.teacher_lora))
-    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
-    args.lora_layers = args.lora_layers or list(default_layers)
     with torch.device("meta"):
-        network = kind.from_config(config)
-    modules = dict(network.named_modules())
-    possible = {name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
-    targets = target_modules(args.lora_layers)
-    for target in [targets] if isinstance(targets, str) else targets:
-        try:
-            wanted = LoraConfig(target_modules=targets if isinstance(targets, str) else [target])
-            found = {name for name in modules if name and check_target_module_exists(wanted, name)}
-        except re.error as error:
-            raise UserError(
-                f"--lora_layers {target}: is no regular expression ({error}); mend it, or give names", 2
-            ) from error
-        if not found & possible:
-            near = ", ".join(similar_layers(target, possible))
-            raise UserError(
-                f"--lora_layers {target}: no linear or convolutional layer is called so; there are {near}, ...", 2
-            )
-        if found - possible:
-            other = sorted(found - possible)[0]
-            message = f"--lora_layers {target}: also means {other}, a {type(modules[other]).__name__}, which takes no adapter"
-            raise UserError(f"{message}; name linear and convolutional layers alone", 2)
+        network = cls.from_config(config)
+    check_lora_layers(args.lora_layers, network)
     if args.student_model_name_or_path:
-        check_start(args, network)
+        check_initial_adapter(args, network)
 
 
-def check_start(args, network: torch.nn.Module) -> None:
-    """Refuses (exit code 2) a --student_model_name_or_path that holds no adapter as this run trains it.
+def check_lora_layers(layers: Sequence[str], network: torch.nn.Module) -> None:
+    """Check that each of --lora_layers matches linear and convolutional layers only, and at least one."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
 
-    Args:
-        network: the teacher's, without weights.
-    """
-    start = ModelSource("--student_model_name_or_path", args.student_model_name_or_path)
-    with loading(start.flag, start.path):
-        with safe_open(find_lora(start), "pt") as file:
-            shapes = {inner_name(name): list(file.get_slice(name).get_shape()) for name in file.keys()}
-            said = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    alpha = next((value for name, value in said.items() if name.rpartition(".")[2] == "lora_alpha"), args.lora_alpha)
+    modules = dict(network.named_modules())
+    supported = {name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+    targets = target_modules(layers)
+    for target in [targets] if isinstance(targets, str) else targets:
+        flag = f"--lora_layers {target}"
+        try:
+            config = LoraConfig(target_modules=targets if isinstance(targets, str) else [target])
+            matched = {name for name in modules if name and check_target_module_exists(config, name)}
+        except re.error as error:
+            raise UserError(f"{flag}: not a regular expression ({error}); correct it, or give names", 2) from error
+        if not matched & supported:
+            names = {re.sub(r"^.*blocks\.\d+\.", "", name) for name in supported}
+            similar = ", ".join(difflib.get_close_matches(target, names, 3, 0.0))
+            raise UserError(f"{flag}: matches no linear or convolutional layer; there are {similar}, ...", 2)
+        for name in sorted(matched - supported):
+            problem = f"also matches {name}, a {type(modules[name]).__name__}, which cannot have an adapter"
+            raise UserError(f"{flag}: {problem}; name linear and convolutional layers only", 2)
+
+
+def check_initial_adapter(args, network: torch.nn.Module) -> None:
+    """Check that --student_model_name_or_path is an adapter like this run's, for a network on the meta device."""
+    source = ModelSource("--student_model_name_or_path", args.student_model_name_or_path)
+    with loading(source.flag, source.path), safe_open(find_lora(source), "pt") as file:
+        shapes = {without_component(name): file.get_slice(name).get_shape() for name in file.keys()}
+        metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    alphas = (value for name, value in metadata.items() if name.rpartition(".")[2] == "lora_alpha")
+    alpha = next(alphas, args.lora_alpha)
     if alpha != args.lora_alpha:
-        raise UserError(
-            f"{start}: its adapter has alpha {alpha:g}, this run's {args.lora_alpha:g}; give --lora_alpha {alpha:g}", 2
+        raise source.error(
+            f"its adapter has alpha {alpha:g}, this run's {args.lora_alpha:g}; give --lora_alpha {alpha:g}"
         )
-    network.add_adapter(lora_config(args))
-    own = {stored_name(name): list(tensor.shape) for name, tensor in network.named_parameters() if ".lora_" in name}
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name} - {args.rank}
     if ranks:
-        raise UserError(f"{start}: its adapter has rank {min(ranks)}; give --rank {min(ranks)}", 2)
-    other = [name for name in {**own, **shapes} if own.get(name) != shapes.get(name)]
-    if other:
-        raise UserError(
-            f"{start}: its adapter has other layers ({abbreviate(other)}); give the --lora_layers it was trained with",
-            2,
-        )
+        raise source.error(f"its adapter has rank {min(ranks)}; give --rank {min(ranks)}")
+    network.add_adapter(lora_config(args))
+    expected = {stored_name(name): tensor for name, tensor in network.named_parameters() if ".lora_" in name}
+    problem = state_dict_problems(expected, shapes)
+    if problem:
+        raise source.error(f"its adapter has other layers ({problem}); give the --lora_layers it was trained with")
 
 
-def inner_name(name: str) -> str:
-    """A tensor's name in the file of an adapter, without that of the component, which a pipeline's file has before it."""
+def without_component(name: str) -> str:
+    """Remove a pipeline's component from a tensor's name in an adapter file."""
     return re.sub(r"^(transformer|unet)\.", "", name)
 
 
-def similar_layers(target: str, layers: Iterable[str], number: int = 3) -> list[str]:
-    """The layers most like `target`, by what stands behind the number of their block."""
-    return difflib.get_close_matches(target, {re.sub(r"^.*blocks\.\d+\.", "", name) for name in layers}, number, 0.0)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Twins
+# Networks over one base
 # ---------------------------------------------------------------------------------------------------------------------
 def copy_sharing_base(network: torch.nn.Module, base: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a network that shares every parameter and buffer of `base` with it, quantized ones too, and nothing else."""
+    """Copy a network, sharing with it all parameters and buffers of `base`, quantized ones too, and nothing else."""
     shared = (*base.parameters(), *base.buffers(), *quantization_states(base))
     return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
 
 
-def adapted_twins(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """(student, fake score) over the teacher's network: equal at the start, and as the teacher, for half of each adapter is
-    zero, or as what --student_model_name_or_path holds.
+def adapted_copies(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Make student and fake score over the teacher's network.
+
+    They equal each other at the start, and the teacher too, as half of each new adapter is zero, unless
+    --student_model_name_or_path gives an adapter to start from.
 
     Args:
-        base: the teacher's network on its device: a twin that is moved has tensors of its own. It is frozen, and keeps its class.
+        base: the teacher's frozen network on its device: tensors of a copy that is moved later are not shared.
     Returns:
-        Two networks of which the adapters alone take gradient, in float32 whatever the precision of `base`.
+        (student, fake score), of which only the adapters take gradient, in float32 whatever the precision of `base`.
     """
     student = copy_sharing_base(base, base)
     student.add_adapter(lora_config(args))
     cast_training_params(student, torch.float32)
     if args.student_model_name_or_path:
-        start = ModelSource("--student_model_name_or_path", args.student_model_name_or_path)
-        with start.loading():
-            weights = {inner_name(name): tensor for name, tensor in load_file(find_lora(start)).items()}
-            with torch.no_grad():
-                for name, parameter in student.named_parameters():
-                    if ".lora_" in name:
-                        parameter.copy_(weights[stored_name(name)])
+        source = ModelSource("--student_model_name_or_path", args.student_model_name_or_path)
+        with source.loading(), torch.no_grad():
+            weights = {without_component(name): tensor for name, tensor in load_file(find_lora(source)).items()}
+            for name, parameter in student.named_parameters():
+                if ".lora_" in name:
+                    parameter.copy_(weights[stored_name(name)])
     return student, copy_sharing_base(student, base)
 
 
 def share_base(network: torch.nn.Module, base: torch.nn.Module) -> None:
-    """Puts the parameters of `base` into the place of those that a twin of it, by itself or within `network`, has of its own.
+    """Replace the frozen parameters of an adapted copy of `base`, perhaps a part of `network`, by those of `base`.
 
-    As FSDP2 needs it, which gives every network shards of its own: after both are sharded, and before FSDP looks at the twin's.
+    FSDP2 makes shards for every network. Call this once both are sharded, before FSDP first uses the copy's shards.
     """
-    (adapted,) = (part for part in network.modules() if hasattr(part, "peft_config"))
-    own, names = (
-        dict(base.named_parameters()),
-        [name for name, _ in adapted.named_parameters() if ".lora_" not in name],
-    )
-    adapted.load_state_dict(
-        {name: own[name.replace(".base_layer.", ".")] for name in names}, strict=False, assign=True
-    )
+    (adapted,) = (module for module in network.modules() if hasattr(module, "peft_config"))
+    tensors = dict(base.named_parameters())
+    names = [name for name, _ in adapted.named_parameters() if ".lora_" not in name]
+    shared = {name: tensors[name.replace(".base_layer.", ".")] for name in names}
+    adapted.load_state_dict(shared, strict=False, assign=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A teacher that is a LoRA over a pipeline
+# A teacher with a LoRA
 # ---------------------------------------------------------------------------------------------------------------------
 def find_lora(source: ModelSource) -> Path:
-    """The file of a LoRA, by itself, or in a folder or Hub repository, where it is the only one or has diffusers' name.
+    """Find the file of a LoRA: the source itself, or in it the only safetensors file or the one with diffusers' name.
 
-    UserError (exit code 2) where there is none, or more than one.
+    Raises:
+        UserError: exit code 2; none, or several.
     """
     if Path(source.path).is_file():
         return Path(source.path)
@@ -200,18 +188,18 @@ def find_lora(source: ModelSource) -> Path:
             return source.file(FILE if FILE in files else files[0])
     except UNREADABLE as error:
         raise source.error(f"no such file or folder, and {hub_reason(error)}") from error
-    fix = "give the one that is the LoRA, by itself" if files else "give a LoRA's file, or a folder with one"
+    fix = "give the path of the LoRA itself" if files else "give a LoRA's file, or a folder with one"
     raise source.error(f"holds {len(files)} .safetensors files; {fix}")
 
 
 def fuse_lora(source: ModelSource, pipeline, network: str, scale: Optional[float]) -> str:
-    """Fuses a LoRA into a pipeline, as its stock methods do; into its text encoders, too, where it has weights for them.
+    """Fuse a LoRA into a pipeline with its stock methods, and into its text encoders if it has weights for them.
 
     Args:
-        network: the component that it must have weights for.
-        scale: None: nothing is fused, only the fingerprint taken.
+        network: name of the component for which it must have weights.
+        scale: None only computes the fingerprint.
     Returns:
-        The fingerprint of that network, unfused, with the LoRA: whatever the precision, which what is fused depends on.
+        The fingerprint of that network with the LoRA beside it: fused weights would depend on the precision.
     Raises:
         UserError: exit code 1; not a LoRA, or one for another network.
     """
@@ -223,44 +211,43 @@ def fuse_lora(source: ModelSource, pipeline, network: str, scale: Optional[float
             raise ValueError(f"it has no layer of a {type(module).__name__}")
         weights = pipeline.lora_state_dict(str(file.parent), weight_name=file.name)
         weights = weights[0] if isinstance(weights, tuple) else weights
-        ends = re.compile(rf"{network}\.(?P<layer>.*)\.(lora_A|lora\.down)\.weight")
-        layers = {match["layer"] for match in map(ends.fullmatch, weights) if match}
+        pattern = re.compile(rf"{network}\.(?P<layer>.*)\.(lora_A|lora\.down)\.weight")
+        layers = {match["layer"] for match in map(pattern.fullmatch, weights) if match}
         unknown = layers - {name for name, part in module.named_modules() if hasattr(part, "lora_A")}
         if unknown:
-            logger.warning(
-                f"{source}: {len(unknown)} of its {len(layers)} layers have no place there ({abbreviate(unknown)})"
-            )
-        found = fingerprint(module)
+            names = abbreviate(unknown)
+            logger.warning(f"{source}: {len(unknown)} of its {len(layers)} layers are not in the network ({names})")
+        adapted_fingerprint = fingerprint(module)
         if scale is not None:
             pipeline.fuse_lora(lora_scale=scale)
         pipeline.unload_lora_weights()
-    return found
+    return adapted_fingerprint
 
 
 def make_base(args, pipeline, network: str, device) -> Optional[str]:
-    """Makes the teacher of --teacher_lora or --base_quantization, before it has twins; its fingerprint, None without these."""
+    """Apply --teacher_lora or --base_quantization to the teacher; return its fingerprint, or None without these."""
+    module = getattr(pipeline, network)
     if args.base_quantization != "none":
-        found = fingerprint(getattr(pipeline, network))
-        quantize_network(getattr(pipeline, network), args.base_quantization, device)
-        return f"{found} in {args.base_quantization}"
+        unquantized = fingerprint(module)
+        quantize_network(module, args.base_quantization, device)
+        return f"{unquantized} in {args.base_quantization}"
     if not args.teacher_lora:
         return None
-    materialize(getattr(pipeline, network), "cpu")
+    materialize(module, "cpu")
     source = ModelSource("--teacher_lora", args.teacher_lora)
-    found = fuse_lora(source, pipeline, network, args.teacher_lora_scale)
-    return f"{found} at {args.teacher_lora_scale:g}"
+    return f"{fuse_lora(source, pipeline, network, args.teacher_lora_scale)} at {args.teacher_lora_scale:g}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
 def stored_name(name: str) -> str:
-    """A parameter's name in a file: as diffusers writes those of adapters, and of any other as it is."""
+    """Return a parameter's name in a file; diffusers leaves peft's name of the adapter out."""
     return name.replace(f".{ADAPTER}.", ".") if ".lora_" in name else name
 
 
-def adapter_of(network: torch.nn.Module) -> dict[str, Any]:
-    """LORA_FLAGS as a network's adapter has them, in JSON's types; all None if it has none."""
+def adapter_settings(network: torch.nn.Module) -> dict[str, Any]:
+    """Return {flag: value} of LORA_FLAGS for a network's adapter, in JSON's types; all None if it has none."""
     config = getattr(network, "peft_config", {}).get(ADAPTER)
     if config is None:
         return dict.fromkeys(LORA_FLAGS)
@@ -268,13 +255,12 @@ def adapter_of(network: torch.nn.Module) -> dict[str, Any]:
     return dict(zip(LORA_FLAGS, (config.r, config.lora_alpha, layers)))
 
 
-def metadata_of(network: torch.nn.Module) -> dict[str, Any]:
-    """What peft must know to build a network's adapter again; the one place where alpha is kept."""
+def adapter_metadata(network: torch.nn.Module) -> dict[str, Any]:
+    """Return the metadata from which peft rebuilds a network's adapter; only it holds alpha."""
     return network.peft_config[ADAPTER].to_dict()
 
 
 def save_adapter(folder: Path, network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Writes what `network.save_lora_adapter(folder)` writes, of `weights` by their names in a file."""
-    LoraBaseMixin.write_lora_layers(
-        weights, str(folder), True, FILE, None, True, lora_adapter_metadata=metadata_of(network)
-    )
+    """Write `weights` (by their names in a file) as `network.save_lora_adapter(folder)` would write its own."""
+    metadata = adapter_metadata(network)
+    LoraBaseMixin.write_lora_layers(weights, str(folder), True, FILE, None, True, lora_adapter_metadata=metadata)

@@ -1,8 +1,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""A smaller base for adapters: the frozen network's linear layers in 8 or 4 bits (bitsandbytes).
+"""Quantize a frozen network's linear layers to 8 or 4 bits (bitsandbytes), as a smaller base for adapters.
 
-The layers, and what stands in them, are those of diffusers' own loader with the same configuration. That loader wants a GPU;
-here a network is quantized on a CPU, too.
+The layers equal those of diffusers' loader with the same configuration. That loader needs a GPU; this code does not.
 """
 
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from senseflow.models.weights import materialize
 
 
-# What stands for each in diffusers: (quant_backend, quant_kwargs) of a PipelineQuantizationConfig, without the precision.
+# (quant_backend, quant_kwargs) of diffusers' PipelineQuantizationConfig.
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "8bit": ("bitsandbytes_8bit", {"load_in_8bit": True}),
     "4bit": ("bitsandbytes_4bit", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
@@ -21,59 +20,59 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @torch.no_grad()
 def quantize_network(network: torch.nn.Module, base_quantization: str, device) -> None:
-    """Puts quantized layers into the place of all linear layers, one by one; they compute in the network's dtype.
+    """Replace all linear layers by quantized ones, one by one; they compute in the network's dtype.
 
     Args:
-        network: in memory, or empty (senseflow.models.weights): then one layer at a time is read and quantized.
+        network: in memory, or on the meta device (senseflow.models.weights): then one layer at a time is read.
         base_quantization: "8bit" (LLM.int8) or "4bit" (nf4, blocks of 64).
-        device: of the quantized layers, and where they are quantized.
+        device: where layers are quantized and stay.
     """
     dtype = network.dtype
-    places = {part: (parent, name) for parent in network.modules() for name, part in parent.named_children()}
+    parents = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
 
-    def replace(part: torch.nn.Module) -> None:
-        if type(part) is torch.nn.Linear:
-            parent, name = places[part]
-            setattr(parent, name, quantize_linear(part, base_quantization, dtype, device))
-            part.weight.data = part.weight.new_empty(0)
+    def replace(module: torch.nn.Module) -> None:
+        if type(module) is torch.nn.Linear:
+            parent, name = parents[module]
+            setattr(parent, name, quantize_linear(module, base_quantization, dtype, device))
+            module.weight.data = module.weight.new_empty(0)
 
     materialize(network, "cpu", replace)
 
 
 def quantize_linear(layer: torch.nn.Linear, base_quantization: str, dtype: torch.dtype, device) -> torch.nn.Module:
-    """One linear layer, quantized on `device`, which computes in `dtype`."""
+    """Quantize one linear layer on `device`; the result computes in `dtype`."""
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     shape, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
     if base_quantization == "4bit":
-        how = {"quant_type": "nf4", "compress_statistics": False}
-        small = Linear4bit(*shape, compute_dtype=dtype, device="meta", **how)
-        small.weight = Params4bit(weight, requires_grad=False, module=small, **how)
-        # Else the first input decides, and on some CPUs the first pass packs the weights anew, which twins share.
-        small.compute_type_is_set, small.support_avx512bf16_for_cpu = True, False
+        kwargs = {"quant_type": "nf4", "compress_statistics": False}
+        quantized = Linear4bit(*shape, compute_dtype=dtype, device="meta", **kwargs)
+        quantized.weight = Params4bit(weight, requires_grad=False, module=quantized, **kwargs)
+        # Otherwise the first input would decide, and some CPUs would repack the weights, which copies share.
+        quantized.compute_type_is_set, quantized.support_avx512bf16_for_cpu = True, False
     else:
-        small = Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
-        small.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    small.bias = layer.bias
-    small.requires_grad_(False).to(device)
+        quantized = Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
+        quantized.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    quantized.bias = layer.bias
+    quantized.requires_grad_(False).to(device)
     if base_quantization == "8bit":
-        small.init_8bit_state()  # by itself it does so when it first runs, and a twin would be left without
-    return small.train(layer.training)
+        quantized.init_8bit_state()  # now, not in the first forward, for copies to have it, too
+    return quantized.train(layer.training)
 
 
 def quantization_states(network: torch.nn.Module) -> list[Any]:
-    """What belongs to quantized weights and is neither parameter nor buffer: scales and tables, which twins share, too."""
+    """List scales and tables of quantized weights: neither parameters nor buffers, yet shared by copies, too."""
     states = []
     for module in network.modules():
-        states += [getattr(own, "quant_state", None) for own in (getattr(module, "weight", None), module)]
+        states += [getattr(owner, "quant_state", None) for owner in (getattr(module, "weight", None), module)]
         states += [getattr(getattr(module, "state", None), name, None) for name in ("CB", "SCB")]
     return list({id(state): state for state in states if state is not None}.values())
 
 
 def quantization_config(base_quantization: str, component: str, dtype: str) -> str:
-    """The code of the configuration with which diffusers loads a pipeline over the same base."""
-    backend, arguments = BACKENDS[base_quantization]
-    shown = ", ".join(f'"{name}": {value!r}' for name, value in arguments.items()).replace("'", '"')
+    """Write the code of the configuration with which diffusers loads a pipeline over the same base."""
+    backend, kwargs = BACKENDS[base_quantization]
+    shown = ", ".join(f'"{name}": {value!r}' for name, value in kwargs.items()).replace("'", '"')
     if base_quantization == "4bit":
         shown += f', "bnb_4bit_compute_dtype": {dtype}'
     return f'PipelineQuantizationConfig("{backend}", {{{shown}}}, ["{component}"])'

@@ -1,9 +1,9 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Prompts to conditions: where the frozen text encoders are, and for how long."""
+"""Encode prompts to conditions: where the frozen text encoders are, and for how long."""
 
 import os
 from functools import partial
-from typing import Optional, Sequence, Union
+from typing import Callable, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -16,87 +16,85 @@ from senseflow.errors import UserError
 
 logger = get_logger(__name__)
 
-SMALL_SET = 1000  # prompts whose embeddings are kept; those of FLUX.1-dev take 4 MB each in bf16
+MAX_CACHED_PROMPTS = 1000  # embeddings of FLUX.1-dev take 4 MB per prompt in bf16
 
 
 def text_encoders_of(pipeline) -> dict[str, torch.nn.Module]:
-    """The text encoders that a pipeline has, by component."""
+    """Return the text encoders of a pipeline by component."""
     components = pipeline.components.items()
     return {name: part for name, part in components if name.startswith("text_encoder") and part is not None}
 
 
 def place_text_encoders(args, pipeline, device) -> None:
-    """Puts the frozen text encoders on the device or, with --offload_text_encoders, leaves them on the CPU to run there."""
+    """Put the frozen text encoders on the device or, with --offload_text_encoders, let them run on the CPU."""
     for encoder in text_encoders_of(pipeline).values():
         encoder.requires_grad_(False).eval().to("cpu" if args.offload_text_encoders else device)
-    if args.offload_text_encoders:
-        pipeline.encode_prompt = partial(
-            _encode_where_they_are, pipeline, pipeline.encode_prompt
-        )  # the stock call's, too
+    if args.offload_text_encoders:  # for stock calls of the pipeline, too
+        pipeline.encode_prompt = partial(_encode_on_their_device, pipeline, pipeline.encode_prompt)
 
 
-def _encode_where_they_are(pipeline, encode_prompt, *args, device, **kwargs) -> tuple:
-    where = next(iter(text_encoders_of(pipeline).values())).device
-    return send_to_device(encode_prompt(*args, device=where, **kwargs), device)  # lists of tensors, too
+def _encode_on_their_device(pipeline, encode_prompt, *args, device, **kwargs) -> tuple:
+    own_device = next(iter(text_encoders_of(pipeline).values())).device
+    return send_to_device(encode_prompt(*args, device=own_device, **kwargs), device)  # lists of tensors, too
 
 
-def encode_small_set(args, rows, pipeline, encode_prompts, device):
-    """With --offload_text_encoders and at most SMALL_SET different prompts: encodes them all, once, and frees the encoders.
+def cache_conditions(args, rows, pipeline, encode_prompts: Callable, device) -> Callable:
+    """With --offload_text_encoders and few different prompts, encode them all once and free the encoders.
 
     Args:
         rows: of the data set.
-        encode_prompts: `encode_prompts(prompts) -> condition`, a tuple of tensors (B, ...).
+        encode_prompts: `encode_prompts(prompts)` -> condition, a tuple of tensors (B, ...).
     Returns:
-        What takes the place of `encode_prompts`. The encoders stay on the CPU where --validation_prompts will need them.
+        A replacement of `encode_prompts`. The encoders stay on the CPU if --validation_prompts needs them.
     """
-    prompts = few_prompts(rows) if args.offload_text_encoders else None
+    prompts = different_prompts(rows) if args.offload_text_encoders else None
     if prompts is None:
         return encode_prompts
     encoders = text_encoders_of(pipeline)
     for encoder in encoders.values():
         encoder.to(device)
-    shown = tqdm(prompts, "prompts", disable=os.environ.get("LOCAL_RANK", "0") != "0")
-    table = {prompt: [part.cpu() for part in encode_prompts([prompt])] for prompt in shown}
+    progress = tqdm(prompts, "prompts", disable=os.environ.get("LOCAL_RANK", "0") != "0")
+    cached = {prompt: [part.cpu() for part in encode_prompts([prompt])] for prompt in progress}
     for encoder in encoders.values():
         encoder.to("cpu")
     if not args.validation_prompts:
         pipeline.register_modules(**dict.fromkeys(encoders))
-    logger.info(
-        f"{len(table)} prompts are encoded; the text encoders are {'on the CPU' if args.validation_prompts else 'freed'}"
-    )
-    return lambda prompts: tuple(torch.cat(parts).to(device) for parts in zip(*[table[prompt] for prompt in prompts]))
+    location = "stay on the CPU" if args.validation_prompts else "are freed"
+    logger.info(f"{len(cached)} prompts are encoded; the text encoders {location}")
+    return lambda prompts: tuple(torch.cat(parts).to(device) for parts in zip(*[cached[prompt] for prompt in prompts]))
+
+
+def different_prompts(rows) -> Optional[list[str]]:
+    """List the different prompts of a data set; None for more than MAX_CACHED_PROMPTS, and for a stream."""
+    prompts: dict[str, None] = {}
+    for row in range(len(rows) if hasattr(rows, "__len__") else 0):
+        prompts |= dict.fromkeys(rows.captions(row))
+        if len(prompts) > MAX_CACHED_PROMPTS:
+            return None
+    return list(prompts) or None
 
 
 def pad_condition(
     embeds: Union[torch.Tensor, Sequence[torch.Tensor]], length: int, mask: Optional[torch.Tensor] = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text of variable length as a condition must be, of one length throughout a run: (embeds (B, length, D), mask (B, length)).
+    """Pad text of variable length, since conditions must have one length throughout a run.
 
     Args:
-        embeds: (B, L, D), or (L, D) a prompt, each of a length of its own.
+        embeds: (B, L, D), or a list of (L, D) of different lengths.
         length: --max_sequence_length.
-        mask: (B, L), nonzero where a place of `embeds` is text (default: everywhere).
+        mask: (B, L), nonzero where `embeds` is text (default: everywhere).
     Returns:
-        The text at the start of each row, then zeros; and a mask, bool, true where there is text.
+        Embeds (B, length, D), zeros behind the text of each row; mask (B, length), bool, true for text.
     Raises:
         UserError: a prompt is longer than `length`.
     """
-    texts = list(embeds) if mask is None else [text[own.bool()] for text, own in zip(embeds, mask, strict=True)]
+    texts = (
+        list(embeds) if mask is None else [text[is_text.bool()] for text, is_text in zip(embeds, mask, strict=True)]
+    )
     longest = max(map(len, texts))
     if longest > length:
-        raise UserError(
-            f"--max_sequence_length {length}: a prompt has {longest} tokens; raise it, or shorten the prompt"
-        )
+        problem = f"a prompt has {longest} tokens; raise it, or shorten the prompt"
+        raise UserError(f"--max_sequence_length {length}: {problem}")
     padded = torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])
     lengths = torch.tensor([len(text) for text in texts], device=padded.device)
     return padded, torch.arange(length, device=padded.device) < lengths[:, None]
-
-
-def few_prompts(rows) -> Optional[list[str]]:
-    """The different prompts of a data set, if they are at most SMALL_SET; None for more, and for a stream."""
-    found: dict[str, None] = {}
-    for row in range(len(rows) if hasattr(rows, "__len__") else 0):
-        found |= dict.fromkeys(rows.captions(row))
-        if len(found) > SMALL_SET:
-            return None
-    return list(found) or None

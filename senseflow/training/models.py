@@ -17,8 +17,8 @@ from senseflow.models.hub import (
     student_source,
     teacher_source,
 )
-from senseflow.models.lora import adapted_twins, adapter_of, check_lora_args, make_base
-from senseflow.models.text_encoders import encode_small_set, place_text_encoders
+from senseflow.models.lora import adapted_copies, adapter_settings, check_lora_args, make_base
+from senseflow.models.text_encoders import cache_conditions, place_text_encoders
 from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents
 from senseflow.models.weights import from_pretrained_meta, materialize
 from senseflow.training.roles import Role
@@ -138,7 +138,7 @@ class TrainingModels:
     def fingerprints(self) -> dict[str, Any]:
         """Return what a checkpoint's state belongs to: frozen networks, adapters, the class of the optimizer."""
         fingerprints = {"teacher": self.teacher_fingerprint, "optimizer": type(self.student.optimizer).__name__}
-        fingerprints |= adapter_of(self.student.module)
+        fingerprints |= adapter_settings(self.student.module)
         if self.discriminator is not None:
             vision = self.vision_features
             fingerprints["discriminator_backbone"] = f"{fingerprint(vision)} {vision.layers}"
@@ -152,7 +152,7 @@ class TrainingModels:
     def student_and_fake_score(self) -> tuple[torch.nn.Module, torch.nn.Module]:
         """Return the two networks to train, which start equal: with --rank two adapters over the teacher's weights."""
         if self.args.rank:
-            student, fake_score = adapted_twins(materialize(self.network, self.device), self.args)
+            student, fake_score = adapted_copies(materialize(self.network, self.device), self.args)
         else:
             student = self.make_student()
             fake_score = copy.deepcopy(student)
@@ -166,7 +166,7 @@ class TrainingModels:
 
     def cache_prompts(self, rows) -> None:
         """Encode few different prompts once and free the encoders, with --offload_text_encoders."""
-        self._encode_prompts = encode_small_set(self.args, rows, self.pipeline, self.encode_prompts, self.device)
+        self._encode_prompts = cache_conditions(self.args, rows, self.pipeline, self.encode_prompts, self.device)
 
     def condition(self, prompts: Sequence[str]) -> tuple[torch.Tensor, ...]:
         """Return the condition of B prompts: encoded, or looked up."""
@@ -197,7 +197,7 @@ def check_models(args, source: ModelSource, models: type[TrainingModels]) -> Non
     """Refuse (UserError, exit code 2) what does not fit the teacher: resolution, adapters, another start."""
     source.config(models.vae_class, "vae")
     config = source.config(models.network_class, models.network_name)
-    check_lora_args(args, models.network_class, config, args.lora_layers)
+    check_lora_args(args, models.network_class, config)
     if args.student_model_name_or_path and not args.rank:
         start = student_source(args, source)
         check_compatible(start, models.network_class, models.network_name, config, models.compatible_config)

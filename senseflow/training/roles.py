@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from senseflow.errors import UserError, loading, require_package
 from senseflow.models.lora import save_adapter, stored_name
-from senseflow.models.weights import Weights, materialize, meta_network, read_into, save_tensors
+from senseflow.models.weights import Weights, materialize, meta_network, read_into, save_tensors, state_dict_problems
 from senseflow_utils import ida_update
 
 
@@ -316,10 +316,9 @@ class Role:
             if not weight_files or not optimizer_files:
                 raise OSError(f"no {'optimizer state' if weight_files else 'weights'} of the {self.name}")
             weights = Weights(weight_files, flag=flag, path=path)
-            missing, unexpected = self._stored.keys() - weights.names(), weights.names() - self._stored.keys()
-            if missing or unexpected:
-                counts = f"{len(missing)} weights missing, {len(unexpected)} unexpected"
-                raise UserError(f"{flag} {folder}: {self.name} is another network ({counts})")
+            problem = state_dict_problems(self._stored, {name: weights.shape(name) for name in weights.names()})
+            if problem:
+                raise UserError(f"{flag} {folder}: {self.name} is another network ({problem})")
             # Memory-mapped: of many shards, each process reads only its own rows of every tensor.
             shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in optimizer_files]
             self._load_weights(weights)

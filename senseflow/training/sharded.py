@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from senseflow.models.lora import share_base
-from senseflow.models.weights import Weights, is_meta, materialize, meta_network, read_into, rows_of
+from senseflow.models.weights import Weights, is_meta, local_rows, materialize, meta_network, read_into
 from senseflow.training.roles import Role, join_shards
 from senseflow_utils import ida_update
 
@@ -123,7 +123,7 @@ class FSDP2Role(ShardedRole):
     def _load_optimizer_state(self, shards):
         for name, parameter in self.parameters.items():
             if name in shards[0]:
-                state = join_shards(shards, name, rows_of(parameter))
+                state = join_shards(shards, name, local_rows(parameter))
                 # The step count, too, goes to the device, where a fused optimizer expects it.
                 self.optimizer.state[parameter] = {
                     key: self._shard_like(parameter, value) if value.dim() else value.to(parameter.device)

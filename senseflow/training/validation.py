@@ -1,10 +1,8 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Validation: images of --validation_prompts, grids of debug latents, and statistics of both as signals."""
 
-import inspect
 import itertools
 from contextlib import contextmanager
-from functools import partial
 from typing import Iterator, Optional, Sequence
 
 import numpy as np
@@ -15,6 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from PIL import Image
 
+from senseflow.models.schedulers import bind_generator
 from senseflow.models.vae import decode
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
@@ -83,13 +82,6 @@ class Validation:
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 # ---------------------------------------------------------------------------------------------------------------------
-def bind_generator(scheduler, generator) -> None:
-    """Make a scheduler's `step` draw from `generator` (one, or one per sample): not every pipeline passes it on."""
-    step = type(scheduler).step
-    if "generator" in inspect.signature(step).parameters:
-        scheduler.step = partial(step, scheduler, generator=generator)
-
-
 @contextmanager
 def record_decoded_latents(vae: ModelMixin) -> Iterator[list[torch.Tensor]]:
     """Yield a list to which the latents are added that the VAE decodes, on the CPU in float32."""

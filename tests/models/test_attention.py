@@ -1,4 +1,4 @@
-"""xformers, by a stand-in for it: with its flag every role of every script attends so, and where it does not run that is said."""
+"""Run every role of every script with a substitute for xformers, and refuse an xformers that fails."""
 
 import sys
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ FLAG = "--enable_xformers_memory_efficient_attention"
 
 
 class TorchWithGPU:
-    """torch, with a GPU that is the CPU."""
+    """torch that reports a GPU and makes its tensors on the CPU."""
 
     cuda = SimpleNamespace(is_available=lambda: True)
 
@@ -34,14 +34,14 @@ class TorchWithGPU:
 
 @pytest.fixture
 def attend(monkeypatch):
-    """What xformers' attention does, as a list of the shapes it was called with; set `attend.fails` to make it fail."""
+    """Replace xformers' attention; `attend.shapes` lists the queries' shapes, `attend.fails` is an error to raise."""
     attend = SimpleNamespace(shapes=[], fails=None)
 
     def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, op=None):
         if attend.fails:
             raise attend.fails
         attend.shapes.append(query.shape)
-        # xformers has heads third, where there are any.
+        # xformers takes (B, L, heads, D), or (B, L, D).
         query, key, value = (each.transpose(1, -2) if each.ndim == 4 else each for each in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_bias, scale=scale)
         return out.transpose(1, -2) if out.ndim == 4 else out
@@ -52,19 +52,19 @@ def attend(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     monkeypatch.setattr(diffusers.models.attention_dispatch, "_CAN_USE_XFORMERS_ATTN", True)
     monkeypatch.setattr(diffusers.models.attention_dispatch, "xops", ops)
-    # Whoever sets a network's backend sets it for the networks of later tests, too.
+    # Setting a network's backend sets a global, which must not reach other tests.
     backends = diffusers.models.attention_dispatch._AttentionBackendRegistry
     monkeypatch.setattr(backends, "_active_backend", backends._active_backend)
     monkeypatch.setattr(diffusers.models.attention_processor, "is_xformers_available", lambda: True)
     monkeypatch.setattr(diffusers.models.attention_processor, "xformers", package, raising=False)
-    for module in (training_models, diffusers.models.attention_processor):  # both try xformers on a GPU first
+    for module in (training_models, diffusers.models.attention_processor):  # both first try xformers on a GPU
         monkeypatch.setattr(module, "torch", TorchWithGPU())
     return attend
 
 
 @pytest.fixture(params=SCRIPTS)
 def run(request, teacher, data, tmp_path, monkeypatch):
-    """(script, flags) without the adversarial term."""
+    """Return (script, flags) without the adversarial term."""
     kind, path = request.param, teacher
     if kind != "flux":
         path = tmp_path / kind
@@ -84,7 +84,7 @@ def run(request, teacher, data, tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_every_role_attends_with_xformers(run, attend, monkeypatch):
+def test_every_role_uses_xformers(run, attend, monkeypatch):
     script, flags = run
     x_t, t = torch.randn(2, *built(script, flags).models.latent_shape), torch.tensor([900.0, 500.0])
 
@@ -101,7 +101,7 @@ def test_every_role_attends_with_xformers(run, attend, monkeypatch):
         torch.testing.assert_close(x0, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_xformers_that_does_not_run_is_refused(run, attend, capsys):
+def test_failing_xformers_is_refused(run, attend, capsys):
     script, flags = run
     attend.fails = NotImplementedError("No operator found:\n  many lines")
     refused(script, [*flags, FLAG], 2, f"{FLAG}: xformers' attention does not run here (No operator found)", capsys)

@@ -1,4 +1,4 @@
-"""The discriminator against hand computations, and what must not happen in it."""
+"""Compare the discriminator with hand computations."""
 
 import shutil
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def features(batch, channels=8, sizes=(9, 9), seed=0):
     return [torch.randn(batch, channels, size, size, generator=generator) for size in sizes]
 
 
-def test_local_batch_norm_groups_neighbours():
+def test_local_batch_norm_groups_neighbors():
     norm = LocalBatchNorm(3, virtual_batch=4)
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
@@ -44,12 +44,12 @@ def test_local_batch_norm_groups_neighbours():
         torch.testing.assert_close(norm(group), expected)
     torch.testing.assert_close(norm(x), torch.cat([norm(x[:4]), norm(x[4:])]))
     torch.testing.assert_close(norm(x[:1]), F.instance_norm(x[:1], weight=norm.weight, bias=norm.bias, eps=1e-5))
-    # Six samples: groups of three, the largest divisor that is not above four.
+    # Six samples: groups of three, the largest divisor up to four.
     torch.testing.assert_close(norm(x[:6]), torch.cat([norm(x[:3]), norm(x[3:6])]))
 
 
-def test_size_of_the_release():
-    """1024 px of 14 px patches are 73 x 73, hence 10 x 10 logits of a head, 800 in all; about 772 M weights at width 1024."""
+def test_sizes_equal_the_release():
+    """At 1024 px, 73 x 73 patches give 10 x 10 logits per head, 800 in all; width 1024 has about 772 M weights."""
     heads = Discriminator(4, 8, 6)
     (logits,) = heads((features(1, 4, [73] * 8),), features(1, 4, [73] * 8), torch.randn(1, 6))
     assert logits.shape == (1, 800)
@@ -71,14 +71,14 @@ def test_logits_are_the_products_of_the_towers():
         maps = own * (condition[:, :, None, None] + other)
         expected.append(maps.sum(1).flatten(1) / 8)
     torch.testing.assert_close(logits, torch.cat(expected, 1))
-    # Text and reference matter, and the image's neighbors in the tuple do not.
+    # Logits depend on text and reference, but not on other images in the tuple.
     (other,) = heads((image,), reference, text + 1)
     assert not torch.allclose(other, logits)
     first, _ = heads((image, features(2, seed=3)), reference, text)
     assert torch.equal(first, logits)
 
 
-def test_weights_are_spectrally_normalised_once_per_call_and_the_reference_is_read_once():
+def test_weights_are_normalized_and_the_reference_is_processed_once_per_call():
     torch.manual_seed(0)
     heads = Discriminator(8, 2, 6)
     convolutions = [module for module in heads.modules() if parametrize.is_parametrized(module)]
@@ -96,7 +96,7 @@ def test_weights_are_spectrally_normalised_once_per_call_and_the_reference_is_re
         assert torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
 
 
-def test_a_frozen_discriminator_stays_as_it_is_and_passes_gradient_to_the_image():
+def test_a_frozen_discriminator_does_not_change_and_passes_gradient_to_the_image():
     torch.manual_seed(0)
     heads = Discriminator(8, 2, 6).eval().requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
@@ -112,8 +112,8 @@ def test_a_frozen_discriminator_stays_as_it_is_and_passes_gradient_to_the_image(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_towers_that_run_again_learn_the_same_and_keep_the_maps_alone(dtype):
-    """Two steps: weights, gradients and the vectors of the power iteration, which goes on once a step; then frozen."""
+def test_checkpointed_towers_train_identically_and_keep_only_their_input(dtype):
+    """Compare gradients and power-iteration vectors over two training steps and one frozen step."""
     found = []
     for again in (False, True):
         torch.manual_seed(0)
@@ -146,10 +146,10 @@ def test_heads_keep_float32_weights_under_bf16_autocast():
     torch.testing.assert_close(low, full, atol=0.1, rtol=0.1)
 
 
-def test_maps_are_the_backbones_states_plus_cls(vision):
+def test_maps_are_the_backbones_patch_tokens_plus_cls(vision):
     path = vision / "dinov2"
     see, model = VisionFeatures(path), Dinov2Model.from_pretrained(path).eval()
-    images = torch.rand(2, 3, 32, 32) * 2 - 1  # the backbone's own size: no interpolation
+    images = torch.rand(2, 3, 32, 32) * 2 - 1  # the backbone's size: no interpolation
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalised = ((images + 1) / 2 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
     states = model(normalised, output_hidden_states=True).hidden_states
@@ -159,7 +159,7 @@ def test_maps_are_the_backbones_states_plus_cls(vision):
         expected = (state[:, 1:] + state[:, :1]).transpose(1, 2).reshape(2, see.channels, 4, 4)
         torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(VisionFeatures(path, [1])(images)[1], maps[2])
-    # Another size, not a multiple of the patch, with gradient to the image and none to the weights.
+    # A size that is not a multiple of the patch; gradient reaches the image but not the weights.
     wide = (torch.rand(1, 3, 50, 71) * 2 - 1).requires_grad_()
     maps = see(wide)
     assert {tuple(m.shape) for m in maps} == {(1, see.channels, 6, 8)}
@@ -169,7 +169,7 @@ def test_maps_are_the_backbones_states_plus_cls(vision):
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """A random DINOv2 of twelve blocks, in which rounding adds up."""
+    """Write a random DINOv2 of twelve blocks, deep enough for rounding errors to grow."""
     path = tmp_path_factory.mktemp("deep")
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=64, num_hidden_layers=12, num_attention_heads=4, image_size=56, patch_size=14)
@@ -178,7 +178,7 @@ def deep(tmp_path_factory):
 
 
 def seen(network: VisionFeatures) -> tuple[torch.Tensor, torch.Tensor]:
-    """(last map, gradient that reaches the image through it)."""
+    """Return the last map and the gradient of the image through it."""
     generator = torch.Generator().manual_seed(1)
     images = (torch.rand(2, 3, 56, 56, generator=generator) * 2 - 1).requires_grad_()
     last = network(images)[-1]
@@ -200,22 +200,20 @@ def test_under_bf16_weights_and_residual_stream_stay_float32(deep):
     for a, b, c in zip(wanted, got, pure):
         assert a.dtype == b.dtype == torch.float32
         assert 0 < (b - a).norm() < (c - a).norm() / 2
-    # What a checkpoint says of the backbone is the same in either precision.
+    # The fingerprint in a checkpoint does not depend on the precision.
     assert fingerprint(exact) == fingerprint(ours) == fingerprint(rounded)
 
 
-def test_the_backbone_follows_the_runs_precision_and_memory(vision):
+def test_load_discriminator_applies_dtype_checkpointing_and_resolution(vision):
     paths = {"discriminator_backbone": vision / "dinov2", "discriminator_text_encoder": vision / "clip"}
-    args = SimpleNamespace(
-        **paths, discriminator_layers=None, gradient_checkpointing=True, discriminator_resolution=24
-    )
+    args = SimpleNamespace(**paths, discriminator_layers=None, discriminator_resolution=24, gradient_checkpointing=1)
     heads, network, _ = load_discriminator(args, torch.bfloat16, "cpu")
     assert all(tower.gradient_checkpointing for tower in (*heads.cls, *heads.refmap))
     assert network.dtype == torch.bfloat16 and network.gradient_checkpointing and network.resolution == 24
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_checkpointing_runs_the_blocks_again_and_changes_nothing(deep, dtype):
+def test_gradient_checkpointing_recomputes_the_blocks_with_equal_results(deep, dtype):
     runs = []
     for recomputes in (False, True):
         network = VisionFeatures(deep, dtype=dtype, gradient_checkpointing=recomputes)
@@ -238,9 +236,9 @@ def test_layers_scale_with_the_depth():
     assert default_layers(4) == [0, 1, 2, 3]
 
 
-def test_images_are_scaled_to_a_resolution_of_the_discriminators_own(vision):
+def test_images_are_resized_to_discriminator_resolution(vision):
     whole, scaled = VisionFeatures(vision / "dinov2"), VisionFeatures(vision / "dinov2", resolution=24)
-    # Of an image that is a slope, scaling keeps the middle exactly: bilinear, and each pixel the mean of those it covers.
+    # Antialiased bilinear resizing keeps the middle of a linear ramp exactly.
     slope = torch.linspace(-1, 1, 48).expand(1, 3, 48, 48).clone().requires_grad_()
     small = slope.detach().unflatten(3, (24, 2)).mean(4)[:, :, ::2]
     seen_of = []
@@ -255,7 +253,7 @@ def test_images_are_scaled_to_a_resolution_of_the_discriminators_own(vision):
     assert {tuple(m.shape[2:]) for m in maps} == {(3, 3)}
     maps[-1].sum().backward()
     assert (slope.grad != 0).all()
-    images = torch.rand(2, 3, 24, 24) * 2 - 1  # as large as that: as they are
+    images = torch.rand(2, 3, 24, 24) * 2 - 1  # already of that size: unchanged
     assert all(torch.equal(a, b) for a, b in zip(whole(images), scaled(images), strict=True))
 
 
@@ -263,8 +261,8 @@ def test_images_are_scaled_to_a_resolution_of_the_discriminators_own(vision):
     "flag, values",
     [("layers", ([0, 9], [-1, 2], [2, 1], [1, 1], [0, 3])), ("resolution", (0, 7, 65, 24)), ("resolution", (-8, 64))],
 )
-def test_what_the_discriminator_cannot_look_at(vision, flag, values):
-    """Of the values, the last is right."""
+def test_bad_layers_and_resolutions_are_refused(vision, flag, values):
+    """The last of the values is valid."""
     args = SimpleNamespace(
         discriminator_backbone=str(vision / "dinov2"),
         discriminator_text_encoder=str(vision / "clip"),
@@ -281,7 +279,7 @@ def test_what_the_discriminator_cannot_look_at(vision, flag, values):
     check_discriminator_args(args)
 
 
-def test_text_is_a_unit_vector_of_the_prompt_alone(vision):
+def test_text_features_are_unit_vectors_independent_of_the_batch(vision):
     read = TextFeatures(vision / "clip")
     both = read(["a red square", "a much longer prompt about a blue dog in a tree"])
     torch.testing.assert_close(both.norm(dim=-1), torch.ones(2))
@@ -289,18 +287,18 @@ def test_text_is_a_unit_vector_of_the_prompt_alone(vision):
     assert (both[0] - both[1]).norm() > 0.01
 
 
-def test_missing_weights_are_refused_not_drawn_at_random(vision, tmp_path):
-    """transformers fills them with random numbers and only warns: a CLIP saved without its projection, a backbone cut short."""
+def test_missing_weights_are_refused(vision, tmp_path):
+    """transformers would warn and fill them with random numbers."""
     for name, kind in (("clip", TextFeatures), ("dinov2", VisionFeatures)):
         shutil.copytree(vision / name, tmp_path / name)
         weights = load_file(tmp_path / name / "model.safetensors")
         dropped = next(key for key in weights if "text_projection" in key or "layer.0.norm1.weight" in key)
         save_file({key: weights[key] for key in weights if key != dropped}, tmp_path / name / "model.safetensors")
-        with pytest.raises(ValueError, match="weights are missing"):
+        with pytest.raises(UserError, match="weights are missing"):
             kind(tmp_path / name)
 
 
-def test_augmentation_of_a_sample_is_its_own():
+def test_augmentation_depends_on_the_sample_and_the_name():
     images = torch.rand(3, 3, 20, 30) * 2 - 1
     rng = StatelessRNG(1, 2)
     both = diff_augment(images, rng, [4, 7, 9], "real")
@@ -311,7 +309,7 @@ def test_augmentation_of_a_sample_is_its_own():
 
 
 class Fixed(StatelessRNG):
-    """Draws in which every uniform number is the same fraction of its range, but for the named ones."""
+    """Return one fraction of the range for every uniform number, except the named ones."""
 
     def __init__(self, fraction, **named):
         super().__init__(0, 0)
@@ -322,9 +320,9 @@ class Fixed(StatelessRNG):
         return torch.full((len(sample_indices),), low + (high - low) * fraction)
 
 
-def test_each_augmentation_against_a_hand_computation():
+def test_augmentations_equal_a_hand_computation():
     x = torch.rand(1, 3, 20, 40) * 2 - 1
-    # Brightness: +-.5; neutral saturation (1) and contrast (1) lie at half of their ranges, so does no translation.
+    # Brightness: +-.5; at half of their ranges, saturation, contrast and translation change nothing.
     corner = {"cutout_y": 0.0, "cutout_x": 0.0}
     keep = torch.ones(20, 40)
     keep[:2, :4] = 0  # 20 % of the sides (4 x 8) around the corner
@@ -341,7 +339,7 @@ def test_each_augmentation_against_a_hand_computation():
     for fraction, factor in ((0.0, 0.5), (1.0, 1.5)):
         expected = (x.mean() + (x - x.mean()) * factor) * keep
         torch.testing.assert_close(diff_augment(x, Fixed(0.5, contrast=fraction, **corner), [0], "x"), expected)
-    # Translation by 12.5 % of the sides: 3 rows down and 5 columns right, zeros come in; the other way at the other end.
+    # Translation by 12.5 % of the sides, 3 rows and 5 columns in either direction, filled with zeros.
     moved = torch.zeros_like(x)
     moved[:, :, 3:, 5:] = x[:, :, :-3, :-5]
     far = {"translate_y": 0.9999, "translate_x": 0.9999}
@@ -350,7 +348,7 @@ def test_each_augmentation_against_a_hand_computation():
     moved[:, :, :-3, :-5] = x[:, :, 3:, 5:]
     near = {"translate_y": 0.0, "translate_x": 0.0}
     torch.testing.assert_close(diff_augment(x, Fixed(0.5, **near, **corner), [0], "x"), moved * keep)
-    # A cutout in the middle, and the gradient that passes everything else.
+    # A cutout in the middle; gradient passes everywhere else.
     middle = x.clone().requires_grad_()
     result = diff_augment(middle, Fixed(0.5), [0], "x")
     assert (result == 0).all(1).sum() == 4 * 8 and (result[0, :, 8:12, 16:24] == 0).all()

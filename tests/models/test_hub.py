@@ -1,4 +1,4 @@
-"""Models by folder or Hub id: the Hub's reason where it gives none, its cache where it does not serve, variants, one commit."""
+"""Load from folders and the Hub: reasons of failures, the cache without the Hub, variants, commits."""
 
 import json
 import re
@@ -31,14 +31,14 @@ TEACHER = "--pretrained_model_name_or_path"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty cache of the Hub; the Hub is switched off, as in every test."""
+    """Use an empty cache of the Hub, which is switched off in every test."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """The Hub is not switched off, and no name resolves."""
+    """Switch the Hub on while no host name resolves."""
 
     def fails(*args, **kwargs):
         raise socket.gaierror(-2, "Name or service not known")
@@ -48,7 +48,7 @@ def no_network(monkeypatch):
 
 
 def answer(status: int, code: str = "", message: str = "", file: str = "model_index.json"):
-    """What huggingface_hub raises for an answer of the Hub."""
+    """Return what huggingface_hub raises for an answer of the Hub."""
     headers = {"X-Error-Code": code, "X-Error-Message": message}
     request = httpx2.Request("GET", f"https://huggingface.co/some/model/resolve/main/{file}")
     response = httpx2.Response(
@@ -76,11 +76,11 @@ ANSWERS = {
     "no file": (answer(404, "EntryNotFound", file="vae/config.json"), "has no vae/config.json on the Hub"),
     "a bad token": (
         answer(401, message="Invalid credentials in Authorization header"),
-        "answers 401: log in with `hf auth login`",
+        "answers 401: log in with `hf auth login` and a token that may read it",
     ),
     "a weak token": (
         answer(403),
-        "answers 403: give your token the right to it at https://huggingface.co/settings/tokens",
+        "answers 403: log in with `hf auth login` and a token that may read it",
     ),
     "too often": (answer(429), f"answers 429: {AGAIN}"),
     "down": (answer(503), f"answers 503: {AGAIN}"),
@@ -89,8 +89,8 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("case", ANSWERS)
-def test_the_hubs_reason_is_given(case, hub, tmp_path, monkeypatch):
-    """By itself, as a library passes it on, before weights load, and while they do."""
+def test_errors_give_the_hubs_reason(case, hub, tmp_path, monkeypatch):
+    """Check the reason for a bare and a wrapped error, before weights load and while they load."""
     error, reason = ANSWERS[case]
 
     def refuses(*args, **kwargs):
@@ -112,7 +112,7 @@ def test_the_hubs_reason_is_given(case, hub, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"^--flag some/model: no such folder, and .*{reason}") as caught:
         ModelSource("--flag", "some/model").read_json("model_index.json")
     assert caught.value.exit_code == 2
-    # The weights are not what is at fault.
+    # While weights load: the message must not blame the files.
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     cache_repository(hub, "some/model", tmp_path / "model", FIRST)
@@ -123,7 +123,7 @@ def test_the_hubs_reason_is_given(case, hub, tmp_path, monkeypatch):
     assert caught.value.exit_code == 1 and "download or copy" not in str(caught.value)
 
 
-def test_every_flag_that_takes_an_id_gives_it(teacher, vision, data, hub, tmp_path, monkeypatch, capsys):
+def test_every_flag_with_a_hub_id_gives_the_hubs_reason(teacher, vision, data, hub, tmp_path, monkeypatch, capsys):
     write_sdxl(tmp_path / "sdxl")
     capsys.readouterr()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -157,7 +157,7 @@ def test_every_flag_that_takes_an_id_gives_it(teacher, vision, data, hub, tmp_pa
         refused(infer, arguments, 2, f"error: {flag} some/model: no such folder, and it is gated on the Hub", capsys)
 
 
-def test_what_is_not_in_the_cache(hub, no_network, monkeypatch):
+def test_a_repository_that_is_not_cached(hub, no_network, monkeypatch):
     with pytest.raises(
         UserError, match=r"some/model: no such folder, and the Hub cannot be reached \(.*not known\): try again"
     ):
@@ -170,8 +170,8 @@ def test_what_is_not_in_the_cache(hub, no_network, monkeypatch):
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["switched off", "unreachable"])
-def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, vision, hub, tmp_path, no_network, monkeypatch):
-    """Shards too, for which diffusers asks the Hub; a network in a pipeline, one by itself, and the rest of the pipeline."""
+def test_a_cached_repository_loads_without_the_hub(offline, teacher, vision, hub, tmp_path, no_network, monkeypatch):
+    """Load sharded networks, in a pipeline and alone, and the rest of the pipeline."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     whole = DiffusionPipeline.from_pretrained(teacher)
     whole.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
@@ -196,7 +196,7 @@ def test_what_is_in_the_cache_loads_without_the_hub(offline, teacher, vision, hu
     discriminator.check_discriminator_args(SimpleNamespace(**args, discriminator_resolution=None, resolution=64))
     discriminator.VisionFeatures("some/dinov2")
     assert discriminator.TextFeatures("some/clip")(["a cat"]).isfinite().all()
-    # A part that was never downloaded is the cache's fault.
+    # A shard that was never downloaded: the message names the cache.
     next((hub / "models--some--network/snapshots" / FIRST).glob("*00002-of*")).unlink()
     with pytest.raises(UserError, match="some/network: the .*cache.* lacks (it or )?a part of it"):
         load_network(ModelSource("--flag", "some/network"), FluxTransformer2DModel, "transformer")
@@ -216,9 +216,8 @@ def test_a_process_keeps_to_one_commit(hub, tmp_path):
         _ = ModelSource("--flag", str(tmp_path), "main").commit
 
 
-def test_a_run_remembers_how_its_teacher_is_loaded(teacher, data, hub, tmp_path, capsys):
-    """A teacher of the Hub in shards of one variant, without the Hub: trained, drawn from the checkpoint, exported, resumed. Then
-    its main branch goes on."""
+def test_a_run_keeps_its_teachers_commit_and_variant(teacher, data, hub, tmp_path, capsys):
+    """Train, export, sample and resume with a cached teacher in one variant; then its main branch moves."""
     DiffusionPipeline.from_pretrained(teacher).save_pretrained(
         tmp_path / "fp16", variant="fp16", max_shard_size="100KB"
     )
@@ -277,7 +276,7 @@ def test_a_run_remembers_how_its_teacher_is_loaded(teacher, data, hub, tmp_path,
     write_flux(tmp_path / "later", seed=5)
     shutil.copytree(
         tmp_path / "fp16/transformer", tmp_path / "later/transformer", dirs_exist_ok=True
-    )  # the rest is another
+    )  # other components, same transformer
     cache_repository(hub, "some/teacher", tmp_path / "later", SECOND)
     hub_module.resolve_repo.cache_clear()
     assert_same_image(image_of(out / "checkpoint-1", tmp_path / "again"), image)
@@ -294,8 +293,8 @@ def test_a_run_remembers_how_its_teacher_is_loaded(teacher, data, hub, tmp_path,
     assert (out / "checkpoint-2").is_dir() and "license: apache-2.0" in (out / "README.md").read_text()
 
 
-def test_variants_are_chosen_for_each_network(teacher, tmp_path):
-    """As a pipeline does: the variant where a component comes in it, else the plain weights."""
+def test_variants_are_chosen_per_component(teacher, tmp_path):
+    """Each component has the variant's weights if there are any, else its plain weights, as in diffusers."""
     mixed = tmp_path / "mixed"
     shutil.copytree(teacher, mixed)
     only_variant(mixed / "vae")
@@ -315,7 +314,7 @@ def test_variants_are_chosen_for_each_network(teacher, tmp_path):
         UserError, match=r"vae holds only \*.ema.safetensors and \*.fp16.safetensors: give --variant ema"
     ):
         load_network(ModelSource("--flag", str(mixed)), AutoencoderKL, "vae")
-    # Only what is handed over comes in the variant, from elsewhere: the rest of the pipeline is plain.
+    # Only the VAE, which is handed over, has the variant.
     args = SimpleNamespace(pretrained_vae_model_name_or_path=str(mixed), variant="fp16")
     vae_source = train_senseflow_sdxl.SDXLModels.vae_source(args, source)
     assert isinstance(load_network(vae_source, AutoencoderKL, "vae"), AutoencoderKL)
@@ -324,7 +323,7 @@ def test_variants_are_chosen_for_each_network(teacher, tmp_path):
     assert load_pipeline(source, DiffusionPipeline, vae=pipeline.vae).vae is pipeline.vae
 
 
-def test_a_file_or_a_variant_where_a_folder_is_wanted(teacher, vision, data, tmp_path, capsys):
+def test_files_and_missing_variants_are_refused(teacher, vision, data, tmp_path, capsys):
     def bad(needle, *add):
         flags = [
             TEACHER,
@@ -377,7 +376,7 @@ def test_a_file_or_a_variant_where_a_folder_is_wanted(teacher, vision, data, tmp
 
 
 def test_a_network_is_found_by_itself_or_in_a_pipeline(hub, tmp_path):
-    both = {"config.json", "vae/config.json"}  # a pipeline with a file of that name beside its index
+    both = {"config.json", "vae/config.json"}  # a pipeline with another config.json at the top
     there = {"vae": {"config.json"}, "pipeline": {"vae/config.json"}, "both": both}
     for name, files in there.items():
         for file in files:

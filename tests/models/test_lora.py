@@ -1,4 +1,4 @@
-"""--rank in the three scripts on tiny pipelines: one frozen base under teacher, student and fake score, and their adapters."""
+"""Train adapters with the three scripts on tiny pipelines: one frozen base for teacher, student and fake score."""
 
 import json
 import re
@@ -46,7 +46,7 @@ QUANTIZED = ["flux 4bit", "sd3 8bit", "sdxl 4bit", "sdxl 8bit"]
 
 @pytest.fixture(scope="module")
 def teachers(teacher, tmp_path_factory):
-    """{script: a tiny pipeline}."""
+    """Return {script: folder of a tiny pipeline}."""
     found = {"flux": teacher}
     for name, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
         found[name] = tmp_path_factory.mktemp(name)
@@ -56,7 +56,7 @@ def teachers(teacher, tmp_path_factory):
 
 @pytest.fixture
 def flags(teachers, data, vision, tmp_path):
-    """flags(name, *more) -> arguments of a script with adapters; without `gan=True` the discriminator is off.
+    """Return flags(name, *more) -> arguments of a script with adapters, without discriminator unless `gan=True`.
 
     A name may be followed by what the base is quantized to: "flux 4bit".
     """
@@ -92,14 +92,14 @@ def flags(teachers, data, vision, tmp_path):
 
 
 def own_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a network by the names that they have without adapters; those of adapters are left out."""
+    """Return a network's parameters and buffers by their names without adapters, leaving out the adapters'."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors if ".lora_" not in name}
 
 
 @torch.no_grad()
 def outputs(run) -> list[torch.Tensor]:
-    """What teacher, student and fake score say; the teacher at the students' guidance where it has an embedder."""
+    """Return outputs of teacher, student and fake score, at the student's guidance if the teacher has an embedder."""
     models, t = run.models, torch.tensor([900.0, 500.0])
     x_t = torch.randn(2, *models.latent_shape, generator=torch.Generator().manual_seed(0))
     condition = models.encode_prompts(("a red square", "blue"))
@@ -146,7 +146,7 @@ def test_three_roles_are_one_base_and_two_adapters(name, flags):
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "flux 4bit", "sdxl 8bit"])
-def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_not_change_it(name, flags, monkeypatch):
+def test_gradient_reaches_only_the_trained_adapter_with_or_without_checkpointing(name, flags, monkeypatch):
     backward, touched, gradients = Role.backward, [], []
 
     def watched(role, loss):
@@ -159,7 +159,7 @@ def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_n
         touched.append((role.name, {key for key, names in reached.items() if names}))
         assert reached[role.name] == set(role.parameters)
         gradients[-1] |= {f"{role.name}/{key}": parameter.grad.clone() for key, parameter in role.parameters.items()}
-        if role.name != "fake_score":  # they step at the end: what is seen next must be the next one's
+        if role.name != "fake_score":  # these step at the end: keep their gradients aside until then
             held.append([(parameter, parameter.grad) for parameter in role.parameters.values()])
             for parameter in role.parameters.values():
                 parameter.grad = None
@@ -177,7 +177,7 @@ def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_n
         held = []
         gradients.append({})
         run = built(SCRIPTS[name.split()[0]], flags(name, "--isg_weight", "1", *more, gan=True))
-        for role in (run.models.student, run.models.fake_score):  # the gradient of A is zero as long as B is
+        for role in (run.models.student, run.models.fake_score):  # while B is zero, so is the gradient of A
             for key, parameter in role.parameters.items():
                 parameter.data += 0.01 * torch.randn(
                     parameter.shape, generator=torch.Generator().manual_seed(len(key))
@@ -192,7 +192,7 @@ def test_gradient_reaches_the_adapter_of_the_turn_alone_and_checkpointing_does_n
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_in_bfloat16_adapters_are_float32_and_the_teacher_computes_as_its_twins(name, flags, bfloat16):
+def test_under_bfloat16_adapters_are_float32_and_all_roles_compute_alike(name, flags, bfloat16):
     run = built(SCRIPTS[name], flags(name, *bfloat16))
     models = run.models
     assert {tensor.dtype for tensor in own_of(models.student.module).values()} == {torch.bfloat16}
@@ -233,8 +233,8 @@ def test_accumulation_trains_the_same_global_batch_alike(name, flags):
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl 4bit"])
-def test_dmd2_in_two_processes_trains_as_in_one_and_goes_on_where_it_was(name, flags, tmp_path):
-    """The classifier lies over the fake score's adapter: one network runs three times before its backward."""
+def test_dmd2_in_two_processes_equals_one_and_resumes(name, flags, tmp_path):
+    """The classifier shares the fake score's network, which runs three times before its backward."""
     common = without(
         flags(name), "--gan_weight", "--ida_decay", "--train_batch_size", "--output_dir", "--learning_rate"
     )
@@ -257,8 +257,8 @@ def test_dmd2_in_two_processes_trains_as_in_one_and_goes_on_where_it_was(name, f
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_image(name, flags, tmp_path):
-    """Alpha is not the rank, and the rate high enough, for both to be seen in an image."""
+def test_bit_exact_resume_stored_adapters_and_model_card(name, flags, tmp_path):
+    """Alpha differs from the rank, and the learning rate is high, so that images show both."""
     common = without(flags(name, gan=True), "--output_dir", "--ttur_ratio", "--learning_rate")
     common += ["--ttur_ratio", "2", "--learning_rate", "3e-2", "--learning_rate_disc", "1e-3", "--lora_alpha", "8"]
     common += ["--max_train_steps", "4", "--checkpointing_steps", "2"]
@@ -290,7 +290,7 @@ def test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_image(nam
     the_cards_call_is_infers_image(whole, "timesteps" if name == "sdxl" else "sigmas", tmp_path, fresh=name == "flux")
     student_samples = image_of(whole, tmp_path / "images")
     assert_same_image(image_of(checkpoint, tmp_path / "checkpoint"), student_samples)
-    # A whole pipeline by the README's stock lines; and the student as it was trained, its adapter laid over the teacher's by hand.
+    # The README's stock lines make a whole pipeline; fusing the adapter by hand gives the trained student.
     code = (
         (whole / "README.md")
         .read_text()
@@ -330,7 +330,7 @@ def test_resume_to_the_bit_adapters_alone_and_a_card_that_draws_infers_image(nam
 
 @pytest.fixture(scope="module")
 def exported(teachers, tmp_path_factory):
-    """The output of a run on a copy of the FLUX teacher, and that copy."""
+    """Run on a copy of the FLUX teacher; hold the output and that copy."""
     folder = tmp_path_factory.mktemp("exported")
     shutil.copytree(teachers["flux"], folder / "teacher")
     (folder / "prompts.txt").write_text("a red square\n")
@@ -372,7 +372,7 @@ def unknown_layers(folder):
 
 
 def without_alpha(folder):
-    """Alpha is said by the file's metadata alone; without it, alpha is taken to be the rank."""
+    """Remove alpha, which only the file's metadata holds; without it peft assumes the rank."""
     record = json.loads((folder / "out/senseflow.json").read_text())
     (folder / "out/senseflow.json").write_text(json.dumps(record | {"lora_alpha": 4.0}))
 
@@ -387,20 +387,20 @@ def without_alpha(folder):
         (lambda folder: None, ("--transformer", "x"), 2, "is an adapter for its teacher's own transformer"),
     ],
 )
-def test_an_adapter_is_drawn_with_over_its_own_base_and_whole(damage, more, code, needle, exported, tmp_path, capsys):
+def test_infer_refuses_other_bases_and_damaged_adapters(damage, more, code, needle, exported, tmp_path, capsys):
     shutil.copytree(exported, tmp_path / "copy")
     record = json.loads((exported / "out/senseflow.json").read_text())
     record["teacher"] = str(tmp_path / "copy/teacher")
     (tmp_path / "copy/out/senseflow.json").write_text(json.dumps(record))
     arguments = ["--model", str(tmp_path / "copy/out"), "--prompt", "a cat", "--output_dir", str(tmp_path / "images")]
-    infer.main([*arguments, "--dtype", "fp16"])  # whose rounding is not taken for another base
+    infer.main([*arguments, "--dtype", "fp16"])  # rounding to fp16 must not look like another base
     capsys.readouterr()
     damage(tmp_path / "copy")
     refused(infer, [*arguments[:-1], str(tmp_path / "others"), *more], code, needle, capsys)
 
 
 def write_lora(script: str, teachers: dict, file: Path) -> None:
-    """A LoRA of rank 2 as other people make them: for attention alone, alpha 4, moving every layer."""
+    """Write a typical LoRA: of rank 2 and alpha 4, for attention layers, with nonzero weights."""
     torch.manual_seed(1)
     pipeline = models_class(SCRIPTS[script]).pipeline_class.from_pretrained(teachers[script])
     network, name = getattr(pipeline, NETWORK[script]), NETWORK[script]
@@ -410,8 +410,8 @@ def write_lora(script: str, teachers: dict, file: Path) -> None:
     pipeline.save_lora_weights(file.parent, weight_name=file.name, **how)
 
 
-def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_path, capsys):
-    """Drawn in float32 and float16: the teacher's fingerprint is not that of what is fused, which is another in each."""
+def test_a_teacher_with_a_lora_is_distilled_and_sampled(flags, teachers, tmp_path, capsys):
+    """Sample in float32 and float16: fused weights differ, the teacher's fingerprint must not."""
     lora = tmp_path / "style/mine.safetensors"
     write_lora("sd3", teachers, lora)
     taught = [*flags("sd3"), "--teacher_lora", str(lora.parent), "--teacher_lora_scale", "0.5"]
@@ -460,21 +460,21 @@ def test_a_teacher_with_a_lora_is_distilled_and_drawn_with(flags, teachers, tmp_
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_layers_of_a_teachers_lora_that_have_no_place_are_said(name, flags, teachers, tmp_path, caplog):
+def test_a_warning_lists_unknown_layers_of_a_teachers_lora(name, flags, teachers, tmp_path, caplog):
     lora = tmp_path / "mine.safetensors"
     write_lora(name, teachers, lora)
     built(SCRIPTS[name], [*flags(name), "--teacher_lora", str(lora)])
-    assert "no place" not in caplog.text
+    assert "not in the network" not in caplog.text
     weights = load_file(lora)
     layer = sorted(weights)[0].partition(".lora_")[0]
     save_file({key.replace(f"{layer}.", f"{layer}_of_another."): tensor for key, tensor in weights.items()}, lora)
     built(SCRIPTS[name], [*flags(name), "--teacher_lora", str(lora)])
-    whose = f"--teacher_lora {lora}: 1 of its {len(weights) // 2} layers have no place there ({layer.partition('.')[2]}_of_another)"
-    assert whose in caplog.text
+    name = f"{layer.partition('.')[2]}_of_another"
+    assert f"--teacher_lora {lora}: 1 of its {len(weights) // 2} layers are not in the network ({name})" in caplog.text
 
 
 def test_adapters_come_from_the_hub(exported, flags, teachers, tmp_path, monkeypatch):
-    """Switched off: the cache has it all."""
+    """The Hub is switched off, and the cache has everything."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     cache_repository(tmp_path / "hub", "me/student", exported / "out", "01" * 20)
     assert np.array_equal(image_of("me/student", tmp_path / "there"), image_of(exported / "out", tmp_path / "here"))
@@ -487,7 +487,7 @@ def test_adapters_come_from_the_hub(exported, flags, teachers, tmp_path, monkeyp
     assert torch.equal(there[0], here[0])
 
 
-def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, capsys):
+def test_student_and_fake_score_start_from_an_adapter(flags, teachers, tmp_path, capsys):
     lora = tmp_path / "start/mine.safetensors"
     write_lora("sdxl", teachers, lora)
     start = [*without(flags("sdxl"), "--rank"), "--student_model_name_or_path", str(lora)]
@@ -519,16 +519,16 @@ def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, c
         (
             "flux",
             ("--lora_layers", "to_q", "attn.to_kk"),
-            "--lora_layers attn.to_kk: no linear or convolutional layer is called so",
+            "--lora_layers attn.to_kk: matches no linear or convolutional layer",
         ),
         ("flux", ("--lora_layers", "attn.to_kk"), "there are attn.to_k, "),
         (
             "sdxl",
             ("--lora_layers", r".*attentions\..*"),
-            "also means down_blocks.1.attentions.0, a Transformer2DModel,",
+            "also matches down_blocks.1.attentions.0, a Transformer2DModel,",
         ),
-        ("sd3", ("--lora_layers", "(to_q"), "--lora_layers (to_q: is no regular expression"),
-        ("sd3", ("--lora_layers", ".*tooo_q"), "--lora_layers .*tooo_q: no linear"),
+        ("sd3", ("--lora_layers", "(to_q"), "--lora_layers (to_q: not a regular expression"),
+        ("sd3", ("--lora_layers", ".*tooo_q"), "--lora_layers .*tooo_q: matches no linear"),
         ("sd3", ("--student_model_name_or_path", "x"), "--student_model_name_or_path x: no such file or folder"),
         (
             "sd3",
@@ -539,7 +539,7 @@ def test_student_and_fake_score_start_as_an_adapter(flags, teachers, tmp_path, c
         (
             "sd3",
             ("--base_quantization", "4bit", "--teacher_lora", "x"),
-            "--teacher_lora x: stock pipelines fuse none into",
+            "--teacher_lora x: stock pipelines cannot fuse one into",
         ),
     ],
 )
@@ -547,7 +547,7 @@ def test_bad_input_is_refused_before_anything_loads(name, more, needle, flags, c
     refused(SCRIPTS[name], flags(name, *more), 2, needle, capsys)
 
 
-def test_an_adapter_is_not_written_over(flags, tmp_path, capsys):
+def test_an_existing_adapter_is_not_overwritten(flags, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / FILE).touch()
     refused(SCRIPTS["flux"], flags("flux"), 2, "holds another run: choose an empty folder", capsys)
@@ -559,7 +559,7 @@ def test_deepspeed_is_refused(flags, capsys, monkeypatch):
     refused(SCRIPTS["sd3"], flags("sd3"), 2, "--rank 4: adapters share weights, which DeepSpeed would copy", capsys)
 
 
-def test_a_quantised_base_is_refused_where_it_cannot_be(flags, capsys, monkeypatch):
+def test_a_quantized_base_is_refused_under_fsdp2_and_without_bitsandbytes(flags, capsys, monkeypatch):
     arguments = flags("flux 4bit")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
@@ -572,7 +572,7 @@ def test_a_quantised_base_is_refused_where_it_cannot_be(flags, capsys, monkeypat
 
 
 @pytest.mark.parametrize("name", ["flux 4bit", "sdxl 8bit"])
-def test_a_run_over_a_quantised_base_goes_on_where_it_was_and_draws_as_it_was_trained(name, flags, tmp_path, capsys):
+def test_a_run_over_a_quantized_base_resumes_and_samples_as_trained(name, flags, tmp_path, capsys):
     kind, quantization = name.split()
     script, network = SCRIPTS[kind], NETWORK[kind]
     common = without(flags(name, gan=True), "--output_dir", "--ttur_ratio", "--learning_rate")
@@ -590,7 +590,7 @@ def test_a_run_over_a_quantised_base_goes_on_where_it_was_and_draws_as_it_was_tr
     )
     assert "quantization_config=base" in card
 
-    # infer.py's network, over the same base, is the trained student; over the plain one it would not be.
+    # The network that infer.py loads equals the trained student.
     run = built(script, [*common, "--output_dir", str(tmp_path / "out")])
     run.models.student.load(whole / "checkpoint-4")
     model = find_model(str(whole))
@@ -599,12 +599,12 @@ def test_a_run_over_a_quantised_base_goes_on_where_it_was_and_draws_as_it_was_tr
     taken = {key: tensor for key, tensor in student_samples.named_parameters()}
     for key, tensor in student.named_parameters():
         assert torch.equal(tensor, taken[key]), key
-        taken[key].data = tensor.data  # where a tensor lies decides a last bit, of which a layer in 8 bits makes much
+        taken[key].data = tensor.data  # alignment changes last bits, which 8-bit layers amplify
     predict, x_t = run.models.predict, torch.randn(2, *run.models.latent_shape)
     condition = run.models.encode_prompts(("a red square", "blue"))
     student_samples.requires_grad_(
         False
-    )  # as the student's are outside its turn: torch multiplies by a weight that learns in another way
+    )  # as the student's: torch multiplies differently by weights that require grad
     with torch.no_grad():
         wanted = predict(run.models.student, x_t, torch.tensor([900.0, 500.0]), condition).output
         run.models.student.module = student_samples

@@ -1,4 +1,4 @@
-"""Prompts to conditions: text of variable length."""
+"""Pad, offload and cache the embeddings of prompts."""
 
 from types import SimpleNamespace
 
@@ -14,12 +14,12 @@ PROMPTS = ("a red square", "two cats and an old house", "blue")
 
 
 def embeds_of(prompt: str) -> torch.Tensor:
-    """(number of words, 3), one row a word."""
+    """Return (number of words, 3)."""
     return torch.tensor([[len(word), ord(word[0]), 1.0] for word in prompt.split()])
 
 
 def longest_together(prompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """As a language model's tokenizer pads them, on the left here: embeddings and mask are as long as the longest prompt."""
+    """Pad on the left to the longest prompt, as tokenizers of language models do; return embeddings and mask."""
     texts = [embeds_of(prompt) for prompt in prompts]
     length = max(map(len, texts))
     embeds = torch.stack([torch.cat([torch.full((length - len(text), 3), 7.0), text]) for text in texts])
@@ -31,7 +31,7 @@ def encode(prompts) -> tuple[torch.Tensor, torch.Tensor]:
     return text_encoders.pad_condition(embeds, 8, mask)
 
 
-def test_text_of_any_length_becomes_text_of_one_length_and_a_mask():
+def test_text_is_padded_to_one_length_with_a_mask():
     embeds, mask = encode(PROMPTS)
     assert embeds.shape == (3, 8, 3) and mask.shape == (3, 8) and mask.dtype == torch.bool
     for row, prompt in enumerate(PROMPTS):
@@ -46,10 +46,10 @@ def test_text_of_any_length_becomes_text_of_one_length_and_a_mask():
         text_encoders.pad_condition(*longest_together(PROMPTS)[:1], 5, longest_together(PROMPTS)[1])
 
 
-def test_offloaded_encoders_give_all_that_they_return_on_the_device():
-    """Tensors in a list, as pipelines with text of variable length return it, and what is no tensor."""
+def test_outputs_of_offloaded_encoders_are_on_the_device():
+    """Pipelines with text of variable length return lists of tensors, and other objects."""
     encoder = torch.nn.Embedding(1, 1)
-    encoder.device = encoder.weight.device  # as transformers' have
+    encoder.device = encoder.weight.device  # as models of transformers have
     pipeline = SimpleNamespace(components={"text_encoder": encoder})
 
     def encode_prompt(prompts, device):
@@ -62,9 +62,9 @@ def test_offloaded_encoders_give_all_that_they_return_on_the_device():
     assert {tensor.device.type for tensor in (*texts, pooled)} == {"meta"}
 
 
-def test_a_table_of_few_prompts_gives_what_encoding_them_together_gives():
-    """The table holds each prompt as it was encoded alone, and joins rows of different prompts: their lengths must agree."""
-    PartialState()  # accelerate's loggers want to know the process
+def test_cached_conditions_equal_those_encoded_together():
+    """Prompts are cached one by one, and rows of different prompts are joined, so that their lengths must agree."""
+    PartialState()  # accelerate's loggers need it
     args = SimpleNamespace(offload_text_encoders=True, validation_prompts=None)
     pipeline = SimpleNamespace(components={}, register_modules=lambda **models: None)
 
@@ -72,8 +72,8 @@ def test_a_table_of_few_prompts_gives_what_encoding_them_together_gives():
         def captions(self, row):
             return [self[row]]
 
-    looked_up = text_encoders.encode_small_set(args, Rows(PROMPTS), pipeline, encode, "cpu")
-    assert looked_up is not encode
+    cached = text_encoders.cache_conditions(args, Rows(PROMPTS), pipeline, encode, "cpu")
+    assert cached is not encode
     for prompts in (PROMPTS, PROMPTS[::-1], (PROMPTS[2], PROMPTS[2])):
-        for found, wanted in zip(looked_up(prompts), encode(prompts), strict=True):
+        for found, wanted in zip(cached(prompts), encode(prompts), strict=True):
             assert torch.equal(found, wanted)

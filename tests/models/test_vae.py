@@ -1,4 +1,4 @@
-"""Every kind of VAE against the stock pipeline's own code; and the precision in which a VAE computes, whoever calls it."""
+"""Compare every kind of VAE with the stock pipeline's code, and check its precision."""
 
 from types import SimpleNamespace
 
@@ -32,6 +32,7 @@ from helpers import built
 from senseflow.memory.counter import Counter
 from senseflow.models import vae as vae_module
 from senseflow.models.hub import ModelSource
+from senseflow.models.schedulers import bind_generator
 from senseflow.training import validation
 from senseflow_utils import StatelessRNG
 from tiny_pipelines import tiny_vae, vivid, write_sd3, write_sdxl
@@ -43,14 +44,14 @@ ATTENTION = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 1
 
 
 class NoDraws:
-    """Zeros for every noise: a posterior's sample is its mean."""
+    """Return zeros as noise, so that a posterior's sample is its mean."""
 
     def normal(self, name, sample_indices, shape):
         return torch.zeros(len(sample_indices), *shape)
 
 
 def flux(folder):
-    """(VAE, images -> x0 as a stock pipeline encodes them, x0 -> latents as it denoises them, pipeline, arguments for it)."""
+    """Return (VAE, the stock images -> x0, the stock x0 -> packed latents, pipeline, arguments of its call)."""
     pipeline = FluxPipeline.from_pretrained(folder("flux"))
     encoder = FluxImg2ImgPipeline(**pipeline.components)
     return (
@@ -63,7 +64,7 @@ def flux(folder):
 
 
 def sdxl(folder):
-    """With a mean and a standard deviation for each channel, as some of SDXL's kin have them."""
+    """Use a mean and a standard deviation per channel, as some derivatives of SDXL do."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder("sdxl"))
     statistics = {"latents_mean": [0.3, -0.2, 0.1, 0.5], "latents_std": [1.5, 0.7, 2.0, 1.1]}
     pipeline.register_modules(vae=tiny_vae(scaling_factor=0.5, **statistics))
@@ -95,7 +96,7 @@ def qwen(folder):
 
 
 def flux2(folder):
-    """Latents folded 2 x 2 into channels, standardized by the running statistics of a batch norm."""
+    """Fold latents 2 x 2 into channels and standardize them by the running statistics of a batch norm."""
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIDE
     )
@@ -121,7 +122,7 @@ def flux2(folder):
 
 
 def sana(folder):
-    """No posterior, no shift, no gradient checkpointing, other names in the configuration."""
+    """Use a VAE without posterior, shift and gradient checkpointing, with other names in its configuration."""
     blocks, widths = ("ResBlock", "EfficientViTBlock", "EfficientViTBlock", "EfficientViTBlock"), (8, 8, 8, 8)
     vae = AutoencoderDC(
         **{"latent_channels": 4, "attention_head_dim": 8, "scaling_factor": 0.5},
@@ -150,7 +151,7 @@ KINDS = {"flux": (flux, 8), "sdxl": (sdxl, 8), "qwen": (qwen, 8), "flux2": (flux
 
 @pytest.fixture(scope="module")
 def folder(teacher, tmp_path_factory):
-    """folder(kind) -> a tiny pipeline's."""
+    """Return folder(kind) -> folder of a tiny pipeline."""
     written = {"flux": teacher}
     for kind, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
         written[kind] = tmp_path_factory.mktemp(kind)
@@ -168,7 +169,7 @@ def stock(request, folder):
 
 
 @torch.no_grad()
-def test_images_become_the_latents_and_latents_the_images_of_the_stock_pipeline(stock, monkeypatch):
+def test_latents_and_images_equal_those_of_the_stock_pipeline(stock, monkeypatch):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mean)
     config, images = dict(stock.vae.config), torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     assert vae_module.vae_scale_of(config) == stock.scale
@@ -176,7 +177,7 @@ def test_images_become_the_latents_and_latents_the_images_of_the_stock_pipeline(
     assert x0.shape == (2, *vae_module.latent_shape_of(config, SIDE)) and x0.dtype == torch.float32
     torch.testing.assert_close(x0, stock.encode(images), rtol=1e-4, atol=1e-5)
 
-    # A stock call whose scheduler comes to these latents, whatever the network says.
+    # A stock call whose scheduler returns these latents, whatever the network's output.
     x0 = torch.randn_like(x0)
     stock.pipeline.scheduler.step = lambda *args, **kwargs: (stock.pack(x0),)
     stock.pipeline.set_progress_bar_config(disable=True)
@@ -188,8 +189,8 @@ def test_images_become_the_latents_and_latents_the_images_of_the_stock_pipeline(
     assert decoded.shape == images.shape and 0.01 < student_samples.std()
 
 
-def test_a_vae_is_loaded_without_the_half_that_nothing_runs(stock, tmp_path):
-    """And gradient flows through the decoder, none into it."""
+def test_a_vae_is_loaded_without_its_unused_half(stock, tmp_path):
+    """Gradient flows through the decoder, not into its weights."""
     stock.vae.save_pretrained(tmp_path)
     args = SimpleNamespace(mixed_precision="no", vae_dtype="auto", gradient_checkpointing=True)
 
@@ -220,7 +221,7 @@ def test_a_vae_is_loaded_without_the_half_that_nothing_runs(stock, tmp_path):
 
 @pytest.fixture
 def bf16():
-    """Accelerate knows one precision a process: forgotten before and after."""
+    """Reset accelerate, which keeps one precision per process, before and after."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield "--mixed_precision", "bf16"
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -242,8 +243,11 @@ SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": tra
 def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
     kind, asked, dtype, folder, data, vision, bf16, tmp_path
 ):
-    """Seen in what its convolutions return: under autocast those of a float32 VAE would return bfloat16. A stock call in bfloat16
-    does not upcast a VAE with `force_upcast`, which is for float16; training's decode agrees with it in either precision."""
+    """Under autocast, convolutions of a float32 VAE would return bfloat16.
+
+    A stock call in bfloat16 does not upcast a VAE with `force_upcast`, which is for float16. Training's decode agrees
+    with it in either precision.
+    """
     flags = [
         *(
             "--pretrained_model_name_or_path",
@@ -278,7 +282,7 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
 
     def stock_call(kind):
         generator = torch.Generator().manual_seed(0)
-        validation.bind_generator(run.pipeline.scheduler, generator)
+        bind_generator(run.pipeline.scheduler, generator)
         with run.runtime.accelerator.autocast():
             return run.pipeline("a red square", generator=generator, output_type=kind, **run.pipeline_kwargs).images
 
@@ -286,10 +290,10 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
         latents = stock_call("latent").float()
         latents = latents if latents.dim() == 4 else FluxPipeline._unpack_latents(latents, 64, 64, 8)
         decoded = (run.models.decode(latents) / 2 + 0.5).clamp(0, 1)
-        assert (stock_call("pt").float() - decoded).abs().mean() < 4e-3  # a stock call has its latents in bfloat16
+        assert (stock_call("pt").float() - decoded).abs().mean() < 4e-3  # a stock call's latents are in bfloat16
 
 
-def test_a_decoder_that_computes_again_gives_the_same_gradient_in_less_memory(tmp_path):
+def test_a_checkpointed_decoder_gives_the_same_gradient_in_less_memory(tmp_path):
     vae = AutoencoderKL(layers_per_block=3, block_out_channels=[32, 32], norm_num_groups=8, **LEVELS)
     vae.save_pretrained(tmp_path)
     args, found = SimpleNamespace(mixed_precision="no", vae_dtype="auto"), []

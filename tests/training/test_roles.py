@@ -467,17 +467,17 @@ def test_encoders_on_the_cpu_run_there_and_what_they_say_goes_to_the_device(offl
 def test_text_encoders_leave_the_device(few, validate, flags, tmp_path, monkeypatch):
     """The same run with and without; a small set's prompts are encoded once, and only validation keeps the encoders then."""
     calls, found = [], []
-    encode_small_set = training_models.encode_small_set
+    cache_conditions = training_models.cache_conditions
 
     def watched(args, rows, pipeline, encode_prompts, device):
         if args.offload_text_encoders:
             encode = pipeline.encode_prompt
             pipeline.encode_prompt = lambda *a, **k: calls.append(1) or encode(*a, **k)
             found.append(pipeline)
-        return encode_small_set(args, rows, pipeline, encode_prompts, device)
+        return cache_conditions(args, rows, pipeline, encode_prompts, device)
 
-    monkeypatch.setattr(training_models, "encode_small_set", watched)
-    monkeypatch.setattr(text_encoders, "SMALL_SET", 12 if few else 11)  # the data set has 12 prompts
+    monkeypatch.setattr(training_models, "cache_conditions", watched)
+    monkeypatch.setattr(text_encoders, "MAX_CACHED_PROMPTS", 12 if few else 11)  # the data set has 12 prompts
     flags = [*flags, "--max_train_steps", "2", *(["--validation_prompts", "a red square"] if validate else [])]
     for name, add in (("with", ["--offload_text_encoders"]), ("without", [])):
         script.main([*flags, *add, "--output_dir", str(tmp_path / name)])

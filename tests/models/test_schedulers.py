@@ -1,0 +1,57 @@
+"""Fit schedulers to noise levels; a stock call with the saved scheduler must visit them."""
+
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from senseflow.models.schedulers import fit_flow_scheduler
+from train_senseflow_flux import stock_sigmas
+
+
+TOKENS_1024 = 4096
+
+
+def fit(levels, sampler="stochastic", dynamic=True):
+    return fit_flow_scheduler(
+        levels, lambda scheduler: stock_sigmas(scheduler, len(levels), TOKENS_1024), sampler, dynamic
+    )
+
+
+def visits(scheduler, steps: int) -> list[float]:
+    """Return the levels that a stock call visits with the scheduler as a pipeline folder restores it."""
+    return stock_sigmas(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), steps, TOKENS_1024)
+
+
+def test_flux_levels_are_fitted_by_a_static_shift():
+    flux = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # as FLUX.1-dev
+    levels = stock_sigmas(flux, 4, TOKENS_1024)
+    assert levels == pytest.approx([1, 0.9045, 0.7595, 0.5128], abs=1e-4)
+    scheduler, visited = fit(levels)
+    assert not scheduler.config.use_dynamic_shifting and scheduler.config.stochastic_sampling
+    assert visits(scheduler, 4) == pytest.approx(visited, abs=1e-6) and visited == pytest.approx(levels, abs=1e-5)
+
+
+def test_sd3_levels_are_fitted_by_a_static_shift():
+    scheduler, visited = fit([1, 0.9, 0.75, 0.5], "euler")
+    assert scheduler.config.shift == pytest.approx(3) and not scheduler.config.stochastic_sampling
+    assert visits(scheduler, 4) == pytest.approx([1, 0.9, 0.75, 0.5], abs=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_stretched_levels_are_fitted_by_a_terminal_shift(dynamic):
+    shifted = [2 * s / (1 + s) for s in (1, 0.75, 0.5, 0.25)]
+    levels = [1 - (1 - s) * (1 - 0.2) / (1 - shifted[-1]) for s in shifted]  # stretched to end at 0.2
+    scheduler, visited = fit(levels, dynamic=dynamic)
+    assert scheduler.config.use_dynamic_shifting == dynamic and scheduler.config.shift_terminal == pytest.approx(0.2)
+    assert visits(scheduler, 4) == pytest.approx(visited, abs=1e-6) and visited == pytest.approx(levels, abs=1e-3)
+
+
+def test_levels_that_no_shift_fits_are_returned():
+    scheduler, visited = fit([1, 0.99, 0.31, 0.3])
+    assert visited == pytest.approx([1, 0.99, 0.31, 0.3]) and visits(scheduler, 4) == pytest.approx(
+        [1, 0.75, 0.5, 0.25]
+    )
+
+
+def test_one_step_needs_no_shift():
+    scheduler, visited = fit([1.0])
+    assert visited == [1.0] and visits(scheduler, 1) == pytest.approx([1.0])
