@@ -1,3 +1,73 @@
-"""x"""
+# Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
+"""Schedulers of diffusers: fit one to a student's noise levels, and control the noise that one draws."""
 
-from senseflow_utils import fit_flow_scheduler
+import inspect
+import math
+from functools import partial
+from typing import Callable, Sequence
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+
+def fit_flow_scheduler(
+    sigmas: Sequence[float],
+    visited_sigmas: Callable[[FlowMatchEulerDiscreteScheduler], Sequence[float]],
+    sampler: str,
+    dynamic: bool = True,
+    tolerance: float = 1e-3,
+) -> tuple[FlowMatchEulerDiscreteScheduler, list[float]]:
+    """Fit a scheduler with which a stock pipeline call visits the given noise levels.
+
+    A static shift (one degree of freedom) is tried first, then a shift with `shift_terminal` (two).
+
+    Args:
+        sigmas: (n,) levels in (0, 1], decreasing.
+        visited_sigmas: `visited_sigmas(scheduler)` -> the n levels that this pipeline's stock call visits.
+        sampler: "stochastic" or "euler": what the scheduler's `step` does.
+        dynamic: write the shift with `shift_terminal` as dynamic shifting; False for pipelines that do not support it.
+    Returns:
+        (scheduler, levels): the levels that it visits, on which to train. If none fits within the tolerance, an
+        unshifted scheduler and `sigmas`: then the pipeline must be called with `sigmas=`.
+    """
+    wanted = torch.as_tensor(list(sigmas), dtype=torch.float64)
+
+    def make_scheduler(**config):
+        return FlowMatchEulerDiscreteScheduler(stochastic_sampling=sampler == "stochastic", **config)
+
+    def make_terminal(log_shift: float):
+        static = {"shift": math.exp(log_shift)}
+        shift = {"use_dynamic_shifting": True, "base_shift": log_shift, "max_shift": log_shift} if dynamic else static
+        return make_scheduler(shift_terminal=wanted[-1].item(), **shift)
+
+    def error(scheduler) -> float:
+        return (torch.as_tensor(visited_sigmas(scheduler), dtype=torch.float64) - wanted).abs().max().item()
+
+    plain = make_scheduler(shift=1.0)
+    candidates = [plain]
+    if len(wanted) > 1 and wanted[-1] < 1:
+        base, last = visited_sigmas(plain)[-1], wanted[-1].item()
+        candidates.append(make_scheduler(shift=last * (1 - base) / (base * (1 - last))))
+        low, high = -4.0, 6.0  # log of the shift; golden-section search, the error is unimodal in it
+        ratio = (5**0.5 - 1) / 2
+        for _ in range(60):
+            left, right = high - ratio * (high - low), low + ratio * (high - low)
+            if error(make_terminal(left)) < error(make_terminal(right)):
+                high = right
+            else:
+                low = left
+        candidates.append(make_terminal((low + high) / 2))
+    for scheduler in candidates:
+        if error(scheduler) <= tolerance:
+            return scheduler, [float(level) for level in visited_sigmas(scheduler)]
+    return plain, wanted.tolist()
+
+
+def bind_generator(scheduler, generator) -> None:
+    """Make a scheduler's `step` draw noise from `generator` (one, or a list of one per sample).
+
+    FLUX and SD 3 pipelines call `step` without a generator: it would draw from the global one.
+    """
+    step = type(scheduler).step
+    if "generator" in inspect.signature(step).parameters:
+        scheduler.step = partial(step, scheduler, generator=generator)

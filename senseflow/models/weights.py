@@ -11,7 +11,7 @@ import json
 import math
 from collections import OrderedDict
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Optional, Sequence
+from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 from accelerate import init_empty_weights
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from senseflow.errors import loading
-from senseflow.models.hub import ModelSource, load_network
+from senseflow.models.hub import ModelSource, abbreviate, load_network
 
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -119,6 +119,26 @@ def part_of(network: torch.nn.Module, name: str) -> torch.nn.Module:
     part = copy.deepcopy(network.get_submodule(name)).float()
     part.weights = weights_of(network).below(name)
     return materialize(part, "cpu")
+
+
+def state_dict_problems(expected: Mapping, actual: Mapping) -> str:
+    """Describe how names and shapes differ: "1 missing (a), 1 of another shape (b [3] not [4])"; "" if they don't.
+
+    Args:
+        expected, actual: {name: tensor or shape}.
+    """
+    expected, actual = (
+        {name: list(getattr(value, "shape", value)) for name, value in state.items()} for state in (expected, actual)
+    )
+    common = expected.keys() & actual.keys()
+    problems = {
+        "missing": expected.keys() - common,
+        "unexpected": actual.keys() - common,
+        "of another shape": [
+            f"{name} {actual[name]} not {expected[name]}" for name in common if actual[name] != expected[name]
+        ],
+    }
+    return ", ".join(f"{len(names)} {problem} ({abbreviate(names)})" for problem, names in problems.items() if names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
