@@ -5,10 +5,13 @@ import math
 from typing import Any, NamedTuple
 
 
-class Released(NamedTuple):
-    """A preset of 4 steps at 1024 px.
+FLOW, SHIFT = "FlowMatchEulerDiscreteScheduler", math.log(2.002)
 
-    The changes to the scheduler make a stock call visit the trained levels at any size; fewer steps visit some of them.
+
+class Released(NamedTuple):
+    """A preset of 4 steps at 1024 pixels.
+
+    With these changes to the scheduler, a stock call visits the trained levels at any size; fewer steps visit some.
     """
 
     pipeline: str  # name of the class
@@ -16,27 +19,16 @@ class Released(NamedTuple):
     pipeline_kwargs: dict[str, Any]  # besides the number of steps and the size
 
 
-# Sigmas 1 .9045 .7595 .5128: FLUX's own at 1024 px. No guidance_scale: the network has no embedder for it.
+# Sigmas 1 .9045 .7595 .5128: FLUX's own at 1024 pixels. No guidance_scale: the network has no embedder for it.
 FLUX = Released(
     "FluxPipeline",
-    {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "use_dynamic_shifting": False,
-        "shift": math.exp(1.15),
-        "shift_terminal": None,
-    },
+    {"_class_name": FLOW, "use_dynamic_shifting": False, "shift": math.exp(1.15), "shift_terminal": None},
     {"max_sequence_length": 512},
 )
 # Sigmas 1 .9 .75 .5
 SD35 = Released(
     "StableDiffusion3Pipeline",
-    {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "use_dynamic_shifting": True,
-        "base_shift": math.log(2.002),
-        "max_shift": math.log(2.002),
-        "shift_terminal": 0.5,
-    },
+    dict(_class_name=FLOW, use_dynamic_shifting=True, base_shift=SHIFT, max_shift=SHIFT, shift_terminal=0.5),
     {"guidance_scale": 1.0, "max_sequence_length": 77},
 )
 # Timesteps 999 749 499 249

@@ -381,8 +381,8 @@ def without_alpha(folder):
     "damage, more, code, needle",
     [
         (other_weights, (), 1, "its adapter was trained over other weights than those of "),
-        (unknown_layers, (), 1, f"{FILE} speaks of layers that this network does not have"),
-        (without_alpha, (), 1, "speaks of rank 2 and alpha 2, its senseflow.json of others"),
+        (unknown_layers, (), 1, f"{FILE} has layers that this network lacks"),
+        (without_alpha, (), 1, "has rank 2 and alpha 2, senseflow.json 2 and 4;"),
         (lambda folder: (folder / "out" / FILE).unlink(), (), 2, f"there is no {FILE}"),
         (lambda folder: None, ("--transformer", "x"), 2, "is an adapter for its teacher's own transformer"),
     ],
