@@ -42,8 +42,8 @@ def parse_args(argv=None):
     add = add_model_arguments(parser, "FluxPipeline", "FluxTransformer2DModel")
     add("--student_guidance_scale", type=number(float, 0), default=3.5,
         help="Guidance at which student and fake score start as the teacher. It is folded into a bias and the "
-        "guidance embedder is dropped; with --rank the embedder stays and gets it in every call. 0: nothing is folded, "
-        "as in the release.")
+        "guidance embedder is dropped; with --rank the embedder stays and gets it in every call. 0: nothing is "
+        "folded, as in the release.")
     add("--max_sequence_length", type=number(int, 1, 512), default=512, help="Number of T5 tokens.")
     add_lora_arguments(parser)
     add_data_arguments(parser)
@@ -91,7 +91,7 @@ from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import materialize_submodule, meta_network, weights_of
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
-from senseflow.training.models import TrainingModels, check_anchors, check_models, max_guidance, resolve_teacher
+from senseflow.training.models import TrainingModels, check_models, max_guidance, resolve_teacher
 from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation
 from senseflow_utils import (
@@ -309,15 +309,14 @@ class FluxModels(TrainingModels):
             guidance: for the teacher alone. The other roles' embedders get --student_guidance_scale.
         """
         batch, channels, height, width = x_t.shape
-        embeds, pooled = condition
         embedded = role.module.config.guidance_embeds
         two_passes = guidance is not None and not embedded and guidance.above_one
         latents, timesteps = x_t, t
         if two_passes:
             latents, timesteps, batch = torch.cat([x_t, x_t]), torch.cat([t, t]), 2 * batch
-            empty_embeds, empty_pooled = self.empty_condition
-            embeds = torch.cat([empty_embeds.expand_as(embeds), embeds])
-            pooled = torch.cat([empty_pooled.expand_as(pooled), pooled])
+            pairs = zip(self.empty_condition, condition)
+            condition = [torch.cat([empty.expand_as(tensor), tensor]) for empty, tensor in pairs]
+        embeds, pooled = condition
         scale = torch.full_like(timesteps, self.args.student_guidance_scale, dtype=torch.float32)
         scale = scale if guidance is None else guidance.scale
         output = role(
@@ -396,13 +395,12 @@ def check_args(args, source: ModelSource) -> None:
         warn_inactive(args, "a run whose teacher has no guidance embedder", ["student_guidance_scale"])
     if args.gan_weight > 0:
         check_discriminator_args(args)
-    check_anchors(args, FluxModels.make_schedule(args, source, "cpu")[0])
     if args.dry_run is None:
         find_checkpoint(args)
 
 
 def prepare(args):
-    """Complete and check the arguments, and read the data set's rows; no weights load. Return (teacher's source, rows)."""
+    """Complete and check the arguments and read the rows of data; no weights load. Return (teacher's source, rows)."""
     source = resolve_teacher(args, FluxModels)
     complete_args(args)
     check_args(args, source)
@@ -411,7 +409,7 @@ def prepare(args):
     return source, rows
 
 
-def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> FluxModels:
+def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> TrainingModels:
     """Load the networks and make the four roles."""
     models = FluxModels(args, source, schedule, runtime)
     student, fake_score = models.student_and_fake_score()

@@ -102,7 +102,7 @@ from senseflow.models.schedulers import fit_flow_scheduler
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
-from senseflow.training.models import TrainingModels, check_anchors, check_models, max_guidance, resolve_teacher
+from senseflow.training.models import TrainingModels, check_models, max_guidance, resolve_teacher
 from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation
 from senseflow_utils import (
@@ -324,14 +324,13 @@ class SD3Models(TrainingModels):
             condition: of `encode_prompts`.
             guidance: for the teacher alone. If no scale can be above 1, the pass with the empty prompt is left out.
         """
-        embeds, pooled = condition
         two_passes = guidance is not None and guidance.above_one
         latents, timesteps = x_t, t
         if two_passes:
             latents, timesteps = torch.cat([x_t, x_t]), torch.cat([t, t])
-            empty_embeds, empty_pooled = self.empty_condition
-            embeds = torch.cat([empty_embeds.expand_as(embeds), embeds])
-            pooled = torch.cat([empty_pooled.expand_as(pooled), pooled])
+            pairs = zip(self.empty_condition, condition)
+            condition = [torch.cat([empty.expand_as(tensor), tensor]) for empty, tensor in pairs]
+        embeds, pooled = condition
         output = role(
             hidden_states=latents.to(role.dtype),
             timestep=timesteps.float(),
@@ -379,14 +378,13 @@ def check_args(args, source: ModelSource) -> None:
         raise UserError(f"--resolution {args.resolution}: this teacher has positions for {largest} pixels at most", 2)
     if args.gan_weight > 0:
         check_discriminator_args(args)
-    check_anchors(args, SD3Models.make_schedule(args, source, "cpu")[0])
     if args.dry_run is None:
         find_checkpoint(args)
 
 
 # Copied from train_senseflow_flux.prepare but for lines marked preset with FluxModels->SD3Models
 def prepare(args):
-    """Complete and check the arguments, and read the data set's rows; no weights load. Return (teacher's source, rows)."""
+    """Complete and check the arguments and read the rows of data; no weights load. Return (teacher's source, rows)."""
     source = resolve_teacher(args, SD3Models)
     apply_preset(args, PRESETS[preset_name(args, source)])  # preset
     complete_args(args)
@@ -397,7 +395,7 @@ def prepare(args):
 
 
 # Copied from train_senseflow_flux.make_models with FluxModels->SD3Models
-def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> SD3Models:
+def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> TrainingModels:
     """Load the networks and make the four roles."""
     models = SD3Models(args, source, schedule, runtime)
     student, fake_score = models.student_and_fake_score()

@@ -119,7 +119,7 @@ from senseflow.models.hub import ModelSource, check_compatible, fingerprint, loa
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
-from senseflow.training.models import TrainingModels, check_anchors, check_models, resolve_teacher
+from senseflow.training.models import TrainingModels, check_models, resolve_teacher
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation
@@ -499,14 +499,13 @@ def check_args(args, source: ModelSource) -> None:
             raise UserError(f"--classifier_weight 0: the classifier would never learn; {fix}", exit_code=2)
     elif args.gan_weight > 0:
         check_discriminator_args(args)
-    check_anchors(args, SDXLModels.make_schedule(args, source, "cpu")[0])
     if args.dry_run is None:
         find_checkpoint(args)
 
 
 # Copied from train_senseflow_flux.prepare with FluxModels->SDXLModels
 def prepare(args):
-    """Complete and check the arguments, and read the data set's rows; no weights load. Return (teacher's source, rows)."""
+    """Complete and check the arguments and read the rows of data; no weights load. Return (teacher's source, rows)."""
     source = resolve_teacher(args, SDXLModels)
     complete_args(args)
     check_args(args, source)
@@ -516,7 +515,7 @@ def prepare(args):
 
 
 # Copied from train_senseflow_flux.make_models with FluxModels->SDXLModels
-def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> SDXLModels:
+def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> TrainingModels:
     """Load the networks and make the four roles."""
     models = SDXLModels(args, source, schedule, runtime)
     student, fake_score = models.student_and_fake_score()

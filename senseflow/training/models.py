@@ -194,7 +194,7 @@ def resolve_teacher(args, models: type[TrainingModels]) -> ModelSource:
 
 
 def check_models(args, source: ModelSource, models: type[TrainingModels]) -> None:
-    """Refuse (UserError, exit code 2) what does not fit the teacher: resolution, adapters, another start."""
+    """Refuse (UserError, exit code 2) what does not fit the teacher: adapters, another start, resolution, anchors."""
     source.config(models.vae_class, "vae")
     config = source.config(models.network_class, models.network_name)
     check_lora_args(args, models.network_class, config)
@@ -208,6 +208,7 @@ def check_models(args, source: ModelSource, models: type[TrainingModels]) -> Non
         raise UserError(
             f"--resolution {args.resolution}: must be divisible by {multiple} for this teacher", exit_code=2
         )
+    check_anchors(args, models.make_schedule(args, source, "cpu")[0])
 
 
 def max_guidance(args) -> float:
