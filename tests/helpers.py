@@ -65,7 +65,8 @@ def start(
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes), "--mixed_precision", precision]
     command += ["--main_process_port", "0", *more, str(ROOT / script), *arguments]  # any free port
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the scripts in tests/workers
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=environment, start_new_session=True)
 

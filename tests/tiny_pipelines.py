@@ -43,7 +43,7 @@ from transformers import (
 WORDS = (
     "a an the of on in at and with under over near two three red green blue yellow orange purple pink brown grey black white "
     "dark light small large big old new square circle triangle star ring cat dog bird horse car tree house flower mountain "
-    "river city sky sea man woman child photo painting image left right above below number"
+    "river city sky sea man woman child photo painting picture left right above below number"
 ).split()
 T5_CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 WIDTH = 32
@@ -61,13 +61,13 @@ def clip_tokenizer() -> CLIPTokenizer:
     tokens += byte_letters() + [f"{letter}</w>" for letter in byte_letters()]
     merges = []
     for word in WORDS:
-        models = [*word[:-1], f"{word[-1]}</w>"]
-        while len(models) > 1:  # from the left, so that words share their beginnings
-            if (models[0], models[1]) not in merges:
-                merges.append((models[0], models[1]))
-            models = [models[0] + models[1], *models[2:]]
-            if models[0] not in tokens:
-                tokens.append(models[0])
+        symbols = [*word[:-1], f"{word[-1]}</w>"]
+        while len(symbols) > 1:  # from the left, so that words share their beginnings
+            if (symbols[0], symbols[1]) not in merges:
+                merges.append((symbols[0], symbols[1]))
+            symbols = [symbols[0] + symbols[1], *symbols[2:]]
+            if symbols[0] not in tokens:
+                tokens.append(symbols[0])
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 

@@ -1,4 +1,4 @@
-"""What validation images say in numbers, and what an iteration says of itself: closed forms."""
+"""Statistics of validation images and latents, and signals: closed forms, and a run that goes wrong."""
 
 import json
 import math
@@ -29,13 +29,13 @@ def image(pixels) -> Image.Image:
     return Image.fromarray(np.asarray(pixels, dtype=np.uint8))
 
 
-def test_images_in_numbers():
+def test_image_statistics():
     flat = image(np.full((32, 32, 3), 128))
-    found = image_statistics([[flat, flat], [flat, flat]])
-    assert found == pytest.approx({"saturation": 0, "contrast": 0, "sharpness": 0, "diversity": 0}, abs=1e-12)
+    statistics = image_statistics([[flat, flat], [flat, flat]])
+    assert statistics == pytest.approx({"saturation": 0, "contrast": 0, "sharpness": 0, "diversity": 0}, abs=1e-12)
     assert "diversity" not in image_statistics([[flat], [flat]])
 
-    # Two prompts; what differs between them is no diversity.
+    # Differences between prompts are not diversity.
     black, white = image(np.zeros((32, 32, 3))), image(np.full((32, 32, 3), 255))
     assert image_statistics([[black, black], [white, white]])["diversity"] == 0
     assert image_statistics([[black, white, black]])["diversity"] == pytest.approx(2 / 3)
@@ -44,27 +44,27 @@ def test_images_in_numbers():
     red[..., 0], red[..., 1] = 255, 51
     assert image_statistics([[image(red)]])["saturation"] == pytest.approx(1)
 
-    # Half the energy of a chequered image is its mean; the rest is at the highest frequency, and gone at half the size.
-    chequered = np.indices((32, 32)).sum(0) % 2 * 255
-    found = image_statistics([[image(chequered)]])
-    assert found["contrast"] == pytest.approx(0.5) and found["sharpness"] == pytest.approx(0.25)
+    # Half the energy of a checkerboard is its mean; the rest is at the highest frequency, which large squares lack.
+    checkerboard = np.indices((32, 32)).sum(0) % 2 * 255
+    statistics = image_statistics([[image(checkerboard)]])
+    assert statistics["contrast"] == pytest.approx(0.5) and statistics["sharpness"] == pytest.approx(0.25)
     blurred = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((8, 8))) * 255
-    found = image_statistics([[image(blurred)]])
-    assert found["contrast"] == pytest.approx(0.5) and found["sharpness"] < 0.05
+    statistics = image_statistics([[image(blurred)]])
+    assert statistics["contrast"] == pytest.approx(0.5) and statistics["sharpness"] < 0.05
 
 
-def test_latents_in_numbers():
-    # A channel that varies by 3 about its mean and one that does not; the second image is the first, moved by 2 in all numbers.
+def test_latent_statistics():
+    # A channel that varies by 3 about its mean and a constant one; the second image is the first plus 2.
     first = torch.stack([torch.tensor([[1.0, 7.0], [7.0, 1.0]]), torch.full((2, 2), 5.0)])
-    found = latent_statistics([[first, first + 2], [first + 10, first + 14]])
-    assert found == pytest.approx({"latent_contrast": 1.5, "latent_diversity": (2 + 4) / 2})
+    statistics = latent_statistics([[first, first + 2], [first + 10, first + 14]])
+    assert statistics == pytest.approx({"latent_contrast": 1.5, "latent_diversity": (2 + 4) / 2})
     assert latent_statistics([[first], [first]]) == pytest.approx({"latent_contrast": 1.5})
-    assert latent_statistics([[first.unsqueeze(1)]]) == pytest.approx({"latent_contrast": 1.5})  # of a VAE of films
+    assert latent_statistics([[first.unsqueeze(1)]]) == pytest.approx({"latent_contrast": 1.5})  # of a video VAE
 
 
 @pytest.mark.parametrize("sample", [2**20, 40])
 def test_an_update_is_measured_against_the_weights(sample, flags, tmp_path, monkeypatch):
-    """AdamW's first step moves every weight by the rate; where some of the values stand for all, the share is the same."""
+    """AdamW's first step moves every weight by the rate; the ratio is the same for a sample of the values."""
     monkeypatch.setattr(roles, "UPDATE_SAMPLE_SIZE", sample)
     args = script.parse_args(
         [*flags, "--output_dir", str(tmp_path), "--adam_weight_decay", "0", "--lr_warmup_steps", "0"]
@@ -79,18 +79,18 @@ def test_an_update_is_measured_against_the_weights(sample, flags, tmp_path, monk
     assert norm > 0 and ratio.item() == pytest.approx(1e-3 / 2, rel=2e-3)
     with role.accumulate():
         role.backward(role(torch.ones(2, 16)).sum() * math.nan)
-    assert role.step(measure_update=True)[1] == 0  # a step that is not taken
+    assert role.step(measure_update=True)[1] == 0  # a skipped step
 
 
-def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, monkeypatch, caplog):
+def test_the_fake_score_lags_if_its_loss_is_above_its_mean(flags, tmp_path, monkeypatch, caplog):
     runtime = runtime_module.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
     role = runtime.trained_role("student", torch.nn.Linear(1, 1), 0.1)
     metrics, logged = metrics_module.Metrics(runtime, role, 1, tqdm(disable=True)), []
-    monkeypatch.setattr(runtime.accelerator, "log", lambda numbers, step: logged.append(numbers))
+    monkeypatch.setattr(runtime.accelerator, "log", lambda values, step: logged.append(values))
     for iteration, loss in enumerate((0.5, 0.5, 1.0, 0.5)):
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
-    lags = [numbers.get("signal/fake_lag") for numbers in logged]
+    lags = [values.get("signal/fake_lag") for values in logged]
     assert lags[0] is None and lags[1:] == pytest.approx([1, 2, 0.75])
     monkeypatch.setattr(metrics_module, "FAKE_LOSS_WINDOW", 3)
     for iteration, loss in enumerate((1.0, 1.0), 4):
@@ -102,15 +102,15 @@ def test_the_fake_score_lags_where_its_loss_is_above_its_mean(flags, tmp_path, m
     assert "signal/fake_lag" in caplog.text
 
 
-def warned(caplog, watch, name, values) -> list[str]:
+def warnings_of(caplog, monitor, name, values) -> list[str]:
     caplog.clear()
     for iteration, value in enumerate(values, 1):
-        watch.update(iteration, {name: value, "fake_loss": 1e9})
+        monitor.update(iteration, {name: value, "fake_loss": 1e9})
     return [record.getMessage() for record in caplog.records]
 
 
 @pytest.mark.parametrize(
-    "values, at",
+    "values, iteration",
     [
         ([0.9, 0.75, 1.3], None),
         ([0.5, 0.6, 0.65, 0.8], None),  # outside, and coming in
@@ -119,45 +119,49 @@ def warned(caplog, watch, name, values) -> list[str]:
         ([0.6, 0.5, 0.6, 0.65, 0.9], None),
         ([0.6, 0.5, 0.55, 0.9], 3),  # further out than where it started
         ([2.0, 2.5, 3.0], 3),
-        ([math.nan, math.nan], None),  # which something else stops
+        ([math.nan, math.nan], None),  # which ends the run elsewhere
     ],
 )
-def test_a_signal_that_leaves_its_band_and_does_not_come_back_is_said_once(values, at, caplog):
-    said = warned(caplog, SignalMonitor(adapters=False), "signal/diversity", values)
-    assert len(said) == (at is not None)
-    if at:
-        assert f"iteration {at}: signal/diversity is {values[at - 1]:.3g}, outside 0.7 to 1.4: " in said[0]
-        assert ("alike" if values[at - 1] < 1 else "lower --learning_rate") in said[0]
+def test_a_signal_that_stays_outside_its_band_is_warned_of_once(values, iteration, caplog):
+    warnings = warnings_of(caplog, SignalMonitor(adapters=False), "signal/diversity", values)
+    assert len(warnings) == (iteration is not None)
+    if warnings:
+        value = values[iteration - 1]
+        assert f"iteration {iteration}: signal/diversity is {value:.3g}, outside 0.7 to 1.4: " in warnings[0]
+        assert ("alike" if value < 1 else "lower --learning_rate") in warnings[0]
 
 
-def test_what_swings_is_averaged_and_what_harms_nobody_passed_over(caplog):
-    over = BANDS["signal/fake_lag"].window
-    assert warned(caplog, SignalMonitor(False), "signal/fake_lag", [1.0, 1.8] * over) != []
-    assert warned(caplog, SignalMonitor(False), "signal/fake_lag", [1.0, 1.4] * over) == []
-    assert warned(caplog, SignalMonitor(False), "signal/fake_lag", [1.8] * (2 * over - 1)) == []
+def test_signals_are_averaged_over_their_windows_and_harmless_sides_ignored(caplog):
+    window = BANDS["signal/fake_lag"].window
+    assert warnings_of(caplog, SignalMonitor(False), "signal/fake_lag", [1.0, 1.8] * window) != []
+    assert warnings_of(caplog, SignalMonitor(False), "signal/fake_lag", [1.0, 1.4] * window) == []
+    assert warnings_of(caplog, SignalMonitor(False), "signal/fake_lag", [1.8] * (2 * window - 1)) == []
     assert (
-        warned(caplog, SignalMonitor(False), "signal/fake_error", [0.1] * 2 * BANDS["signal/fake_error"].window) == []
+        warnings_of(caplog, SignalMonitor(False), "signal/fake_error", [0.1] * 2 * BANDS["signal/fake_error"].window)
+        == []
     )
-    # What does not start outside need not get worse.
-    over = BANDS["signal/fake_error"].window
-    assert len(warned(caplog, SignalMonitor(False), "signal/fake_error", [1.02] * over + [1.01] * over)) == 1
+    # A signal that may not start outside is warned of even if it improves.
+    window = BANDS["signal/fake_error"].window
+    assert len(warnings_of(caplog, SignalMonitor(False), "signal/fake_error", [1.02] * window + [1.01] * window)) == 1
     assert (
-        warned(caplog, SignalMonitor(False), "signal/fake_error", [1.02] * over + [0.9] * over + [1.02] * 2 * over)
+        warnings_of(
+            caplog, SignalMonitor(False), "signal/fake_error", [1.02] * window + [0.9] * window + [1.02] * 2 * window
+        )
         == []
     )
     steps = [0.01] * 2 * BANDS["signal/update_ratio"].window
-    assert len(warned(caplog, SignalMonitor(False), "signal/update_ratio", steps)) == 1
-    assert warned(caplog, SignalMonitor(adapters=True), "signal/update_ratio", steps) == []
+    assert len(warnings_of(caplog, SignalMonitor(False), "signal/update_ratio", steps)) == 1
+    assert warnings_of(caplog, SignalMonitor(adapters=True), "signal/update_ratio", steps) == []
 
 
-@pytest.mark.parametrize("turned_around", [False, True])
-def test_a_run_that_goes_wrong_says_so_and_a_sound_one_nothing(turned_around, tmp_path, caplog, monkeypatch):
-    """The demo's teacher to two steps, and the same with the gradient of L_DMD turned around."""
+@pytest.mark.parametrize("reversed_gradient", [False, True])
+def test_a_diverging_run_is_warned_of_and_a_good_one_not(reversed_gradient, tmp_path, caplog, monkeypatch):
+    """Distill the demo's teacher to two steps, and again with the gradient of L_DMD reversed."""
     demo, right = ROOT / "demo", script.dmd_loss
     monkeypatch.syspath_prepend(str(demo))
     from run import TEACHER, TRAINING_FLAGS, all_captions, flags
 
-    if turned_around:  # 2 T - F lies on the other side of T
+    if reversed_gradient:  # 2 T - F lies on the other side of T
         monkeypatch.setattr(script, "dmd_loss", lambda x0, fake, teacher: right(x0, 2 * teacher - fake, teacher))
     captions = all_captions()
     rows = {"keys": list(range(96)), "image_paths": ["none.png"] * 96, "prompts": captions}
@@ -171,5 +175,5 @@ def test_a_run_that_goes_wrong_says_so_and_a_sound_one_nothing(turned_around, tm
         "output_dir": tmp_path / "out",
     }
     script.main([str(word) for word in flags(TRAINING_FLAGS[2] | fast | steady | student_samples | paths)])
-    said = {name for record in caplog.records for name in re.findall("signal/[a-z_]+", record.getMessage())}
-    assert {"signal/sharpness", "signal/latent_contrast"} <= said if turned_around else not said
+    warned = {name for record in caplog.records for name in re.findall("signal/[a-z_]+", record.getMessage())}
+    assert {"signal/sharpness", "signal/latent_contrast"} <= warned if reversed_gradient else not warned

@@ -1,31 +1,18 @@
-"""Launched by test_modes.py: what one step of a role must do in every mode, seen at once in the forward that follows.
+"""Check IDA and one step of a role in every mode, by the forward that follows. Launched by test_modes.py.
 
-python tests/one_step.py OUTPUT_DIR
+python tests/workers/role_step.py OUTPUT_DIR
 """
 
 import sys
-from pathlib import Path
 
 import torch
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from train_senseflow_flux import parse_args
 
 
-flags = [
-    "--pretrained_model_name_or_path",
-    "none",
-    "--mixed_precision",
-    "no",
-    "--report_to",
-    "none",
-    "--max_grad_norm",
-    "0.5",
-]
+flags = "--pretrained_model_name_or_path none --mixed_precision no --report_to none --max_grad_norm 0.5".split()
 runtime = Runtime(parse_args([*flags, "--output_dir", sys.argv[1], "--lr_warmup_steps", "0"]))
 x = torch.arange(3.0)
 
@@ -43,17 +30,17 @@ def step(role: Role, target: float) -> torch.Tensor:
     return role.step()
 
 
-# IDA, between two roles whose networks a forward has used before.
-whole = [torch.arange(15.0).view(5, 3) ** power for power in (1, 2)]
-fake_score, student = (role_with(weight, name, 0.0) for weight, name in zip(whole, ("fake_score", "student")))
+# IDA between two roles whose networks have run a forward before.
+weights = [torch.arange(15.0).view(5, 3) ** power for power in (1, 2)]
+fake_score, student = (role_with(weight, name, 0.0) for weight, name in zip(weights, ("fake_score", "student")))
 for role in (fake_score, student):
-    step(role, 0.0)  # after a step ZeRO-3 gathers small weights, to keep them
+    step(role, 0.0)  # after a step, ZeRO-3 keeps small weights gathered
 with torch.no_grad():
-    fake_score(x), student(x)  # under FSDP2 and ZeRO-3 this may leave gathered weights behind
+    fake_score(x), student(x)  # FSDP2 and ZeRO-3 may leave weights gathered
     fake_score.ida_update_from(student, 0.25)
-    torch.testing.assert_close(fake_score(x), (0.25 * whole[0] + 0.75 * whole[1]) @ x)
+    torch.testing.assert_close(fake_score(x), (0.25 * weights[0] + 0.75 * weights[1]) @ x)
 
-# A step whose gradient is not finite, in one process alone, is not taken: neither weights nor moments know of it afterwards.
+# A step is skipped if its gradient is not finite in one process: weights and moments stay as they were.
 start = torch.linspace(-1, 1, 15).view(5, 3)
 weight = torch.nn.Parameter(start.clone())
 adam = torch.optim.AdamW([weight], lr=0.1, eps=1e-8, weight_decay=0.0)
