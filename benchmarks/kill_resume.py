@@ -89,9 +89,8 @@ def main() -> None:
         write_networks(folder)
         first, end = run_uninterrupted(args, folder, folder / "uninterrupted")
         reference = digests(folder / "uninterrupted")
-        print(
-            f"uninterrupted: first checkpoint after {first:.1f} s, end after {end:.1f} s, {len(reference)} files compared"
-        )
+        print(f"uninterrupted: first checkpoint after {first:.1f} s, end after {end:.1f} s")
+        print(f"{len(reference)} files are compared")
         print("| kill | after s | last complete checkpoint | partial folders | result of the resumed run |")
         print("|---|---|---|---|---|", flush=True)
         rng = random.Random(args.seed)

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Measure seconds per iteration and peak memory per process of every file of accelerate_configs/, for two sizes of FLUX.
+"""Measure seconds per iteration and peak memory of the files of accelerate_configs/, for two sizes of FLUX.
 
-    python benchmarks/modes.py [--sizes tiny mid] [--modes single ddp fsdp2 zero2 zero3] [--precision no] [--processes
-    2]
+    python benchmarks/modes.py [--sizes tiny mid] [--modes single ddp fsdp2 zero2 zero3] [--precision no]
 
 Every mode trains random weights on the same global batches, with GAN, ISG and IDA, and prints a row of a table. The
 launched processes run this file again: it trains with train_senseflow_flux.py, times its iterations and reads the peak
@@ -35,7 +34,7 @@ ITERATIONS, SKIPPED = 15, 5  # the student is updated in two of the ten iteratio
 
 
 def write_networks(folder: Path, size: str = "tiny") -> None:
-    """Write a random FLUX pipeline of this size, the networks of a tiny discriminator, and a dataset JSON of 8 images."""
+    """Write a random FLUX pipeline of this size, a tiny discriminator's networks, and a dataset JSON of 8 images."""
     import numpy as np
     from diffusers import FluxTransformer2DModel
     from PIL import Image
@@ -57,7 +56,7 @@ def write_networks(folder: Path, size: str = "tiny") -> None:
 
 
 def training_command(folder: Path, mode: str, processes: int, precision: str, script: Path, *flags) -> list[str]:
-    """Return the command that launches `script` with the flags of a FLUX run on what `write_networks` wrote, and `flags`."""
+    """Return the command that launches `script` on what `write_networks` wrote, with `flags`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", ROOT / "accelerate_configs" / f"{mode}.yaml", "--num_processes", processes]
     command += ["--mixed_precision", precision, script, "--pretrained_model_name_or_path", folder / "teacher"]
