@@ -5,7 +5,7 @@
     python benchmarks/memory_table.py                             # all; about a minute per row and core
     python benchmarks/memory_table.py --teachers sdxl --rows full
 
-1024 px, one image per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, else the scripts'
+1024 px, one image per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, else the
 defaults. Outputs of --dry_run are kept in benchmarks/out/memory.json; delete an entry there to trace it again.
 """
 
