@@ -100,7 +100,7 @@ class Stage:
             self.average, self.step = state["average"], state["step"]
 
     def rate(self, step):
-        """Return the learning rate: warm-up over 100 steps, constant, linear decay to 0 over the last `decay_share`."""
+        """Return the learning rate: warm-up over 100 steps, constant, linear decay over the last `decay_share`."""
         remaining = (self.steps - step) / max(1.0, self.args.decay_share * self.steps)
         return self.learning_rate * min(1.0, (step + 1) / 100, remaining)
 
@@ -187,7 +187,7 @@ def train_decoder(vae, images, latents, args):
 
 
 def image_loss(decoded, pixels):
-    """Add a squared loss to L1: L1 keeps edges sharp, but alone it leaves small objects gray for thousands of steps."""
+    """Compute L1, which keeps edges sharp, plus a squared loss, without which small objects stay gray for long."""
     error = decoded - pixels
     return error.abs().mean() + 4 * error.square().mean()
 
