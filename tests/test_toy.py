@@ -185,7 +185,9 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     with torch.no_grad():
         for fake_weight, student_weight in zip(fake.parameters(), student.parameters()):
             fake_weight.copy_(0.9 * fake_weight + 0.1 * student_weight)
-    t = teacher.schedule.train_timesteps[rows - 1 - (torch.sigmoid(rng.normal("fake_timestep", sample_indices)) * rows).long()]
+    t = teacher.schedule.train_timesteps[
+        rows - 1 - (torch.sigmoid(rng.normal("fake_timestep", sample_indices)) * rows).long()
+    ]
     x0, noise = x0.detach(), normal("fake_noise")
     output = fake((1 - sigma(t)) * x0 + sigma(t) * noise, t, condition)
     fake_loss = (output - (noise - x0)).square().mean()
