@@ -25,7 +25,7 @@ import train_senseflow_sd3
 import train_senseflow_sdxl
 from senseflow.errors import quiet_libraries
 from senseflow.training.runtime import Runtime
-from senseflow_utils import StatelessRNG, backward_simulation, dmd_loss
+from senseflow_utils import Guidance, StatelessRNG, backward_simulation, dmd_loss
 
 
 OUT = HERE / "out" / "precision"
@@ -92,14 +92,15 @@ def gradients(schedule, models, precisions, x0, guidance):
     """Return L_DMD's gradient at x0 for each of LEVELS, flat [B, N]; precisions: of the teacher, of the fake score."""
     teacher = FrozenNetwork(models.teacher.module, precisions[0])
     fake_score = FrozenNetwork(models.fake_score.module, precisions[1])
-    condition, scales = models.encode_prompts(CAPTIONS), torch.full((len(CAPTIONS),), guidance)
+    condition = models.encode_prompts(CAPTIONS)
+    guidance = Guidance(torch.full((len(CAPTIONS),), guidance), guidance > 1)
     x0, result = x0.clone().requires_grad_(), []
     for level in LEVELS:
         t = schedule.train_timesteps[(schedule.train_timesteps - level).abs().argmin()].expand(len(CAPTIONS))
         with torch.no_grad():
             x_t = schedule.add_noise(x0, RNG.normal("dmd_noise", SAMPLE_INDICES, models.latent_shape), t)
             fake_x0 = models.predict(fake_score, x_t, t, condition).x0
-            teacher_x0 = models.predict(teacher, x_t, t, condition, scales).x0
+            teacher_x0 = models.predict(teacher, x_t, t, condition, guidance).x0
         loss = dmd_loss(x0, fake_x0, teacher_x0)[0] * x0.numel()
         result.append(torch.autograd.grad(loss, x0)[0].flatten(1))
     return result
