@@ -58,7 +58,7 @@ class FrozenNetwork:
             return self.module(**inputs, return_dict=return_dict)
 
 
-def load(script, teacher, settings, iterations=0):
+def load(script, models_class, teacher, settings, iterations=0):
     """Return (args, schedule, models) of a training script in fp32, after a run of `iterations` if that is not 0."""
     prompts, run = OUT / "prompts.txt", OUT / script.__name__
     prompts.write_text("\n".join(all_captions()) + "\n")
@@ -67,10 +67,10 @@ def load(script, teacher, settings, iterations=0):
     arguments = list(map(str, flags(settings)))
     if iterations and not (run / f"checkpoint-{iterations}").exists():
         script.main(arguments)
-    args = script.parse_args(arguments)
-    script.check_args(args)
-    schedule = script.make_schedule(args, "cpu")[0]
-    models = script.load_parts(args, Runtime(args), schedule)[0]
+    args = script.parse_args([*arguments, "--output_dir", str(OUT / "not_written")])
+    source, _ = script.prepare(args)
+    schedule = models_class.make_schedule(args, source, "cpu")[0]
+    models = script.make_models(args, source, schedule, Runtime(args))
     for role in (models.student, models.fake_score) if iterations else ():
         role.load(run / f"checkpoint-{iterations}")
     return args, schedule, models
@@ -129,9 +129,10 @@ def main():
     quiet_libraries()
     command = [sys.executable, ROOT / "tests" / "tiny_pipelines.py", "sd3", OUT / "sd3"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    epsilon = load(train_senseflow_sdxl, sdxl.TEACHER, sdxl.STUDENT, 150)
-    flux = load(train_senseflow_flux, HERE / "teacher", TRAINING_FLAGS[2], 60)
-    sd3 = load(train_senseflow_sd3, OUT / "sd3", {"resolution": 64, "gan_weight": 0, "backward_simulation_prob": 1})
+    epsilon = load(train_senseflow_sdxl, train_senseflow_sdxl.SDXLModels, sdxl.TEACHER, sdxl.STUDENT, 150)
+    flux = load(train_senseflow_flux, train_senseflow_flux.FluxModels, HERE / "teacher", TRAINING_FLAGS[2], 60)
+    settings = {"resolution": 64, "gan_weight": 0, "backward_simulation_prob": 1}
+    sd3 = load(train_senseflow_sd3, train_senseflow_sd3.SD3Models, OUT / "sd3", settings)
     weights = copy.deepcopy(sd3[2].fake_score.module.state_dict())
     print("| teacher, guidance | size | precision | " + " | ".join(f"t' {t}" for t in LEVELS) + " | worst sample |")
     print("|---" * (len(LEVELS) + 4) + "|")

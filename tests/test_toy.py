@@ -13,12 +13,12 @@ from toy import (
     FAMILIES,
     Evaluation,
     Mixture,
+    ToyModels,
     distill,
     few_step_samples,
     make_args,
     make_batch,
     make_mixture,
-    make_models,
     make_schedule,
     pretrain_mlp,
 )
@@ -135,11 +135,11 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     with torch.no_grad():
         start.offset.normal_(generator=torch.Generator().manual_seed(0))
     iteration = next(i for i in range(99) if StatelessRNG(0, i).shared_integer("simulated_steps", 4) == simulated)
-    batch, models = make_batch(args, teacher, iteration), make_models(args, teacher, start)
-    values, _ = train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
+    batch, models = make_batch(args, teacher, iteration), ToyModels(args, teacher, start)
+    values, _ = train_iteration(iteration, [batch], models, args)
 
     rng, sample_indices, anchors = StatelessRNG(0, iteration), range(4), [*ANCHORS["flow"], 0.0]
-    student, fake, condition = copy.deepcopy(start), copy.deepcopy(start), models.encode_prompts(batch["prompts"])
+    student, fake, condition = copy.deepcopy(start), copy.deepcopy(start), models.condition(batch["prompts"])
 
     def normal(name):
         return rng.normal(name, sample_indices, teacher.shape)
@@ -238,27 +238,21 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
     text = torch.tensor([0.5, -0.2, 0.1, 0.4])[:, None]
     moved = {}
     for with_gan in (True, False):
-        models = make_models(args, teacher, start)
+        models = ToyModels(args, teacher, start)
         if with_gan:
             models.discriminator = Runtime(args).trained_role("discriminator", copy.deepcopy(critic), 0.5e6)
             models.real_images = lambda batch: batch["pixel_values"]
-            models.decode, models.vision_features, models.text_features, models.omega = (
-                decode,
-                lambda p: [p],
-                lambda prompts: text,
-                omega,
-            )
+            models.decode, models.omega = decode, omega
+            models.vision_features, models.text_features = (lambda pixels: [pixels]), (lambda prompts: text)
             discriminator = models.discriminator.module
-        train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
+        train_iteration(iteration, [batch], models, args)
         moved[with_gan] = [
             p.detach() - q.detach() for p, q in zip(models.student.module.parameters(), start.parameters())
         ]
 
     t = torch.full((4,), 1000.0, dtype=torch.float64)
-    noise, condition = (
-        rng.normal("input_noise", sample_indices, teacher.shape),
-        models.encode_prompts(batch["prompts"]),
-    )
+    noise = rng.normal("input_noise", sample_indices, teacher.shape)
+    condition = models.condition(batch["prompts"])
     fake = diff_augment(decode(noise - start(noise, t, condition)), rng, sample_indices, "fake")
     real, reference = diff_augment(batch["pixel_values"], rng, sample_indices, "real"), [batch["pixel_values"]]
 
@@ -305,7 +299,7 @@ def test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_eac
 def test_without_simulation_real_latents_are_noised_to_an_anchor_per_sample():
     teacher = gaussian_teacher("epsilon", anchors=4)
     args = make_args(train_batch_size=40, backward_simulation_prob=0.0)
-    models, batch, asked = make_models(args, teacher, Affine(teacher)), make_batch(args, teacher, 0), []
+    models, batch, asked = ToyModels(args, teacher, Affine(teacher)), make_batch(args, teacher, 0), []
     predict = models.predict
 
     def recording(role, x_t, t, *rest, **kwargs):
@@ -313,7 +307,7 @@ def test_without_simulation_real_latents_are_noised_to_an_anchor_per_sample():
         return predict(role, x_t, t, *rest, **kwargs)
 
     models.predict = recording
-    train_iteration(0, [batch], models, teacher.schedule, args, "cpu")
+    train_iteration(0, [batch], models, args)
     name, x_t, t = asked[0]
     noise = StatelessRNG(0, 0).normal("input_noise", range(40), teacher.shape)
     assert name == "student" and set(t.tolist()) == set(ANCHORS["epsilon"])

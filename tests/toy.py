@@ -16,7 +16,6 @@ import math
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Optional
@@ -24,19 +23,18 @@ from typing import Callable, Optional
 import torch
 from diffusers import DDPMScheduler
 
-from senseflow.training.roles import Role
+from senseflow.arguments import SAMPLERS
+from senseflow.training.models import TrainingModels
 from senseflow.training.runtime import Runtime
 from senseflow_utils import (
-    SAMPLERS,
     DDPMSchedule,
     FlowSchedule,
-    Prediction,
     Schedule,
     StatelessRNG,
     backward_simulation,
     guide,
 )
-from train_senseflow_flux import TrainingModels, train_iteration
+from train_senseflow_flux import train_iteration
 
 
 EMPTY = -1  # the class that stands for the empty prompt
@@ -212,27 +210,31 @@ def make_args(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{**args, **changes})
 
 
-def toy_predict(schedule: Schedule, role: Role, x_t, t, condition, guidance=None) -> Prediction:
-    """Predict (x0, noise) as a script's `predict` does, for x_t (B, POINTS, D) and classes (B,)."""
-    output = role(x_t, t, condition)
-    if guidance is not None and guidance.above_one:
-        output = guide(role(x_t, t, torch.full_like(condition, EMPTY)), output, guidance.scale)
-    return schedule.as_prediction(x_t, output, t)
+class ToyModels(TrainingModels):
+    """The mixture as the teacher, two copies of a network to train, prompts "0", "1", ..., and no VAE."""
 
+    def __init__(self, args, teacher: Mixture, network: torch.nn.Module):
+        runtime = Runtime(args)
+        self.args, self.schedule, self.device, self.latent_shape = args, teacher.schedule, "cpu", teacher.shape
+        self.teacher = runtime.frozen_role("teacher", teacher)
+        self.student = runtime.trained_role(
+            "student", copy.deepcopy(network), args.learning_rate, step_every=args.ttur_ratio
+        )
+        self.fake_score = runtime.trained_role("fake_score", copy.deepcopy(network), args.learning_rate_fake)
+        self.discriminator = None
 
-def make_models(args, teacher: Mixture, network: torch.nn.Module) -> TrainingModels:
-    """Make the roles; prompts are "0", "1", ..., images are exact samples, and there is no VAE."""
-    runtime = Runtime(args)
-    return TrainingModels(
-        student=runtime.trained_role("student", copy.deepcopy(network), args.learning_rate, args.ttur_ratio),
-        teacher=runtime.frozen_role("teacher", teacher),
-        fake_score=runtime.trained_role("fake_score", copy.deepcopy(network), args.learning_rate_fake),
-        discriminator=None,
-        predict=partial(toy_predict, teacher.schedule),
-        encode_prompts=lambda prompts: torch.tensor([int(prompt) for prompt in prompts]),
-        real_latents=lambda batch, rows, rng: batch["pixel_values"][rows],
-        latent_shape=teacher.shape,
-    )
+    def predict(self, role, x_t, t, condition, guidance=None):
+        """Predict (x0, noise) at x_t (B, POINTS, D) and t (B,) for classes (B,)."""
+        output = role(x_t, t, condition)
+        if guidance is not None and guidance.above_one:
+            output = guide(role(x_t, t, torch.full_like(condition, EMPTY)), output, guidance.scale)
+        return self.schedule.as_prediction(x_t, output, t)
+
+    def condition(self, prompts):
+        return torch.tensor([int(prompt) for prompt in prompts])
+
+    def real_latents(self, batch, rows, rng):
+        return batch["pixel_values"][rows]
 
 
 def make_batch(args, teacher: Mixture, iteration: int) -> dict:
@@ -246,12 +248,12 @@ def make_batch(args, teacher: Mixture, iteration: int) -> dict:
     }
 
 
-def distill(args, teacher: Mixture, network: torch.nn.Module, callback: Optional[Callable] = None) -> TrainingModels:
+def distill(args, teacher: Mixture, network: torch.nn.Module, callback: Optional[Callable] = None) -> ToyModels:
     """Run `args.max_train_steps` iterations; `callback(iterations done, models, values)` is called after each."""
-    models = make_models(args, teacher, network)
+    models = ToyModels(args, teacher, network)
     for iteration in range(args.max_train_steps):
         batch = make_batch(args, teacher, iteration)
-        values, _ = train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
+        values, _ = train_iteration(iteration, [batch], models, args)
         if callback:
             callback(iteration + 1, models, values)
     return models
