@@ -1,22 +1,19 @@
+#!/usr/bin/env python
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""The teachers at full size as folders of configurations without weights, and networks that are made of those alone.
+"""Write the configurations of the full-size teachers without weights, and load them with random weights.
 
-    python benchmarks/full_size.py flux DIR      # or sd35-large, sd35-medium, sdxl, discriminator
+    python benchmarks/full_size.py flux DIR      # or sd35-large, sd35-medium, sdxl, discriminator, discriminator-small
 
-A folder has the class names, layouts and schedulers of the real pipeline; the tokenizers are small ones of the tests'.
+The folder has the class names, layout and scheduler of the published pipeline, and the tests' small tokenizers.
 """
 
 import argparse
 import json
+import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
-
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 from diffusers import ModelMixin
@@ -24,8 +21,9 @@ from transformers import PreTrainedModel
 
 from senseflow.models import discriminator
 from senseflow.models.discriminator import Discriminator
-from tiny_pipelines import write_discriminator, write_flux, write_sd3, write_sdxl
 
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CLIP_L = {
     "hidden_size": 768,
@@ -57,9 +55,9 @@ VAE = {
     "sample_size": 1024,
     "latent_channels": 16,
 }
-VAE_OF_FLUX = {**VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
-VAE_OF_SD3 = {**VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-VAE_OF_SDXL = {**VAE, "scaling_factor": 0.13025, "latent_channels": 4}
+FLUX_VAE = {**VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+SD3_VAE = {**VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+SDXL_VAE = {**VAE, "scaling_factor": 0.13025, "latent_channels": 4}
 
 FLUX = {
     "patch_size": 1,
@@ -113,94 +111,85 @@ SDXL = {
 DINOV2_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "mlp_ratio": 4}
 DINOV2_LARGE = {**DINOV2_LARGE, "image_size": 518, "patch_size": 14}
 DINOV2_SMALL = {**DINOV2_LARGE, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+SD3_TEXT_ENCODERS = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}
 
-# {folder: ({component: what of its configuration differs from the tests' tiny one}, who writes the tiny one, script)}
-TEACHERS = {
-    "flux": (
-        {"transformer": FLUX, "vae": VAE_OF_FLUX, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}, write_flux, "flux"
-    ),
-    "sd35-large": (
-        {
-            "transformer": SD35_LARGE, "vae": VAE_OF_SD3,
-            "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL,
-        }, write_sd3, "sd3"
-    ),
-    "sd35-medium": (
-        {
-            "transformer": SD35_MEDIUM, "vae": VAE_OF_SD3,
-            "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL,
-        }, write_sd3, "sd3"
-    ),
-    "sdxl": (
-        {"unet": SDXL, "vae": VAE_OF_SDXL, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G}, write_sdxl, "sdxl"
-    ),
-    "discriminator": ({"dinov2": DINOV2_LARGE, "clip": CLIP_L}, write_discriminator, None),
-    "discriminator-small": ({"dinov2": DINOV2_SMALL, "clip": CLIP_L}, write_discriminator, None),
-}  # fmt: skip
+# {name: (name in tests/tiny_pipelines.py, {component: changes to the configuration of the tiny pipeline})}
+NETWORKS = {
+    "flux": ("flux", {"transformer": FLUX, "vae": FLUX_VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}),
+    "sd35-large": ("sd3", {"transformer": SD35_LARGE, "vae": SD3_VAE, **SD3_TEXT_ENCODERS}),
+    "sd35-medium": ("sd3", {"transformer": SD35_MEDIUM, "vae": SD3_VAE, **SD3_TEXT_ENCODERS}),
+    "sdxl": ("sdxl", {"unet": SDXL, "vae": SDXL_VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G}),
+    "discriminator": ("discriminator", {"dinov2": DINOV2_LARGE, "clip": CLIP_L}),
+    "discriminator-small": ("discriminator", {"dinov2": DINOV2_SMALL, "clip": CLIP_L}),
+}
 
 
-def write(kind: str, folder: Path, tiny: bool = False) -> None:
-    """Writes the folder of a teacher, or "discriminator": configurations, tokenizers and scheduler, no weights.
+def script_of(teacher: str) -> str:
+    """Return the name of the training script of a teacher in NETWORKS."""
+    return f"train_senseflow_{NETWORKS[teacher][0]}"
+
+
+def write_configs(name: str, folder: Path, tiny: bool = False) -> None:
+    """Write configurations, tokenizers and scheduler of one of NETWORKS, unless the folder exists.
 
     Args:
-        tiny: leave the networks as small as the tests have them.
+        tiny: keep the networks as small as in the tests.
     """
-    components, write_tiny, _ = TEACHERS[kind]
-    with tempfile.TemporaryDirectory() as made:
-        write_tiny(made)
-        for source in sorted(Path(made).rglob("*")):
-            place = Path(folder) / source.relative_to(made)
-            if source.is_file() and source.suffix != ".safetensors":
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(source.read_bytes())
-    for component, changes in {} if tiny else components.items():
-        config = Path(folder) / component / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | changes, indent=2))
+    if folder.exists():
+        return
+    pipeline, changes = NETWORKS[name]
+    command = [sys.executable, ROOT / "tests" / "tiny_pipelines.py", pipeline, folder]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    for component, values in {} if tiny else changes.items():
+        config = folder / component / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | values, indent=2))
 
 
 @contextmanager
-def random_weights(device=None):
-    """While it is open, whoever loads a network's weights gets random ones on `device`, after the network's configuration alone."""
+def random_weights(device="cpu"):
+    """Make `from_pretrained` return networks with random weights on `device`, built from their configurations."""
 
-    def of_diffusers(kind, path, subfolder=None, dtype=None, torch_dtype=None, output_loading_info=False, **_):
-        config = kind.load_config(path, subfolder=subfolder)
-        network = made(lambda: kind.from_config(config), dtype or torch_dtype)
+    def load_diffusers(cls, path, subfolder=None, dtype=None, torch_dtype=None, output_loading_info=False, **_):
+        config = cls.load_config(path, subfolder=subfolder)
+        network = build(lambda: cls.from_config(config), dtype or torch_dtype)
         return (network, {"missing_keys": [], "unexpected_keys": []}) if output_loading_info else network
 
-    def of_transformers(kind, path, subfolder="", dtype=None, torch_dtype=None, output_loading_info=False, **_):
-        config = kind.config_class.from_pretrained(path, subfolder=subfolder or "")
-        network = made(lambda: kind(config), None).to(dtype or torch_dtype)
+    def load_transformers(cls, path, subfolder="", dtype=None, torch_dtype=None, output_loading_info=False, **_):
+        config = cls.config_class.from_pretrained(path, subfolder=subfolder or "")
+        network = build(lambda: cls(config)).to(dtype or torch_dtype)
         info = {name: set() for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return (network, info) if output_loading_info else network
 
-    def made(make, dtype):
-        before = torch.get_default_dtype()
+    def build(make, dtype=None):
+        default_dtype = torch.get_default_dtype()
         torch.manual_seed(0)
         torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else torch.float32)
         try:
-            with torch.device(device or "cpu"):
+            with torch.device(device):
                 return make().eval()
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default_dtype)
 
-    def heads(*args):
-        with torch.device(device or "cpu"):
+    def build_discriminator(*args):
+        with torch.device(device):
             return Discriminator(*args)
 
     with (
-        mock.patch.object(discriminator, "Discriminator", heads),
-        mock.patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)),
-        mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)),
+        mock.patch.object(discriminator, "Discriminator", build_discriminator),
+        mock.patch.object(ModelMixin, "from_pretrained", classmethod(load_diffusers)),
+        mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(load_transformers)),
     ):
         yield
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=TEACHERS)
+    parser.add_argument("name", choices=NETWORKS)
     parser.add_argument("folder", metavar="DIR", type=Path)
     args = parser.parse_args()
-    write(args.kind, args.folder)
+    write_configs(args.name, args.folder)
 
 
 if __name__ == "__main__":

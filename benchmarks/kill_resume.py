@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Kills a tiny run at random moments (SIGKILL, all its processes), resumes it, and compares its end with an uninterrupted run's.
+"""Kill a tiny run at random moments, resume it, and compare the result with that of an uninterrupted run.
 
-    python benchmarks/kill.py [--kills 20] [--mode single] [--processes 1]
+    python benchmarks/kill_resume.py [--kills 20] [--mode single] [--processes 1]
 
-The run saves after every iteration and keeps two checkpoints, so that a good part of the kills falls into saving or removing one.
-Moments are uniform over the uninterrupted run, from its first iteration to its end, the export among it. "Identical" is every
-tensor of the last checkpoint, networks and optimizers, and every file of the exported pipeline. Exit code 1 unless all are.
+SIGKILL ends the launcher and all processes at a moment drawn uniformly between the first iteration of the
+uninterrupted run and its end, the export included. The run saves after every iteration and keeps two checkpoints, so
+that many kills interrupt the saving or the removal of one. "Identical" means every tensor of the last checkpoint,
+networks and optimizers, and every file of the exported pipeline. The exit code is 1 unless all runs are identical.
 """
 
 import argparse
@@ -21,11 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
-
-from modes import write_networks
+from modes import ROOT, training_command, write_networks
 
 from senseflow.training.checkpoints import INCOMPLETE, REPLACED, checkpoints, number_of
 
@@ -33,101 +30,76 @@ from senseflow.training.checkpoints import INCOMPLETE, REPLACED, checkpoints, nu
 ITERATIONS = 30
 
 
-class Tiny:
-    """A tiny run; `folder` holds its networks and data."""
-
-    def __init__(self, args, folder: Path):
-        self.args, self.folder = args, folder
-
-    def start(self, out: Path, *more: str) -> subprocess.Popen:
-        args, folder = self.args, self.folder
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", str(ROOT / "accelerate_configs" / f"{args.mode}.yaml"), "--mixed_precision", "no"]
-        command += [
-            "--num_processes",
-            str(args.processes),
-            "--main_process_port",
-            "0",
-            str(ROOT / "train_senseflow_flux.py"),
-        ]
-        command += [
-            *("--pretrained_model_name_or_path", str(folder / "teacher"), "--dataset_json", str(folder / "data.json")),
-            *(
-                "--discriminator_backbone",
-                str(folder / "dinov2"),
-                "--discriminator_text_encoder",
-                str(folder / "clip"),
-            ),
-            *("--resolution", "64", "--max_sequence_length", "16", "--train_batch_size", "1", "--report_to", "none"),
-            *("--max_train_steps", str(ITERATIONS), "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"),
-            *("--output_dir", str(out), *more),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen(command, start_new_session=True, env=environment, **quiet)
-
-    def measure(self, out: Path) -> tuple[float, float]:
-        """Runs to the end; when the first checkpoint came, and when the run ended, in seconds."""
-        start, first, process = time.monotonic(), None, self.start(out)
-        while process.poll() is None:
-            first = first or (time.monotonic() - start if checkpoints(str(out)) else None)
-            time.sleep(0.02)
-        assert process.returncode == 0, "the uninterrupted run failed"
-        return first, time.monotonic() - start
-
-    def killed_and_resumed(self, number: int, moment: float, reference: dict[str, str]) -> bool:
-        """Prints one row of the table; whether the end is the reference's."""
-        out = self.folder / f"killed-{number}"
-        process = self.start(out)
-        time.sleep(moment)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        left = checkpoints(str(out)) if out.exists() else []
-        half = [p.name for suffix in (INCOMPLETE, REPLACED) for p in out.glob(f"*{suffix}")]
-        resume = ["--resume_from_checkpoint", "latest"] if left else []
-        code = self.start(out, *resume).wait()
-        same = code == 0 and digests(out) == reference
-        last = number_of(left[-1]) if left else "none"
-        verdict = "identical" if same else f"DIFFERENT (exit code {code})"
-        print(f"| {number} | {moment:.2f} | {last} | {', '.join(half) or '-'} | {verdict} |", flush=True)
-        return same
+def start(args, folder: Path, output_dir: Path, *flags: str) -> subprocess.Popen:
+    """Start a tiny run with the networks and data in `folder`."""
+    flags = ["--train_batch_size", 1, "--max_train_steps", ITERATIONS, "--checkpointing_steps", 1, *flags]
+    flags += ["--checkpoints_total_limit", 2, "--output_dir", output_dir]
+    script = ROOT / "train_senseflow_flux.py"
+    command = training_command(folder, args.mode, args.processes, "no", script, *flags)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, start_new_session=True, env=environment, **quiet)
 
 
-def digests(out: Path) -> dict[str, str]:
-    """A hash of every file of the pipeline and of the last checkpoint, but for what names the folder or the resume."""
-    last = checkpoints(str(out))[-1]
-    files = [path for path in [*out.glob("*/*"), *last.rglob("*")] if path.is_file()]
-    chosen = [
-        path for path in files if path.name != "state.json" and (last in path.parents or "checkpoint" not in str(path))
-    ]
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in chosen}
+def run_uninterrupted(args, folder: Path, output_dir: Path) -> tuple[float, float]:
+    """Run to the end; return the seconds until the first checkpoint and until the end."""
+    since, first, process = time.monotonic(), None, start(args, folder, output_dir)
+    while process.poll() is None:
+        first = first or (time.monotonic() - since if checkpoints(str(output_dir)) else None)
+        time.sleep(0.02)
+    assert process.returncode == 0, "the uninterrupted run failed"
+    return first, time.monotonic() - since
+
+
+def kill_and_resume(args, folder: Path, number: int, seconds: float, reference: dict[str, str]) -> bool:
+    """Kill a run after `seconds`, resume it, print a row of the table; return whether the result is the reference."""
+    output_dir = folder / f"killed-{number}"
+    process = start(args, folder, output_dir)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    complete = checkpoints(str(output_dir)) if output_dir.exists() else []
+    partial = [path.name for suffix in (INCOMPLETE, REPLACED) for path in output_dir.glob(f"*{suffix}")]
+    resume = ["--resume_from_checkpoint", "latest"] if complete else []
+    code = start(args, folder, output_dir, *resume).wait()
+    identical = code == 0 and digests(output_dir) == reference
+    last = number_of(complete[-1]) if complete else "none"
+    verdict = "identical" if identical else f"DIFFERENT (exit code {code})"
+    print(f"| {number} | {seconds:.2f} | {last} | {', '.join(partial) or '-'} | {verdict} |", flush=True)
+    return identical
+
+
+def digests(output_dir: Path) -> dict[str, str]:
+    """Hash every file of the exported pipeline and of the last checkpoint, except state.json, which names the run."""
+    last = checkpoints(str(output_dir))[-1]
+    pipeline = [path for path in output_dir.glob("*/*") if "checkpoint" not in str(path)]
+    files = [path for path in [*pipeline, *last.rglob("*")] if path.is_file() and path.name != "state.json"]
+    return {str(path.relative_to(output_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--mode", default="single", help="a file of accelerate_configs/")
+    parser.add_argument("--mode", default="single", help="name of a file of accelerate_configs/")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        write_networks(Path(folder), "tiny")
-        tiny = Tiny(args, Path(folder))
-        first, end = tiny.measure(tiny.folder / "whole")
-        reference = digests(tiny.folder / "whole")
-        print(
-            f"uninterrupted: first checkpoint after {first:.1f} s, end after {end:.1f} s, {len(reference)} files compared"
-        )
-        print(
-            "| kill | after s | last complete checkpoint | found half-way | end of the resumed run |\n|---|---|---|---|---|",
-            flush=True,
-        )
-        draw = random.Random(args.seed)
-        moments = [draw.uniform(first - (end - first) / ITERATIONS, end) for _ in range(args.kills)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_networks(folder)
+        first, end = run_uninterrupted(args, folder, folder / "uninterrupted")
+        reference = digests(folder / "uninterrupted")
+        print(f"uninterrupted: first checkpoint after {first:.1f} s, end after {end:.1f} s")
+        print(f"{len(reference)} files are compared")
+        print("| kill | after s | last complete checkpoint | partial folders | result of the resumed run |")
+        print("|---|---|---|---|---|", flush=True)
+        rng = random.Random(args.seed)
+        moments = [rng.uniform(first - (end - first) / ITERATIONS, end) for _ in range(args.kills)]
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // args.processes)) as pool:
-            same = list(pool.map(lambda job: tiny.killed_and_resumed(*job, reference), enumerate(moments, 1)))
-    print(f"{sum(same)} of {len(same)} identical")
-    sys.exit(sum(same) < len(same))
+            kills = pool.map(lambda kill: kill_and_resume(args, folder, *kill, reference), enumerate(moments, 1))
+            identical = list(kills)
+    print(f"{sum(identical)} of {len(identical)} identical")
+    sys.exit(sum(identical) < len(identical))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Seconds per iteration and peak memory per process of every configuration of accelerate_configs/, on two sizes of FLUX.
+"""Measure seconds per iteration and peak memory of the files of accelerate_configs/, for two sizes of FLUX.
 
-    python benchmarks/modes.py [--sizes tiny mid] [--modes single ddp fsdp2 zero2 zero3] [--precision no] [--processes 2]
+    python benchmarks/modes.py [--sizes tiny mid] [--modes single ddp fsdp2 zero2 zero3] [--precision no]
 
-Every mode trains on the same global batches, everything on (GAN, ISG, IDA), random weights. A table goes to the standard output.
-The launched processes run this file again, which trains with the real script, times its iterations, and looks at the memory that
-they need, without that of loading and saving.
+Every mode trains random weights on the same global batches, with GAN, ISG and IDA, and prints a row of a table. The
+launched processes run this file again: it trains with train_senseflow_flux.py, times its iterations and reads the peak
+memory, without loading and saving.
 """
 
 import argparse
@@ -20,111 +20,110 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SIZES = {
     "tiny": {},
-    "mid": {"num_layers": 3, "num_single_layers": 4, "attention_head_dim": 64, "num_attention_heads": 12},
+    "mid": {
+        "num_layers": 3,
+        "num_single_layers": 4,
+        "attention_head_dim": 64,
+        "num_attention_heads": 12,
+        "axes_dims_rope": [16, 24, 24],
+    },
 }
-ITERATIONS, SKIPPED = 15, 5  # in two of the ten that are timed the student learns
+ITERATIONS, SKIPPED = 15, 5  # the student is updated in two of the ten iterations that are timed
 
 
-def write_networks(folder: Path, size: str) -> None:
-    """A random FLUX pipeline of this size, a tiny discriminator's networks, and a data set of 8 images."""
+def write_networks(folder: Path, size: str = "tiny") -> None:
+    """Write a random FLUX pipeline of this size, a tiny discriminator's networks, and a dataset JSON of 8 images."""
     import numpy as np
     from diffusers import FluxTransformer2DModel
     from PIL import Image
 
-    from tiny_pipelines import write_discriminator, write_flux
-
-    write_flux(folder / "teacher")
-    write_discriminator(folder)
+    for name, path in (("flux", folder / "teacher"), ("discriminator", folder)):
+        command = [sys.executable, ROOT / "tests" / "tiny_pipelines.py", name, path]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     if SIZES[size]:
         config = FluxTransformer2DModel.load_config(folder / "teacher", subfolder="transformer")
-        axes = [16, 24, 24]
-        network = FluxTransformer2DModel.from_config({**config, **SIZES[size], "axes_dims_rope": axes})
-        network.save_pretrained(folder / "teacher" / "transformer")
-    for i in range(8):
-        image = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(image).save(folder / f"{i}.png")
-    names = [str(i) for i in range(8)]
-    rows = {"keys": names, "image_paths": [f"{i}.png" for i in range(8)], "prompts": names}
+        FluxTransformer2DModel.from_config({**config, **SIZES[size]}).save_pretrained(
+            folder / "teacher" / "transformer"
+        )
+    keys = [str(i) for i in range(8)]
+    for key in keys:
+        pixels = np.random.default_rng(int(key)).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{key}.png")
+    rows = {"keys": keys, "image_paths": [f"{key}.png" for key in keys], "prompts": keys}
     (folder / "data.json").write_text(json.dumps(rows))
 
 
-def peak_mib(reset: bool = False) -> float:
-    """The most memory that this process has held since the last reset: of its GPU if it has one, else resident."""
+def training_command(folder: Path, mode: str, processes: int, precision: str, script: Path, *flags) -> list[str]:
+    """Return the command that launches `script` on what `write_networks` wrote, with `flags`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", ROOT / "accelerate_configs" / f"{mode}.yaml", "--num_processes", processes]
+    command += ["--mixed_precision", precision, script, "--pretrained_model_name_or_path", folder / "teacher"]
+    command += ["--dataset_json", folder / "data.json", "--discriminator_backbone", folder / "dinov2"]
+    command += ["--discriminator_text_encoder", folder / "clip", "--resolution", 64, "--max_sequence_length", 16]
+    return [str(part) for part in [*command, "--report_to", "none", *flags]]
+
+
+def peak_mib() -> float:
+    """Return the peak memory of this process since `reset_peak`: allocated on its GPU if it has one, else resident."""
     import torch
 
     if torch.cuda.is_available():
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 2**20
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 2**10
 
 
-def measured(arguments: list[str], report: Path) -> None:
-    """In a launched process: trains, and writes what it saw."""
+def reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def train_and_measure(arguments: list[str]) -> None:
+    """Train in a launched process and write the measurements to OUTPUT_DIR-RANK.json."""
     import torch
 
     import train_senseflow_flux as script
 
-    iterate, seconds = script.train_iteration, []
+    train_iteration, seconds = script.train_iteration, []
+    output_dir = arguments[arguments.index("--output_dir") + 1]
 
-    def timed(iteration, *args):
+    def timed_iteration(iteration, batches, models, *args):
         if iteration == SKIPPED:
-            peak_mib(reset=True)
+            reset_peak()
         start = time.perf_counter()
-        out = iterate(iteration, *args)
+        result = train_iteration(iteration, batches, models, *args)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if iteration + 1 == ITERATIONS:
-            parameters = sum(script_parameters(args[1].student))
-            taken = {
+            parameters = models.student.module.parameters()
+            measured = {
                 "seconds": sum(seconds[SKIPPED:]) / (ITERATIONS - SKIPPED),
                 "mib": peak_mib(),
-                "parameters": parameters,
+                "num_params": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters),
             }
-            Path(f"{report}-{os.environ.get('RANK', '0')}").write_text(json.dumps(taken))
-        return out
+            Path(f"{output_dir}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(measured))
+        return result
 
-    script.train_iteration = timed
+    script.train_iteration = timed_iteration
     script.main(arguments)
 
 
-def script_parameters(role):
-    """Sizes of a network's weights, whole."""
-    return (getattr(parameter, "ds_numel", parameter.numel()) for parameter in role.module.parameters())
-
-
-def run(size: str, mode: str, args, folder: Path) -> list[dict]:
-    """One mode; what each process saw."""
-    processes = 1 if mode == "single" else args.processes
-    report = folder / f"{mode}-report"
-    arguments = [
-        *("--pretrained_model_name_or_path", str(folder / "teacher"), "--dataset_json", str(folder / "data.json")),
-        *("--discriminator_backbone", str(folder / "dinov2"), "--discriminator_text_encoder", str(folder / "clip")),
-        *(
-            "--resolution",
-            "64",
-            "--max_sequence_length",
-            "16",
-            "--max_train_steps",
-            str(ITERATIONS),
-            "--report_to",
-            "none",
-        ),
-        *("--train_batch_size", str(2 * args.processes // processes), "--gradient_accumulation_steps", "2"),
-        *("--checkpointing_steps", "1000", "--output_dir", str(folder / mode)),
-    ]
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{mode}.yaml"), "--num_processes", str(processes)]
-    command += ["--mixed_precision", args.precision, __file__, "--report", str(report), *arguments]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return [json.loads(Path(f"{report}-{rank}").read_text()) for rank in range(processes)]
+def run(mode: str, args, folder: Path) -> list[dict]:
+    """Train in one mode and return the measurements of each process."""
+    processes, output_dir = 1 if mode == "single" else args.processes, folder / mode
+    flags = ["--train_batch_size", 2 * args.processes // processes, "--gradient_accumulation_steps", 2]
+    flags += ["--max_train_steps", ITERATIONS, "--checkpointing_steps", 1000, "--output_dir", output_dir]
+    command = training_command(folder, mode, processes, args.precision, Path(__file__), *flags)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SENSEFLOW_MEASURE": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return [json.loads(Path(f"{output_dir}-{rank}.json").read_text()) for rank in range(processes)]
 
 
 def main() -> None:
@@ -139,17 +138,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_networks(Path(folder), size)
             for mode in args.modes:
-                seen = run(size, mode, args, Path(folder))
-                name = f"{size}, {seen[0]['parameters'] / 1e6:.2f} M"
-                memory = ", ".join(f"{one['mib']:.0f}" for one in seen)
-                print(
-                    f"| {name} | {mode} | {len(seen)} | {max(one['seconds'] for one in seen):.2f} | {memory} |",
-                    flush=True,
-                )
+                measured = run(mode, args, Path(folder))
+                name = f"{size}, {measured[0]['num_params'] / 1e6:.2f} M"
+                seconds = max(process["seconds"] for process in measured)
+                memory = ", ".join(f"{process['mib']:.0f}" for process in measured)
+                print(f"| {name} | {mode} | {len(measured)} | {seconds:.2f} | {memory} |", flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--report"]:
-        measured(sys.argv[3:], Path(sys.argv[2]))
+    if os.environ.get("SENSEFLOW_MEASURE"):
+        train_and_measure(sys.argv[1:])
     else:
         main()

@@ -1,20 +1,20 @@
-"""The image the demo ends with: rows of samples under the captions they share."""
+"""Draw the demo's comparison: rows of samples under their captions."""
 
 from PIL import Image, ImageDraw, ImageFont
 
 
 CELL = 128  # px; samples are enlarged to this
 GAP = 6
-LEFT = 110  # room for the rows' labels
-TOP = 64  # room for the captions
+LEFT = 110  # px for the labels of the rows
+TOP = 64  # px for the captions
 
 
 def draw_comparison(rows, captions):
-    """Lay out samples in a grid.
+    """Draw samples in a grid.
 
     Args:
-        rows: dict label -> uint8 array [columns, H, W, 3]; a label may hold line breaks.
-        captions: one caption a column.
+        rows: dict label -> uint8 array [columns, H, W, 3]; a label may have line breaks.
+        captions: one per column.
 
     Returns:
         An RGB `PIL.Image`.

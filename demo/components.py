@@ -1,8 +1,8 @@
-"""The parts of the demo's teacher: a FLUX pipeline in miniature, built from diffusers' and transformers' own classes.
+"""Build the components of the demo's teacher, a tiny FLUX pipeline of diffusers' and transformers' classes.
 
     64 x 64 px  -> VAE (8x) ->  8 x 8 x 8 latents  -> packed 2 x 2 ->  16 tokens of 32 numbers
 
-The text encoders are random and stay so: distinct words give distinct embeddings, which is all the transformer needs.
+The text encoders are random and frozen: distinct words have distinct embeddings, and the transformer needs no more.
 """
 
 import torch
@@ -18,7 +18,7 @@ LATENT_CHANNELS = 8
 
 
 def build_vae():
-    """An untrained AutoencoderKL, 8x down, 8 latent channels, without attention."""
+    """Build an untrained AutoencoderKL, 8x down, 8 latent channels, without attention."""
     return AutoencoderKL(
         block_out_channels=(16, 16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -34,7 +34,7 @@ def build_vae():
 
 
 def build_transformer():
-    """An untrained FluxTransformer2DModel (2.1 M parameters) with a guidance embedder that adds nothing yet."""
+    """Build an untrained FluxTransformer2DModel (2.1 M parameters) whose guidance embedder outputs zeros."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
@@ -47,8 +47,8 @@ def build_transformer():
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )
-    # As in DiT, every block starts as the identity and the output as zero; at this size it decides whether shapes are
-    # learned at all. The guidance embedder starts at zero so that the first stage can ignore it.
+    # As in DiT, every block starts as the identity and the output as zero; a network this small does not learn shapes
+    # otherwise. The guidance embedder starts at zero so that the first stage can ignore it.
     zeroed = [
         transformer.proj_out,
         transformer.norm_out.linear,
@@ -64,7 +64,7 @@ def build_transformer():
 
 
 def build_text_encoders():
-    """The frozen random text side as (tokenizer, text_encoder, tokenizer_2, text_encoder_2)."""
+    """Build the random text encoders: (tokenizer, text_encoder, tokenizer_2, text_encoder_2)."""
     words = sorted({word for caption in all_captions() for word in caption.split()})
     tokenizer = _clip_tokenizer(words)
     text_encoder = CLIPTextModel(
@@ -76,7 +76,7 @@ def build_text_encoders():
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=CLIP_SEQUENCE_LENGTH,
-            initializer_factor=8.0,  # the default gives pooled embeddings that hardly differ between captions
+            initializer_factor=8.0,  # with the default, pooled embeddings hardly differ between captions
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -98,13 +98,13 @@ def build_text_encoders():
 
 
 def _clip_tokenizer(words):
-    """A CLIP tokenizer to which each of `words` is one token and any other word its letters."""
+    """Build a CLIP tokenizer with one token per word of `words`; any other word is split into letters."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = letters + [letter + "</w>" for letter in letters]
     merges = []
     for word in words:
         pieces = list(word[:-1]) + [word[-1] + "</w>"]
-        # Earlier merges apply first, as they will in the tokenizer; what they leave is joined from the left.
+        # Earlier merges apply first, as in the tokenizer; the remaining pieces are joined from the left.
         for left, right in merges:
             for index in range(len(pieces) - 1, 0, -1):
                 if (pieces[index - 1], pieces[index]) == (left, right):
@@ -122,6 +122,6 @@ def _clip_tokenizer(words):
 
 
 def _t5_tokenizer(words):
-    """A T5 tokenizer to which each of `words` is one token; the Unigram form is the one that survives a reload."""
+    """Build a T5 tokenizer with one token per word of `words`; only a Unigram model survives a reload."""
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [(f"\u2581{word}", -2.0) for word in words]
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=MAX_SEQUENCE_LENGTH)

@@ -1,9 +1,10 @@
-"""Runs that must go wrong, and some that must not: what the signals of training say of each, and when, beside the Frechet distance.
+"""Compare sound runs with runs that must fail: the signals of training, their warnings, and the Frechet distance.
 
     python demo/failure_modes.py      # about half an hour on two cores
 
-The demo's training as it is, to two steps, to one, and of adapters; and to two with a rate 30 times too high, with a fake score
-that never learns, and with the gradient of L_DMD turned around. Prints Markdown tables, which README.md has.
+Sound are the demo's training to two steps, to one step, and of adapters. Runs to two steps must fail with a learning
+rate 30 times as high, with a fake score whose learning rate is 0, and with a reversed gradient of L_DMD. Prints the
+tables of benchmarks/RESULTS.md.
 """
 
 import re
@@ -12,81 +13,68 @@ import statistics
 import sys
 
 import run as demo
-from measure import load_images, load_judge, measure
+from measure import load_classifier, load_images, measure
 from scenes import all_captions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
-EVERY = 50  # iterations between the images of validation
-SHOWN = (100, 300, 500)  # and the last: iterations of the checkpoints that are drawn
+VALIDATION_STEPS = 50
+MEASURED = (100, 300)  # iterations whose checkpoints are measured, besides the last
 IMAGES_PER_CAPTION = 6
-START = "import senseflow.arguments, train_senseflow_flux as script; {}; senseflow.errors.run_script(script.main)"
-# 2 T - F lies on the other side of T: the gradient F - T turns around, what it is divided by stays.
-FLIP = "right = script.dmd_loss; script.dmd_loss = lambda x0, fake, teacher: right(x0, 2 * teacher - fake, teacher)"
+CODE = "import train_senseflow_flux as script; from senseflow.errors import run_script; {}; run_script(script.main)"
+# With 2 T - F in place of the fake score's F, the gradient F - T is reversed; its normalizer |x0 - T| stays the same.
+REVERSED = "loss = script.dmd_loss; script.dmd_loss = lambda x0, fake, teacher: loss(x0, 2 * teacher - fake, teacher)"
 ADAPTERS = {"rank": 32, "learning_rate": 2e-4, "learning_rate_fake": 1e-3, "ida_decay": 0.9, "max_train_steps": 750}
-# Name: steps of the student, flags that are different, and what is done to the script.
+# {name: (sampling steps of the student, flags that differ, patch of the script)}
 RUNS = {
     "two steps": (2, {}, "pass"),
     "one step": (1, {}, "pass"),
     "rank 32": (2, ADAPTERS, "pass"),
     "rate x 30": (2, {"learning_rate": 30 * demo.TRAINING_FLAGS[2]["learning_rate"]}, "pass"),
     "fake score's rate 0": (2, {"learning_rate_fake": 0.0}, "pass"),
-    "L_DMD turned around": (2, {}, FLIP),
+    "L_DMD reversed": (2, {}, REVERSED),
 }
 
 
 def train(name, steps, changed, patch, folder):
-    validation = {"validation_prompts": all_captions()[::12], "num_validation_images": 4, "validation_steps": EVERY}
-    settings = demo.TRAINING_FLAGS[steps] | changed | validation | {"checkpointing_steps": SHOWN[0]}
-    command = [sys.executable, "-c", START.format(patch), "--pretrained_model_name_or_path", demo.TEACHER]
+    """Train one of RUNS; its output goes to FOLDER.log."""
+    settings = demo.TRAINING_FLAGS[steps] | changed | {"checkpointing_steps": MEASURED[0]}
+    settings |= {"validation_prompts": all_captions()[::12], "num_validation_images": 4}
+    settings |= {"validation_steps": VALIDATION_STEPS}
+    command = [sys.executable, "-c", CODE.format(patch), "--pretrained_model_name_or_path", demo.TEACHER]
     command += ["--dataset_json", demo.OUT / "data" / "data.json", "--output_dir", folder, *demo.flags(settings)]
-    demo.call(name, command, folder.with_suffix(".log"))
+    demo.run_command(name, command, folder.with_suffix(".log"))
 
 
-def draw(model, images, steps, seed, *guidance):
+def generate(model, images, steps, *guidance):
+    """Generate the images of all captions with infer.py."""
     prompts = demo.OUT / "prompts_failure_modes.txt"
     prompts.write_text("\n".join(all_captions() * IMAGES_PER_CAPTION) + "\n")
-    settings = {
-        "prompts_file": prompts,
-        "batch_size": 96,
-        "num_inference_steps": steps,
-        "sampler": "euler",
-        "seed": seed,
-    }
-    settings |= {"height": demo.RESOLUTION, "width": demo.RESOLUTION, "dtype": "fp32", "device": "cpu"}
-    command = [
-        sys.executable,
-        demo.ROOT / "infer.py",
-        "--model",
-        model,
-        "--output_dir",
-        images,
-        *demo.flags(settings),
-        *guidance,
-    ]
-    demo.call(str(images), command, images.with_suffix(".log"))
+    settings = {"prompts_file": prompts, "batch_size": 96, "num_inference_steps": steps, "sampler": "euler"}
+    settings |= {"seed": demo.IMAGE_SEED, "height": demo.RESOLUTION, "width": demo.RESOLUTION}
+    settings |= {"dtype": "fp32", "device": "cpu"}
+    command = [sys.executable, demo.ROOT / "infer.py", "--model", model, "--output_dir", images]
+    demo.run_command(str(images), [*command, *demo.flags(settings), *guidance], images.with_suffix(".log"))
 
 
 def signals_of(folder):
-    """{signal: the mean of its last tenth} of a run."""
+    """Return {signal: mean of its last tenth} of a run."""
     events = EventAccumulator(str(folder / "logs" / "senseflow"), size_guidance={"scalars": 0}).Reload()
-    values = {
-        name: [e.value for e in events.Scalars(name)]
-        for name in events.Tags()["scalars"]
-        if name.startswith("signal/")
-    }
-    return {name: statistics.mean(found[-max(1, len(found) // 10) :]) for name, found in values.items()}
+    signals = {}
+    for name in events.Tags()["scalars"]:
+        if name.startswith("signal/"):
+            values = [event.value for event in events.Scalars(name)]
+            signals[name] = statistics.mean(values[-max(1, len(values) // 10) :])
+    return signals
 
 
 def warnings_of(log):
-    """{signal: iteration of its warning} of a run."""
-    return {
-        name: int(iteration)
-        for iteration, name in re.findall(r"WARNING.*?iteration (\d+): (signal/\S+) is", log.read_text())
-    }
+    """Return {signal: iteration of its warning} of a run."""
+    matches = re.findall(r"WARNING.*?iteration (\d+): (signal/\S+) is", log.read_text())
+    return {name: int(iteration) for iteration, name in matches}
 
 
-def table(names, rows):
+def print_table(names, rows):
     print("| | " + " | ".join(map(str, names)) + " |\n|" + "---|" * (len(names) + 1))
     for name, values in rows.items():
         print(f"| {name} | " + " | ".join(values) + " |")
@@ -98,8 +86,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if not (demo.OUT / "data").exists():
         demo.write_data(demo.OUT / "data")
-    judge, teacher = load_judge(demo.OUT / "judge.pt"), folder / "teacher"
-    draw(demo.TEACHER, teacher, demo.TEACHER_STEPS, demo.IMAGE_SEED, "--guidance_scale", demo.TEACHER_GUIDANCE)
+    classifier, teacher = load_classifier(demo.OUT / "classifier.pt"), folder / "teacher"
+    generate(demo.TEACHER, teacher, demo.TEACHER_STEPS, "--guidance_scale", demo.TEACHER_GUIDANCE)
     reference = load_images(teacher, len(captions))
     distances, signals = {}, {}
     for name, (steps, changed, patch) in RUNS.items():
@@ -109,19 +97,19 @@ def main():
             shutil.rmtree(run, ignore_errors=True)
             train(name, steps, changed, patch, run)
         last = changed.get("max_train_steps", demo.TRAINING_FLAGS[steps]["max_train_steps"])
-        for iteration in (*SHOWN[:-1], last):
+        for iteration in (*MEASURED, last):
             images = run / f"images-{iteration}"
-            draw(run if iteration == last else run / f"checkpoint-{iteration}", images, steps, demo.IMAGE_SEED)
-            found = measure(judge, load_images(images, len(captions)), captions, reference)
-            distances.setdefault(name, []).append(f"{found['fd']:.2f} ({found['diversity']:.2f})")
-        warned = warnings_of(run.with_suffix(".log"))
+            generate(run if iteration == last else run / f"checkpoint-{iteration}", images, steps)
+            result = measure(classifier, load_images(images, len(captions)), captions, reference)
+            distances.setdefault(name, []).append(f"{result['fd']:.2f} ({result['diversity']:.2f})")
+        warnings = warnings_of(run.with_suffix(".log"))
         for signal, value in signals_of(run).items():
-            said = f"{value:.2g}" + (f" **{warned[signal]}**" if signal in warned else "")
-            signals.setdefault(f"`{signal}`", {})[name] = said
+            cell = f"{value:.2g}" + (f" **{warnings[signal]}**" if signal in warnings else "")
+            signals.setdefault(f"`{signal}`", {})[name] = cell
     print("\nFD (diversity) of checkpoints\n")
-    table((*SHOWN[:-1], "last"), distances)
-    print("Signals, the mean of their last tenth, and in bold the iteration that warned\n")
-    table(RUNS, {signal: [found.get(name, "") for name in RUNS] for signal, found in signals.items()})
+    print_table((*MEASURED, "last"), distances)
+    print("Signals, mean of their last tenth; in bold the iteration of the warning\n")
+    print_table(RUNS, {signal: [cells.get(name, "") for name in RUNS] for signal, cells in signals.items()})
 
 
 if __name__ == "__main__":

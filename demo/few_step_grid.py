@@ -1,31 +1,28 @@
-"""The teacher at few steps, over guidance and schedule shift: how good is the baseline the student is compared with?
+"""Measure the teacher at few steps, over guidance and shift of the schedule: the baseline of the student.
 
     python demo/few_step_grid.py --steps 2 3 4 --guidance 1 1.5 2 3 --shift 1 2 3
-    python demo/few_step_grid.py --steps --base_quantization 8bit 4bit    # at 28 steps, what quantization does to it
+    python demo/few_step_grid.py --steps --base_quantization 8bit 4bit    # quantized, at 28 steps
 
-Prints one line a setting: Frechet distance to the teacher at 28 steps, captions right, diversity.
+Prints one line per setting: Frechet distance to the teacher at 28 steps, captions right, diversity.
 """
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from components import MAX_SEQUENCE_LENGTH
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from measure import OUT, load_judge, measure
+from measure import OUT, load_classifier, measure
 from scenes import RESOLUTION, all_captions
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from senseflow.models.quantization import BACKENDS, quantize_network
 
 
 @torch.no_grad()
 def sample(pipeline, captions, steps, guidance, shift, seed, batch_size=120):
-    """Images of `captions` as uint8 [N, 64, 64, 3]; image i's noise comes from (seed, i)."""
+    """Generate images of `captions`, uint8 [N, 64, 64, 3]; the noise of image i depends on (seed, i)."""
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     pipeline.set_progress_bar_config(disable=True)
     images = []
@@ -49,21 +46,25 @@ def main():
     parser.add_argument("--steps", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--shift", type=float, nargs="+", default=[1.0, 2.0, 3.0])
-    parser.add_argument("--reference_guidance", type=float, default=2.0, help="of the teacher at 28 steps")
+    parser.add_argument("--reference_guidance", type=float, default=2.0, help="guidance of the reference, 28 steps")
     parser.add_argument(
-        "--base_quantization", choices=BACKENDS, nargs="*", default=[], help="also the teacher so, at 28 steps"
+        "--base_quantization",
+        choices=BACKENDS,
+        nargs="*",
+        default=[],
+        help="also measure the quantized teacher at 28 steps",
     )
-    parser.add_argument("--images_per_caption", type=int, default=4, help="at least 2, for the diversity")
+    parser.add_argument("--images_per_caption", type=int, default=4, help="at least 2, to measure diversity")
     args = parser.parse_args()
 
-    judge = load_judge(OUT / "judge.pt")
+    classifier = load_classifier(OUT / "classifier.pt")
     pipeline = FluxPipeline.from_pretrained(args.model)
     captions = all_captions() * args.images_per_caption
     reference = sample(pipeline, captions, 28, args.reference_guidance, 1.0, seed=1)
 
     def report(steps, guidance, shift, seed):
         images = sample(pipeline, captions, steps, guidance, shift, seed)
-        result = measure(judge, images, captions, reference)
+        result = measure(classifier, images, captions, reference)
         print(
             f"steps {steps:2d}  guidance {guidance:.2f}  shift {shift:.2f}  fd {result['fd']:7.2f}  "
             f"captions right {result['accuracy']:.3f}  diversity {result['diversity']:.2f}",
@@ -72,13 +73,13 @@ def main():
 
     print("floor: the teacher at 28 steps, other seeds")
     report(28, args.reference_guidance, 1.0, seed=2)
-    whole = pipeline.transformer
+    transformer = pipeline.transformer
     for bits in args.base_quantization:
         print(f"the teacher at 28 steps, the same seeds, in {bits}")
         pipeline.transformer = FluxTransformer2DModel.from_pretrained(args.model, subfolder="transformer")
         quantize_network(pipeline.transformer, bits, "cpu")
         report(28, args.reference_guidance, 1.0, seed=1)
-    pipeline.transformer = whole
+    pipeline.transformer = transformer
     for steps, guidance, shift in itertools.product(args.steps, args.guidance, args.shift):
         report(steps, guidance, shift, seed=1)
 

@@ -1,17 +1,17 @@
-"""Train the demo's teacher, a genuine FluxPipeline in miniature with embedded guidance, and save it.
+"""Train the demo's teacher, a tiny FluxPipeline with embedded guidance.
 
     python demo/make_teacher.py                    # writes demo/teacher
-    python demo/make_teacher.py --max_stage vae    # only as far as the VAE
+    python demo/make_teacher.py --max_stage vae    # stop after the VAE
 
 Four stages, each resumed from its last checkpoint when the command is run again:
 
-    vae      the autoencoder on fresh scenes; then its latents of a pool of scenes, once
-    flow     flow matching with caption dropout; the guidance embedder is at zero and contributes nothing
-    guidance guidance distillation: the network learns, for g in [1, 5], v("") + g (v(caption) - v("")) of stage `flow`,
-             as FLUX.1-dev learned it
-    decoder  the VAE's decoder alone, on the latents that the transformer was trained on: sharper images
+    vae      the autoencoder; then the latents of a pool of scenes are computed once
+    flow     flow matching with caption dropout; the guidance embedder stays at zero
+    guidance guidance distillation, as for FLUX.1-dev: the network predicts v("") + g (v(caption) - v("")) of stage
+             `flow` for g in [1, 5]
+    decoder  the VAE's decoder alone, on the transformer's training latents, for sharper images
 
-Every draw of a step comes from (seed, stage, step), so a resumed run is the same run.
+Random numbers of a step depend on (seed, stage, step), so a resumed run equals an uninterrupted one.
 """
 
 import argparse
@@ -33,44 +33,49 @@ HERE = Path(__file__).resolve().parent
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=HERE / "teacher", help="where the pipeline is saved")
-    parser.add_argument("--work_dir", type=Path, default=HERE / "out" / "teacher_work", help="checkpoints and latents")
+    parser.add_argument("--output_dir", type=Path, default=HERE / "teacher", help="folder of the pipeline")
+    parser.add_argument(
+        "--work_dir", type=Path, default=HERE / "out" / "teacher_work", help="folder of checkpoints and latents"
+    )
     parser.add_argument("--max_stage", choices=STAGES, default="decoder", help="stop after this stage")
     parser.add_argument("--vae_steps", type=int, default=2000)
     parser.add_argument("--flow_steps", type=int, default=6000)
     parser.add_argument("--guidance_steps", type=int, default=1200)
     parser.add_argument("--decoder_steps", type=int, default=2000)
-    parser.add_argument("--vae_batch_size", type=int, default=16, help="of the stages vae and decoder")
-    parser.add_argument("--batch_size", type=int, default=64, help="of the stages flow and guidance")
-    parser.add_argument("--vae_learning_rate", type=float, default=2e-3, help="of the stages vae and decoder")
+    parser.add_argument("--vae_batch_size", type=int, default=16, help="for the stages vae and decoder")
+    parser.add_argument("--batch_size", type=int, default=64, help="for the stages flow and guidance")
+    parser.add_argument("--vae_learning_rate", type=float, default=2e-3, help="for the stages vae and decoder")
     parser.add_argument("--flow_learning_rate", type=float, default=2e-3)
     parser.add_argument("--guidance_learning_rate", type=float, default=5e-4)
     parser.add_argument(
-        "--decay_share", type=float, default=0.3, help="share of a stage's steps over which lr falls to 0"
+        "--decay_share", type=float, default=0.3, help="last share of a stage in which the learning rate decays to 0"
     )
-    parser.add_argument("--pool_size", type=int, default=24000, help="scenes whose latents the transformer sees")
-    parser.add_argument("--kl_weight", type=float, default=3e-4, help="per latent number, beside the per-pixel loss")
+    parser.add_argument("--pool_size", type=int, default=24000, help="number of scenes to train the transformer on")
+    parser.add_argument(
+        "--kl_weight",
+        type=float,
+        default=3e-4,
+        help="weight of the KL term per latent value, beside the loss per pixel value",
+    )
     parser.add_argument("--caption_dropout", type=float, default=0.1)
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--checkpointing_steps", type=int, default=250)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of PyTorch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def step_generator(seed, stage, step):
-    """The `torch.Generator` (CPU) of one step of one stage."""
+    """Return the `torch.Generator` (CPU) of one step of one stage."""
     return torch.Generator().manual_seed((seed * len(STAGES) + STAGES.index(stage)) * 10_000_000 + step)
 
 
 class Stage:
-    """One network in training: warm-up and final decay of the learning rate, EMA, checkpoints.
+    """Train one network: learning rate with warm-up and final decay, EMA, checkpoints.
 
-    Muon takes the matrices of attention and feed-forward layers, if the network has any, and needs about 0.6 of AdamW's
-    steps; AdamW takes the rest.
-
-    `run(loss_of)` trains up to `steps` and leaves the EMA weights in `network`; `loss_of(step)` is a scalar with grad.
+    Muon optimizes the matrices of attention and feed-forward layers, if there are any, in about 0.6 of the steps that
+    AdamW needs. AdamW optimizes the rest.
     """
 
     def __init__(self, name, network, steps, learning_rate, args):
@@ -95,7 +100,7 @@ class Stage:
             self.average, self.step = state["average"], state["step"]
 
     def rate(self, step):
-        """Learning rate of `step`: 100 steps of warm-up, constant, linear decay to 0 over the last `decay_share`."""
+        """Return the learning rate: warm-up over 100 steps, constant, linear decay over the last `decay_share`."""
         remaining = (self.steps - step) / max(1.0, self.args.decay_share * self.steps)
         return self.learning_rate * min(1.0, (step + 1) / 100, remaining)
 
@@ -110,20 +115,21 @@ class Stage:
         torch.save(state, partial)
         partial.replace(self.path)
 
-    def run(self, loss_of):
+    def run(self, compute_loss):
+        """Train up to `steps` and load the EMA weights into `network`; `compute_loss(step)` returns a scalar."""
         self.network.train()
         smooth_loss = None
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as progress:
             while self.step < self.steps:
                 for optimizer in self.optimizers:
                     optimizer.param_groups[0]["lr"] = self.rate(self.step)
-                loss = loss_of(self.step)
+                loss = compute_loss(self.step)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
                 for optimizer in self.optimizers:
                     optimizer.step()
                 self.network.zero_grad()
-                # The decay grows with the step so that the random start is forgotten quickly.
+                # The decay grows with the step, so that the average soon forgets the initial weights.
                 decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
                 for key, value in self.network.state_dict().items():
                     self.average[key].lerp_(value, 1 - decay)
@@ -137,8 +143,8 @@ class Stage:
         self.network.eval().requires_grad_(False)
 
 
-def draw_pool(args):
-    """The pool of scenes as (images uint8 [N, 64, 64, 3], caption index int64 [N])."""
+def render_pool(args):
+    """Render the pool of scenes: (images uint8 [N, 64, 64, 3], caption index int64 [N])."""
     index_of = {caption: index for index, caption in enumerate(all_captions())}
     images, captions = [], []
     for caption, image in tqdm(sample_scenes(args.pool_size, args.seed), total=args.pool_size, desc="scenes"):
@@ -148,15 +154,15 @@ def draw_pool(args):
 
 
 def to_pixels(images, device):
-    """uint8 [B, 64, 64, 3] -> float [B, 3, 64, 64] in [-1, 1]."""
+    """Convert uint8 [B, 64, 64, 3] to float [B, 3, 64, 64] in [-1, 1]."""
     return images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_vae(vae, images, args):
-    """Stage `vae`: encoder and decoder together."""
+    """Run stage `vae`: train encoder and decoder together."""
     stage = Stage("vae", vae, args.vae_steps, args.vae_learning_rate, args)
 
-    def loss_of(step):
+    def compute_loss(step):
         generator = step_generator(args.seed, "vae", step)
         rows = torch.randint(len(images), (args.vae_batch_size,), generator=generator)
         pixels = to_pixels(images[rows], args.device)
@@ -165,30 +171,30 @@ def train_vae(vae, images, args):
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         return image_loss(decoded, pixels) + args.kl_weight * posterior.kl().sum() / noise.numel()
 
-    stage.run(loss_of)
+    stage.run(compute_loss)
 
 
 def train_decoder(vae, images, latents, args):
-    """Stage `decoder`: the decoder goes on alone, from the pool's raw latents [N, 8, 8, 8] to its images."""
+    """Run stage `decoder`: train the decoder alone on the pool's raw latents [N, 8, 8, 8] and images."""
     vae.decoder.requires_grad_(True)
     stage = Stage("decoder", vae.decoder, args.decoder_steps, args.vae_learning_rate, args)
 
-    def loss_of(step):
+    def compute_loss(step):
         rows = torch.randint(len(images), (args.vae_batch_size,), generator=step_generator(args.seed, "decoder", step))
         return image_loss(vae.decode(latents[rows]).sample, to_pixels(images[rows], args.device))
 
-    stage.run(loss_of)
+    stage.run(compute_loss)
 
 
 def image_loss(decoded, pixels):
-    """L1 keeps edges sharp; alone it leaves small objects grey for thousands of steps, which the square does not."""
+    """Compute L1, which keeps edges sharp, plus a squared loss, without which small objects stay gray for long."""
     error = decoded - pixels
     return error.abs().mean() + 4 * error.square().mean()
 
 
 @torch.no_grad()
 def encode_pool(vae, images, args):
-    """Raw latents of the pool, float [N, 8, 8, 8], one posterior sample each; sets the VAE's shift and scaling factors."""
+    """Sample raw latents of the pool, float [N, 8, 8, 8], and set the VAE's shift and scaling factors."""
     path = args.work_dir / f"latents_{args.vae_steps}_{args.pool_size}.pt"
     if path.exists():
         latents = torch.load(path, map_location=args.device, weights_only=True)
@@ -206,16 +212,13 @@ def encode_pool(vae, images, args):
 
 
 def pack(latents, vae):
-    """Raw latents [N, 8, 8, 8] -> what the transformer sees: normalized and packed, [N, 16, 32]."""
+    """Normalize and pack raw latents [N, 8, 8, 8] for the transformer: [N, 16, 32]."""
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
 class Velocity:
-    """The FLUX call of a network: packed latents, noise level, caption indices and guidance in, velocity out.
-
-    Caption index -1 is the empty caption.
-    """
+    """Predict the velocity with a FLUX transformer; caption index -1 stands for the empty caption."""
 
     @torch.no_grad()
     def __init__(self, pipeline, device):
@@ -227,7 +230,7 @@ class Velocity:
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, device, self.embeddings.dtype)
 
     def __call__(self, network, x_t, sigma, captions, guidance):
-        """x_t [B, 16, 32], sigma [B] in [0, 1], captions int64 [B], guidance [B] -> velocity noise - x0 [B, 16, 32]."""
+        """Return noise - x0 [B, 16, 32] for x_t [B, 16, 32], sigma [B] in [0, 1], captions int64 [B], guidance [B]."""
         return network(
             hidden_states=x_t,
             timestep=sigma,
@@ -241,7 +244,7 @@ class Velocity:
 
 
 def draw_batch(latents, captions, args, stage, step):
-    """(x0, noise, x_t) [B, 16, 32], sigma [B], captions [B] of one step and the generator for whatever else it needs."""
+    """Return x0, noise and x_t [B, 16, 32], sigma [B], captions [B] of one step, and its generator."""
     generator = step_generator(args.seed, stage, step)
     rows = torch.randint(len(latents), (args.batch_size,), generator=generator)
     x0 = latents[rows]
@@ -252,27 +255,27 @@ def draw_batch(latents, captions, args, stage, step):
 
 
 def train_flow(transformer, velocity, latents, captions, args):
-    """Stage `flow`: flow matching, a share of the captions emptied."""
+    """Run stage `flow`: flow matching with a share of empty captions."""
     unguided = torch.ones(args.batch_size, device=args.device)
 
-    def loss_of(step):
+    def compute_loss(step):
         x0, noise, x_t, sigma, wanted, generator = draw_batch(latents, captions, args, "flow", step)
         dropped = torch.rand(args.batch_size, generator=generator) < args.caption_dropout
         prediction = velocity(transformer, x_t, sigma, wanted.masked_fill(dropped, -1), unguided)
         return (prediction - (noise - x0)).square().mean()
 
-    # Its output layer is at zero: frozen, so that guidance means nothing in this stage.
+    # The output layer of the guidance embedder is zero; frozen, it makes guidance have no effect in this stage.
     transformer.time_text_embed.guidance_embedder.requires_grad_(False)
     stage = Stage("flow", transformer, args.flow_steps, args.flow_learning_rate, args)
-    stage.run(loss_of)
+    stage.run(compute_loss)
 
 
 def train_guidance(student, teacher, velocity, latents, captions, args):
-    """Stage `guidance`: `student` learns for every g what classifier-free guidance makes of `teacher`."""
+    """Run stage `guidance`: train `student` to predict the classifier-free guidance of `teacher` for every g."""
     unguided = torch.ones(args.batch_size, device=args.device)
     low, high = GUIDANCE_RANGE
 
-    def loss_of(step):
+    def compute_loss(step):
         _, _, x_t, sigma, wanted, generator = draw_batch(latents, captions, args, "guidance", step)
         guidance = low + (high - low) * torch.rand(args.batch_size, generator=generator).to(args.device)
         with torch.no_grad():
@@ -284,7 +287,7 @@ def train_guidance(student, teacher, velocity, latents, captions, args):
     student.load_state_dict(teacher.state_dict())
     student.requires_grad_(True)
     stage = Stage("guidance", student, args.guidance_steps, args.guidance_learning_rate, args)
-    stage.run(loss_of)
+    stage.run(compute_loss)
 
 
 def main():
@@ -296,7 +299,7 @@ def main():
     vae = build_vae().to(args.device)
     flow = build_transformer().to(args.device)
     tokenizer, text_encoder, tokenizer_2, text_encoder_2 = build_text_encoders()
-    images, captions = draw_pool(args)
+    images, captions = render_pool(args)
 
     train_vae(vae, images, args)
     latents = encode_pool(vae, images, args)
@@ -323,7 +326,7 @@ def main():
     if args.max_stage == "decoder":
         train_decoder(vae, images, latents, args)
     pipeline.save_pretrained(args.output_dir)
-    # What infer.py should call it with: FLUX's own 512 text tokens and 1024 px make no sense here.
+    # Arguments for infer.py: FLUX's defaults of 512 text tokens and 1024 px do not fit this pipeline.
     usage = {"pipeline_call": {"height": RESOLUTION, "width": RESOLUTION, "max_sequence_length": MAX_SEQUENCE_LENGTH}}
     (args.output_dir / "senseflow.json").write_text(json.dumps(usage, indent=1) + "\n")
     size = sum(file.stat().st_size for file in args.output_dir.rglob("*") if file.is_file())

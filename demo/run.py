@@ -1,12 +1,11 @@
-"""The demo: distil the bundled teacher to a few steps, sample it, measure it. `make demo` calls this.
+"""Distill the bundled teacher to few steps, generate images and measure them. `make demo` runs this file.
 
-    python demo/run.py              # to one step; three to five minutes on two cores
-    python demo/run.py --steps 2    # to two
-    python demo/run.py --seed 1     # with another training seed
+    python demo/run.py              # one step; three to five minutes on two cores
+    python demo/run.py --steps 2    # two steps
+    python demo/run.py --seed 1     # another training seed
 
-It drives the repository's own scripts, train_senseflow_flux.py through `accelerate launch` and infer.py, and leaves
-in demo/out: comparison.png, report.json and student, a diffusers pipeline. A stage whose inputs have not changed since
-it last ran is not run again.
+It runs the scripts of the repository, train_senseflow_flux.py through `accelerate launch` and infer.py, and writes
+demo/out: comparison.png, report.json and student, a diffusers pipeline. A stage runs again only if its inputs change.
 """
 
 import argparse
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from comparison import draw_comparison
 from components import MAX_SEQUENCE_LENGTH
-from measure import load_images, load_judge, measure
+from measure import load_classifier, load_images, measure
 from scenes import RESOLUTION, all_captions, sample_scenes
 
 
@@ -33,15 +32,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 OUT = HERE / "out"
 TEACHER = HERE / "teacher"
-SCRIPTS = sorted(ROOT.glob("*.py"))
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "senseflow").rglob("*.py")])
 
-IMAGES_PER_CAPTION = 12  # x 96 captions = 1152 images a row of the report
+IMAGES_PER_CAPTION = 12  # x 96 captions = 1152 images per row of the report
 SCENES_TO_TRAIN_ON = 960
 TEACHER_STEPS = 28
 TEACHER_GUIDANCE = 2.0
-# The teacher's best guidance at a few steps, and its best shift at two, found by few_step_grid.py; README.md has the table.
+# The teacher's best guidance at one and two steps and its best shift at two, found by few_step_grid.py.
 TEACHER_FEW_GUIDANCE, TEACHER_FEW_SHIFT = {1: 1.5, 2: 2.0}, 3.0
-# infer.py draws image i with seed + i: far enough apart to share none.
+# infer.py generates image i with seed + i, so these two have no seed in common.
 IMAGE_SEED, OTHER_IMAGE_SEED = 0, 1_000_000
 
 COMMON_FLAGS = {
@@ -55,10 +54,10 @@ COMMON_FLAGS = {
     "adam_beta1": 0.0,
     "adam_beta2": 0.99,
     "ttur_ratio": 3,
-    "isg_margin": 100,  # t_mid near the middle of its segment, where one more step of the teacher's helps most
-    "gan_weight": 0,  # images this simple need no discriminator, and it would cost more than all the rest
+    "isg_margin": 100,  # keeps t_mid near the middle of its segment, where the teacher's extra step helps most
+    "gan_weight": 0,  # these images need no discriminator, and it would take more time than all the rest
     "backward_simulation_prob": 1.0,
-    "dmd_guidance_scale": 1.7,  # a guided score belongs to a narrower distribution than guidance draws
+    "dmd_guidance_scale": 1.7,  # below TEACHER_GUIDANCE: a guided score narrows more than guided sampling
     "isg_guidance_scale": TEACHER_GUIDANCE,
     "student_guidance_scale": TEACHER_GUIDANCE,
     "mixed_precision": "no",
@@ -66,10 +65,11 @@ COMMON_FLAGS = {
     "report_to": "tensorboard",
 }
 TRAINING_FLAGS = {
-    # One step starts far from where it is to end: it learns fast, and takes little of ISG, whose target ends in the student itself.
+    # One step starts far from its goal, so learning rates are high. ISG, whose target ends in the student, has little
+    # weight.
     1: COMMON_FLAGS
     | {"anchors": [1000], "learning_rate": 4e-4, "learning_rate_fake": 1e-3, "ida_decay": 0.9, "isg_weight": 0.05},
-    # What shift 3 visits in two steps: the student starts from the teacher's best.
+    # The levels of two steps at shift 3, so that the student starts from the teacher's best few-step sampling.
     2: COMMON_FLAGS
     | {
         "anchors": [1000, 750],
@@ -82,29 +82,29 @@ TRAINING_FLAGS = {
 
 
 class Stages:
-    """Runs named stages, and reuses one whose stamp, a hash of its inputs, is that of its last complete run."""
+    """Run named stages; skip a stage whose inputs have the same hash as in its last complete run."""
 
     def __init__(self, folder):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, name, inputs, output, action):
-        """Run `action()` unless `output` stands from the same inputs.
+        """Run `action()` unless `output` exists and was made from the same inputs.
 
         Args:
-            name: of the stage and of its stamp.
-            inputs: what decides the output: files or folders (Path, hashed by content) and anything JSON can hold.
+            name: name of the stage and of its record.
+            inputs: files and folders (Path, hashed by content) and JSON values.
             output: Path, deleted before the stage runs.
-            action: makes `output`.
+            action: creates `output`.
 
         Returns:
-            Seconds the stage took when it ran.
+            Seconds of the stage's last run.
         """
-        stamp = digest(inputs)
+        inputs_hash = digest(inputs)
         record = self.folder / f"{name}.json"
         if record.exists() and output.exists():
             last = json.loads(record.read_text())
-            if last["stamp"] == stamp:
+            if last["inputs"] == inputs_hash:
                 print(f"{name}: unchanged", flush=True)
                 return last["seconds"]
         record.unlink(missing_ok=True)
@@ -115,13 +115,13 @@ class Stages:
         start = time.monotonic()
         action()
         seconds = time.monotonic() - start
-        record.write_text(json.dumps({"stamp": stamp, "seconds": seconds}))
+        record.write_text(json.dumps({"inputs": inputs_hash, "seconds": seconds}))
         print(f"{name}: {seconds:.0f} s", flush=True)
         return seconds
 
 
 def digest(inputs):
-    """Hash of a list of Paths (by content, folders file by file) and JSON values."""
+    """Hash a list of Paths (by content, folders file by file) and JSON values."""
     hasher = hashlib.sha256()
     for value in inputs:
         if isinstance(value, Path):
@@ -133,8 +133,8 @@ def digest(inputs):
     return hasher.hexdigest()
 
 
-def call(name, command, log):
-    """Run a command from the repository's root with half of the cores; ends the demo in one line if it fails."""
+def run_command(name, command, log):
+    """Run a command in the repository's root with half of the cores; its output goes to the file `log`."""
     threads = str(max(1, (os.cpu_count() or 1) // 2))
     with open(log, "w") as stream:
         code = subprocess.run(
@@ -149,11 +149,11 @@ def call(name, command, log):
 
 
 class DemoError(Exception):
-    """A stage failed; the message says which and where to look."""
+    """A stage failed; the message names the stage and its log."""
 
 
 def flags(values):
-    """{"a": 1, "b": [2, 3]} -> ["--a", 1, "--b", 2, 3]."""
+    """Return the flags of a dictionary: {"a": 1, "b": [2, 3]} -> ["--a", 1, "--b", 2, 3]."""
     return [
         part
         for name, value in values.items()
@@ -162,7 +162,7 @@ def flags(values):
 
 
 def write_data(folder):
-    """The training scenes as `--dataset_json` wants them: data.json and the images it names."""
+    """Write the training scenes for `--dataset_json`: data.json and its images."""
     (folder / "images").mkdir(parents=True)
     table = {"keys": [], "image_paths": [], "prompts": []}
     for index, (caption, image) in enumerate(sample_scenes(SCENES_TO_TRAIN_ON, seed=7)):
@@ -174,38 +174,34 @@ def write_data(folder):
 
 
 def write_shifted_teacher(folder):
-    """The teacher with a scheduler of shift TEACHER_FEW_SHIFT, for the samples at few steps."""
+    """Copy the teacher with a scheduler of shift TEACHER_FEW_SHIFT, to be sampled at few steps."""
     shutil.copytree(TEACHER, folder)
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": TEACHER_FEW_SHIFT}, indent=2) + "\n")
 
 
-def seconds_a_image(model, steps, times=7):
-    """Median of the seconds that a stock call takes for one image, on half of the cores."""
+def time_call(model, steps, repeat=7):
+    """Return the median seconds of a diffusers call for one image, on half of the cores."""
     from diffusers import FluxPipeline
 
     pipeline = FluxPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    found = []
-    for _ in range(times):
+    kwargs = {"num_inference_steps": steps, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    kwargs |= {"height": RESOLUTION, "width": RESOLUTION}
+    seconds = []
+    for _ in range(repeat):
         start = time.monotonic()
-        call = {
-            "num_inference_steps": steps,
-            "height": RESOLUTION,
-            "width": RESOLUTION,
-            "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        }
-        pipeline("red star on stripes", **call)
-        found.append(time.monotonic() - start)
-    return round(statistics.median(found), 3)
+        pipeline("red star on stripes", **kwargs)
+        seconds.append(time.monotonic() - start)
+    return round(statistics.median(seconds), 3)
 
 
 class Demo:
-    """The stages of the demo in two lanes, each on half of the cores, and the report."""
+    """Run the stages in two lanes, each on half of the cores, and write the report."""
 
     def __init__(self, steps, seed):
         self.steps, self.seed = steps, seed
-        self.stages = Stages(OUT / "stamps")
+        self.stages = Stages(OUT / "stages")
         self.logs = OUT / "logs"
         self.logs.mkdir(exist_ok=True)
         self.captions = all_captions() * IMAGES_PER_CAPTION
@@ -222,13 +218,13 @@ class Demo:
         command += ["--output_dir", student, "--seed", self.seed, *flags(TRAINING_FLAGS[self.steps])]
         self.seconds["training"] = self.stages.run(
             "training",
-            [TEACHER, data, *SCRIPTS, [str(part) for part in command]],
+            [TEACHER, data, *SOURCES, [str(part) for part in command]],
             student,
-            lambda: call("training", command, self.logs / "training.log"),
+            lambda: run_command("training", command, self.logs / "training.log"),
         )
 
     def sample(self, name, model, steps, seed, guidance=None):
-        """Draw one image per line of the prompts file with infer.py; Euler steps."""
+        """Generate one image per line of the prompts file with infer.py and the Euler sampler."""
         folder = OUT / "images" / name
         settings = {
             "prompts_file": str(self.prompts_file),
@@ -246,9 +242,9 @@ class Demo:
         command = [sys.executable, ROOT / "infer.py", "--model", model, "--output_dir", folder, *flags(settings)]
         self.seconds[name] = self.stages.run(
             name,
-            [model, self.prompts_file, ROOT / "infer.py", settings],
+            [model, self.prompts_file, *SOURCES, settings],
             folder,
-            lambda: call(name, command, self.logs / f"{name}.log"),
+            lambda: run_command(name, command, self.logs / f"{name}.log"),
         )
 
     def student_lane(self):
@@ -261,20 +257,20 @@ class Demo:
         self.sample("teacher_few", shifted, self.steps, IMAGE_SEED, TEACHER_FEW_GUIDANCE[self.steps])
 
     def teacher_lane(self):
-        judge = OUT / "judge.pt"
+        classifier = OUT / "classifier.pt"
         inputs = [HERE / "scenes.py", HERE / "measure.py"]
-        self.stages.run("judge", inputs, judge, lambda: load_judge(judge))
+        self.stages.run("classifier", inputs, classifier, lambda: load_classifier(classifier))
         self.sample("teacher_28", TEACHER, TEACHER_STEPS, IMAGE_SEED, TEACHER_GUIDANCE)
         self.sample("floor", TEACHER, TEACHER_STEPS, OTHER_IMAGE_SEED, TEACHER_GUIDANCE)
 
     def report(self):
-        """Measure all images; writes report.json and comparison.png and returns the report."""
-        judge = load_judge(OUT / "judge.pt")
+        """Measure all images, write report.json and comparison.png, and return the report."""
+        classifier = load_classifier(OUT / "classifier.pt")
         rows = {"floor": TEACHER_STEPS, "teacher_28": TEACHER_STEPS, "teacher_few": self.steps, "student": self.steps}
         images = {name: load_images(OUT / "images" / name, len(self.captions)) for name in rows}
         report = {}
         for name, forwards in rows.items():
-            report[name] = measure(judge, images[name], self.captions, images["teacher_28"])
+            report[name] = measure(classifier, images[name], self.captions, images["teacher_28"])
             report[name] |= {"forwards": forwards, "seconds": round(self.seconds[name], 1)}
         few, floor = report["teacher_few"]["fd"], report["floor"]["fd"]
         report["gap_closed"] = (few - report["student"]["fd"]) / (few - floor)
@@ -293,10 +289,10 @@ class Demo:
             "student": f"student\n{few}",
         }
         for name, label in labels.items():
-            report[name]["seconds_a_image"] = seconds_a_image(
+            report[name]["seconds_per_image"] = time_call(
                 OUT / "student" if name == "student" else TEACHER, rows[name]
             )
-            labels[name] = f"{label}\n{report[name]['seconds_a_image']:.2f} s"
+            labels[name] = f"{label}\n{report[name]['seconds_per_image']:.2f} s"
         columns = np.linspace(3, len(all_captions()) - 4, 9).astype(int)
         draw_comparison(
             {label: images[name][columns] for name, label in labels.items()},
@@ -306,27 +302,24 @@ class Demo:
 
 
 def print_report(report):
-    print(f"\n{'':12} {'FD':>8} {'captions right':>15} {'diversity':>10} {'forwards':>9} {'s an image':>12}")
+    print(f"\n{'':12} {'FD':>8} {'captions right':>15} {'diversity':>10} {'forwards':>9} {'s per image':>12}")
     for name in ("floor", "teacher_28", "teacher_few", "student"):
         row = report[name]
-        seconds = f"{row['seconds_a_image']:.2f}" if "seconds_a_image" in row else ""
-        print(
-            f"{name:12} {row['fd']:8.2f} {row['accuracy']:15.3f} {row['diversity']:10.2f} {row['forwards']:9d} {seconds:>12}"
-        )
+        seconds = f"{row['seconds_per_image']:.2f}" if "seconds_per_image" in row else ""
+        measures = f"{row['fd']:8.2f} {row['accuracy']:15.3f} {row['diversity']:10.2f}"
+        print(f"{name:12} {measures} {row['forwards']:9d} {seconds:>12}")
     few = report["student"]["forwards"]
-    print(
-        f"\nThe student closes {report['gap_closed']:.0%} of the distance between {few} and 28 of the teacher's steps."
-    )
+    print(f"\nThe student closes {report['gap_closed']:.0%} of the teacher's gap between {few} and 28 steps.")
     print(report["note"])
-    print(
-        f"Look at {OUT / 'comparison.png'}; the student is {OUT / 'student'}, the numbers are in {OUT / 'report.json'}."
-    )
+    print(f"Images: {OUT / 'comparison.png'}, student: {OUT / 'student'}, numbers: {OUT / 'report.json'}.")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, choices=sorted(TRAINING_FLAGS), default=1, help="of the student")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the distillation; the images keep theirs")
+    parser.add_argument(
+        "--steps", type=int, choices=sorted(TRAINING_FLAGS), default=1, help="sampling steps of the student"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training; that of the images stays the same")
     args = parser.parse_args()
 
     start = time.monotonic()

@@ -1,12 +1,11 @@
-"""Captioned scenes drawn by code: the data set of the demo.
+"""The demo's data set: captioned scenes rendered by code.
 
 A scene is one object on a background, 64 x 64 px, and its caption names three attributes:
 
     "red star on stripes"
 
-Everything the caption does not name (where exactly, how large, how rotated, which shade, which angle and phase of the
-stripes ...) is drawn at random, so the pictures of one caption differ from each other and a loss of diversity within
-a caption can be measured.
+Everything else (position, size, rotation, shade, angle and phase of the stripes, ...) is drawn at random. Images of
+one caption therefore differ, and a loss of diversity within a caption can be measured.
 """
 
 import itertools
@@ -17,9 +16,9 @@ from PIL import Image, ImageDraw
 
 
 RESOLUTION = 64
-SUPERSAMPLING = 4  # shapes are drawn this much larger and averaged down: smooth edges
+SUPERSAMPLING = 4  # shapes are rendered this much larger and averaged down, for smooth edges
 
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 170, 70),
     "blue": (50, 90, 225),
@@ -30,18 +29,18 @@ COLOURS = {
 SHAPES = ("square", "triangle", "star", "ring")
 BACKGROUNDS = ("slate", "paper", "dusk", "stripes")
 
-# One entry per attribute, in the order in which `attributes` tuples hold them.
-ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "background": BACKGROUNDS}
+# One entry per attribute, in the order of `attributes` tuples.
+ATTRIBUTES = {"colour": tuple(COLORS), "shape": SHAPES, "background": BACKGROUNDS}
 
 
 def caption_of(attributes):
-    """The caption of an `attributes` tuple (colour, shape, background)."""
-    colour, shape, background = attributes
-    return f"{colour} {shape} on {background}"
+    """Return the caption of an `attributes` tuple (color, shape, background)."""
+    color, shape, background = attributes
+    return f"{color} {shape} on {background}"
 
 
 def parse_caption(caption):
-    """The attributes tuple (colour, shape, background) that `caption` names; ValueError if it names none."""
+    """Return the attributes tuple (color, shape, background) of a caption; ValueError for any other text."""
     words = caption.split()
     attributes = (words[0], words[1], words[3]) if len(words) == 4 else ()
     if not attributes or any(word not in names for word, names in zip(attributes, ATTRIBUTES.values())):
@@ -50,57 +49,57 @@ def parse_caption(caption):
 
 
 def labels_of(caption):
-    """The class index of every attribute that `caption` names, in the order of `ATTRIBUTES`."""
+    """Return the class index of every attribute that `caption` names, in the order of `ATTRIBUTES`."""
     return tuple(names.index(word) for word, names in zip(parse_caption(caption), ATTRIBUTES.values()))
 
 
 def all_captions():
-    """All 96 captions, in a fixed order."""
+    """Return all 96 captions, in a fixed order."""
     return [caption_of(attributes) for attributes in itertools.product(*ATTRIBUTES.values())]
 
 
-def draw(attributes, rng):
-    """Draw one scene.
+def render(attributes, rng):
+    """Render one scene.
 
     Args:
-        attributes: tuple (colour, shape, background) of words from `ATTRIBUTES`.
-        rng: `numpy.random.Generator`; decides everything the caption leaves open.
+        attributes: tuple (color, shape, background) of words from `ATTRIBUTES`.
+        rng: `numpy.random.Generator`; decides everything that the caption does not name.
 
     Returns:
         An RGB `PIL.Image` of 64 x 64 px.
     """
-    colour, shape, background = attributes
+    color, shape, background = attributes
     canvas = _background(background, rng)
     x, y = rng.uniform(26, 38, size=2)
     mask = _shape_mask(shape, x, y, radius=rng.uniform(16, 20), rotation=rng.uniform(-0.25, 0.25))
-    paint = np.clip(np.array(COLOURS[colour]) * rng.uniform(0.85, 1.1), 0, 255)
+    paint = np.clip(np.array(COLORS[color]) * rng.uniform(0.85, 1.1), 0, 255)
     pixels = canvas * (1 - mask) + paint * mask
     return Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
 
 
 def sample_scenes(count, seed):
-    """`count` scenes as (caption, picture) pairs, the captions in turn (shuffled anew in every round over all of them).
+    """Yield `count` pairs (caption, image), in epochs over all captions; every epoch has its own order.
 
-    Scene i depends on (seed, i) alone.
+    Scene i depends on (seed, i) only.
     """
     captions = all_captions()
     for index in range(count):
-        turn, place = divmod(index, len(captions))
-        if place == 0:
-            order = np.random.default_rng([seed, turn]).permutation(len(captions))
-        caption = captions[order[place]]
-        yield caption, draw(parse_caption(caption), np.random.default_rng([seed, turn, place]))
+        epoch, position = divmod(index, len(captions))
+        if position == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(len(captions))
+        caption = captions[order[position]]
+        yield caption, render(parse_caption(caption), np.random.default_rng([seed, epoch, position]))
 
 
 def _background(background, rng):
-    """The background alone: float array [64, 64, 3] in [0, 255]."""
+    """Render the background: float array [64, 64, 3] in [0, 255]."""
     grid_y, grid_x = np.mgrid[0:RESOLUTION, 0:RESOLUTION] + 0.5
     tint = rng.uniform(0.94, 1.06, size=3)
     if background == "slate":
         grey = np.full_like(grid_x, rng.uniform(25, 70))
     elif background == "paper":
         grey = np.full_like(grid_x, rng.uniform(205, 240))
-    elif background == "dusk":  # a smooth ramp from dark to light in any direction
+    elif background == "dusk":  # a ramp from dark to light in any direction
         angle = rng.uniform(0, 2 * math.pi)
         along = ((grid_x - 32) * math.cos(angle) + (grid_y - 32) * math.sin(angle)) / 45
         grey = 125 + rng.uniform(85, 115) * along
@@ -115,7 +114,10 @@ def _background(background, rng):
 
 
 def _shape_mask(shape, x, y, radius, rotation):
-    """Coverage of every pixel by the shape, float array [64, 64, 1] in [0, 1]; lengths in px, rotation in radians."""
+    """Compute the share of every pixel that the shape covers, float array [64, 64, 1] in [0, 1].
+
+    Lengths are in px, rotation in radians.
+    """
     scale = SUPERSAMPLING
     image = Image.new("L", (RESOLUTION * scale, RESOLUTION * scale), 0)
     pen = ImageDraw.Draw(image)

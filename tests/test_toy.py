@@ -1,28 +1,28 @@
-"""The whole method against known answers: `train_iteration` of the script, with a teacher that is a formula (benchmarks/toy.py)."""
+"""The whole method against known answers: a script's `train_iteration`, with a teacher that is a formula (toy.py)."""
 
 import copy
 
 import pytest
 import torch
 
-from benchmarks.toy import (
+from senseflow.models.discriminator import diff_augment
+from senseflow.training.runtime import Runtime
+from senseflow_utils import StatelessRNG
+from toy import (
     ANCHORS,
     FAMILIES,
+    Evaluation,
     Mixture,
-    Ruler,
-    distil,
+    ToyModels,
+    distill,
     few_step_samples,
     make_args,
     make_batch,
     make_mixture,
-    make_parts,
     make_schedule,
-    start_from,
-    train_iteration,
+    pretrain_mlp,
 )
-from senseflow.models.discriminator import diff_augment
-from senseflow.training.runtime import Runtime
-from senseflow_utils import StatelessRNG
+from train_senseflow_flux import train_iteration
 
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
@@ -30,7 +30,7 @@ both_families = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """These matrices are too small to share among threads."""
+    """Use one thread: these matrices are too small to share among threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +41,7 @@ def one_thread():
 # One Gaussian per class, affine networks: the exact fixed point
 # ---------------------------------------------------------------------------------------------------------------------
 class Affine(torch.nn.Module):
-    """x0 = slope x_t + offset, with a slope per timestep of the table and an offset per timestep and class; returned as an output.
+    """Predict x0 = slope x_t + offset, with a slope per timestep and an offset per timestep and class.
 
     The exact network of a Gaussian has this form at every timestep, and so has the exact one-step student.
     """
@@ -60,7 +60,7 @@ class Affine(torch.nn.Module):
 
 
 def gaussian_teacher(family: str, dim: int = 4, anchors: int = 1, guided: bool = False) -> Mixture:
-    """Two classes, N(means[c], 0.5^2) each, on a table of few timesteps: the anchors and some between."""
+    """Make two classes, N(means[c], 0.5^2) each, on a table of few timesteps: the anchors and some between."""
     schedule = make_schedule(family, ANCHORS[family][:anchors])
     levels = torch.tensor([*ANCHORS[family], 850.0, 650.0, 350.0, 150.0], dtype=torch.float64)
     schedule.train_timesteps = levels.sort().values
@@ -75,10 +75,10 @@ def gaussian_teacher(family: str, dim: int = 4, anchors: int = 1, guided: bool =
 def test_a_gaussian_is_met_exactly(family, guidance):
     """The fixed point of one-step DMD with affine networks is the teacher's own Gaussian.
 
-    A student x0 = A noise + b_c draws N(b_c, A^2). The fake score's optimum on it, and the teacher's output, are the exact
-    posterior means of two Gaussians, both affine in x_t. Their difference, L_DMD's gradient, vanishes at every x_t and t if and
-    only if the Gaussians are one: b_c = mu_c and |A| = s. Classifier-free guidance w towards an empty prompt of mean mu_0 and
-    equal s is affine too, and moves the mean alone: b_c = mu_0 + w (mu_c - mu_0).
+    A student x0 = A noise + b_c samples N(b_c, A^2). The fake score's optimum for it and the teacher's output are the
+    exact posterior means of two Gaussians, both affine in x_t. Their difference, the gradient of L_DMD, vanishes at
+    every x_t and t if and only if the Gaussians are equal: b_c = mu_c and |A| = s. Classifier-free guidance w towards
+    an empty prompt of mean mu_0 and equal s is affine too, and moves only the mean: b_c = mu_0 + w (mu_c - mu_0).
     """
     teacher = gaussian_teacher(family, guided=guidance > 1)
     args = make_args(
@@ -89,23 +89,23 @@ def test_a_gaussian_is_met_exactly(family, guidance):
         dmd_guidance_scale=[guidance] * 2,
     )
     start = Affine(teacher)
-    models = distil(args, teacher, start)
+    models = distill(args, teacher, start)
     condition = torch.arange(2).repeat(500)
     x0 = few_step_samples(models.student.module, teacher, condition, "stochastic", seed=5)
     empty = torch.full((4,), 0.1)
     for c in range(2):
-        own, mean = x0[condition == c].flatten(0, 1), teacher.means[c]
+        samples, mean = x0[condition == c].flatten(0, 1), teacher.means[c]
         if guidance > 1:
             mean = empty + guidance * (mean - empty)
-        torch.testing.assert_close(own.mean(0), mean, rtol=0, atol=0.05)
-        torch.testing.assert_close(own.std(0), torch.full((4,), 0.5), rtol=0, atol=0.05)
+        torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.05)
+        torch.testing.assert_close(samples.std(0), torch.full((4,), 0.5), rtol=0, atol=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One iteration, written down a second time
+# One iteration, written a second time
 # ---------------------------------------------------------------------------------------------------------------------
 def plain_descent(rate: float, rate_fake: float) -> dict:
-    """Flags with which AdamW is gradient descent at these rates: an epsilon that nothing in the second moment reaches."""
+    """Return flags that make AdamW gradient descent at these rates: epsilon is far above every second moment."""
     huge = 1e6
     return {
         "learning_rate": rate * huge,
@@ -125,7 +125,7 @@ def descend(network, loss, rate):
 
 @pytest.mark.parametrize("simulated", [0, 2])
 def test_an_iteration_is_the_one_written_by_hand(simulated):
-    """SenseFlow for a flow in plain lines: backward simulation, L_DMD, L_ISG, the student's step, IDA, the fake score's step."""
+    """Plain lines for a flow: backward simulation, L_DMD, L_ISG, the student's step, IDA, the fake score's step."""
     teacher = gaussian_teacher("flow", anchors=4, guided=True)
     args = make_args(
         train_batch_size=4, ttur_ratio=1, ida_decay=0.9, isg_weight=0.7, dmd_guidance_scale=[2.0, 3.0],
@@ -135,11 +135,11 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     with torch.no_grad():
         start.offset.normal_(generator=torch.Generator().manual_seed(0))
     iteration = next(i for i in range(99) if StatelessRNG(0, i).shared_integer("simulated_steps", 4) == simulated)
-    batch, models = make_batch(args, teacher, iteration), make_parts(args, teacher, start)
-    values, _ = train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
+    batch, models = make_batch(args, teacher, iteration), ToyModels(args, teacher, start)
+    values, _ = train_iteration(iteration, [batch], models, args)
 
     rng, sample_indices, anchors = StatelessRNG(0, iteration), range(4), [*ANCHORS["flow"], 0.0]
-    student, fake, condition = copy.deepcopy(start), copy.deepcopy(start), models.encode_prompts(batch["prompts"])
+    student, fake, condition = copy.deepcopy(start), copy.deepcopy(start), models.condition(batch["prompts"])
 
     def normal(name):
         return rng.normal(name, sample_indices, teacher.shape)
@@ -183,8 +183,8 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     descend(student, (x0 * gradient).mean() + 0.7 * isg, 0.5)
 
     with torch.no_grad():
-        for own, other in zip(fake.parameters(), student.parameters()):
-            own.copy_(0.9 * own + 0.1 * other)
+        for fake_weight, student_weight in zip(fake.parameters(), student.parameters()):
+            fake_weight.copy_(0.9 * fake_weight + 0.1 * student_weight)
     t = teacher.schedule.train_timesteps[
         rows - 1 - (torch.sigmoid(rng.normal("fake_timestep", sample_indices)) * rows).long()
     ]
@@ -198,15 +198,15 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     torch.testing.assert_close(values["fake_loss"], fake_loss.detach(), rtol=1e-4, atol=1e-6)
     for role, expected in ((models.student, student), (models.fake_score, fake)):
         for name, parameter in expected.named_parameters():
-            moved = (parameter - start.get_parameter(name)).detach()
-            found = (role.module.get_parameter(name) - start.get_parameter(name)).detach()
-            torch.testing.assert_close(found, moved, rtol=1e-3, atol=2e-6)
-            assert moved.abs().max() > 1e-4
+            expected_change = (parameter - start.get_parameter(name)).detach()
+            change = (role.module.get_parameter(name) - start.get_parameter(name)).detach()
+            torch.testing.assert_close(change, expected_change, rtol=1e-3, atol=2e-6)
+            assert expected_change.abs().max() > 1e-4
             assert not role.parameters[name].requires_grad and role.parameters[name].grad is None
 
 
 class Critic(torch.nn.Module):
-    """A linear discriminator of images, with the call of senseflow.models.discriminator.Discriminator."""
+    """A linear discriminator of images, called as senseflow.models.discriminator.Discriminator is."""
 
     def __init__(self):
         super().__init__()
@@ -221,7 +221,7 @@ class Critic(torch.nn.Module):
 
 
 def test_the_adversarial_turns_are_the_ones_written_by_hand():
-    """What the GAN term adds to the student's step, and the discriminator's own step."""
+    """The GAN term's part of the student's step, and the discriminator's step."""
     teacher = gaussian_teacher("flow", dim=3, anchors=4)
     args = make_args(train_batch_size=4, ttur_ratio=1, gan_weight=2.0, **plain_descent(0.5, 0.8))
     iteration = next(i for i in range(99) if StatelessRNG(0, i).shared_integer("simulated_steps", 4) == 0)
@@ -238,27 +238,21 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
     text = torch.tensor([0.5, -0.2, 0.1, 0.4])[:, None]
     moved = {}
     for with_gan in (True, False):
-        models = make_parts(args, teacher, start)
+        models = ToyModels(args, teacher, start)
         if with_gan:
             models.discriminator = Runtime(args).trained_role("discriminator", copy.deepcopy(critic), 0.5e6)
             models.real_images = lambda batch: batch["pixel_values"]
-            models.decode, models.vision_features, models.text_features, models.omega = (
-                decode,
-                lambda p: [p],
-                lambda prompts: text,
-                omega,
-            )
+            models.decode, models.omega = decode, omega
+            models.vision_features, models.text_features = (lambda pixels: [pixels]), (lambda prompts: text)
             discriminator = models.discriminator.module
-        train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
+        train_iteration(iteration, [batch], models, args)
         moved[with_gan] = [
             p.detach() - q.detach() for p, q in zip(models.student.module.parameters(), start.parameters())
         ]
 
     t = torch.full((4,), 1000.0, dtype=torch.float64)
-    noise, condition = (
-        rng.normal("input_noise", sample_indices, teacher.shape),
-        models.encode_prompts(batch["prompts"]),
-    )
+    noise = rng.normal("input_noise", sample_indices, teacher.shape)
+    condition = models.condition(batch["prompts"])
     fake = diff_augment(decode(noise - start(noise, t, condition)), rng, sample_indices, "fake")
     real, reference = diff_augment(batch["pixel_values"], rng, sample_indices, "real"), [batch["pixel_values"]]
 
@@ -293,7 +287,7 @@ def test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_eac
             moved[name].append(not torch.equal(before.get(name, torch.full_like(slope, 0.2)), slope))
             before[name] = slope
 
-    distil(
+    distill(
         make_args(max_train_steps=6, ttur_ratio=3, train_batch_size=4, lr_scheduler="constant"),
         teacher,
         Affine(teacher),
@@ -305,7 +299,7 @@ def test_the_student_learns_in_every_ttur_th_iteration_and_the_fake_score_in_eac
 def test_without_simulation_real_latents_are_noised_to_an_anchor_per_sample():
     teacher = gaussian_teacher("epsilon", anchors=4)
     args = make_args(train_batch_size=40, backward_simulation_prob=0.0)
-    models, batch, asked = make_parts(args, teacher, Affine(teacher)), make_batch(args, teacher, 0), []
+    models, batch, asked = ToyModels(args, teacher, Affine(teacher)), make_batch(args, teacher, 0), []
     predict = models.predict
 
     def recording(role, x_t, t, *rest, **kwargs):
@@ -313,7 +307,7 @@ def test_without_simulation_real_latents_are_noised_to_an_anchor_per_sample():
         return predict(role, x_t, t, *rest, **kwargs)
 
     models.predict = recording
-    train_iteration(0, [batch], models, teacher.schedule, args, "cpu")
+    train_iteration(0, [batch], models, args)
     name, x_t, t = asked[0]
     noise = StatelessRNG(0, 0).normal("input_noise", range(40), teacher.shape)
     assert name == "student" and set(t.tolist()) == set(ANCHORS["epsilon"])
@@ -327,17 +321,17 @@ def test_without_simulation_real_latents_are_noised_to_an_anchor_per_sample():
 # ---------------------------------------------------------------------------------------------------------------------
 @both_families
 def test_four_steps_come_near_the_mixture(family):
-    """From the undistilled network at four steps, most of the way to what exact samples are from each other.
+    """At four steps the student closes most of the distance between the undistilled network and exact samples.
 
-    DMD's pull is the same at every anchor and comes from what the student draws at all of them together, so the last anchor's
-    own weights and spread are near the truth and not at it; L_ISG (weight 0.5) holds them closer.
+    DMD compares the samples of all anchors together and pulls at every anchor alike, so the mode weights and the
+    spread at the last anchor are near the truth and not equal to it; L_ISG (weight 0.5) keeps them closer.
     """
     teacher = make_mixture(make_schedule(family))
-    network = start_from(teacher)
-    ruler = Ruler(teacher, network)
-    assert ruler.start["distance"] > 20 * ruler.floor["distance"]
-    models = distil(make_args(isg_weight=0.5, max_train_steps=700), teacher, network)
-    found = ruler(models.student.module)
-    assert found["closed"] > 0.8
-    assert found["weights"].min() > 0.7 and found["weights"].max() < 1.35
-    assert abs(found["spread"] / teacher.spread - 1) < 0.2
+    network = pretrain_mlp(teacher)
+    evaluation = Evaluation(teacher, network)
+    assert evaluation.start["distance"] > 20 * evaluation.floor["distance"]
+    models = distill(make_args(isg_weight=0.5, max_train_steps=700), teacher, network)
+    result = evaluation(models.student.module)
+    assert result["closed"] > 0.8
+    assert result["weights"].min() > 0.7 and result["weights"].max() < 1.35
+    assert abs(result["spread"] / teacher.spread - 1) < 0.2

@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Memory and FLOPs of what runs, by whose they are: every storage is counted where it is born and where it is freed."""
+"""Count memory and FLOPs by owner: every storage is counted from its allocation to its release."""
 
 import weakref
 from collections import defaultdict
@@ -14,44 +14,54 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 
-KINDS = WEIGHTS, GRADIENTS, STATES, REST = "weights", "gradients", "optimizer", "activations"
-HOST = "host"
-TABLES = (torch.ops.aten.arange, torch.ops.aten.linspace)  # made for their values
+KINDS = WEIGHTS, GRADIENTS, STATES, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
+HOST = "host"  # owner of what is not on the GPU
+NEEDS_VALUES = (torch.ops.aten.arange, torch.ops.aten.linspace)
 
 
 class Counter(TorchDispatchMode):
-    """Counts the bytes of all live storages by label, the peak, and FLOPs, of fake tensors and of real ones alike.
+    """Count bytes of live storages by label, their peak, and FLOPs, of fake and of real tensors.
 
-    Within a FakeTensorMode: tensors are fake where anything is large, and real where decisions depend on values: what is computed
-    of real tensors alone, and what is drawn with a generator, is real.
+    Inside a FakeTensorMode large tensors are fake. Results of real tensors alone, and random numbers of a generator,
+    stay real, because control flow may depend on their values.
 
     Attributes:
-        live, peak: bytes now, and at most since `reset`, without those of the owner HOST.
-        by_label, at_peak: {(owner, one of KINDS): bytes} now, and when the peak was reached.
-        phase, where: (who, what) goes on now, and did at the peak.
+        live, peak: bytes now, and at most since `reset`, without the owner HOST.
+        by_label, at_peak: {(owner, one of KINDS): bytes} now, and at the peak.
+        phase, peak_phase: (owner, activity) now, and at the peak.
         flops: {phase: FLOPs} since `reset`.
     """
 
     def __init__(self):
         super().__init__()
         self.live, self.by_label, self.phase = 0, defaultdict(int), ("loading", "")
-        self._held: dict[int, tuple[int, tuple]] = {}
+        self._storages: dict[int, tuple[int, tuple]] = {}  # {address: (bytes, label)}
         self.reset()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and a wrapper around every operation takes its time
+        return False  # nothing is compiled here, and the wrapper around every operation is slow
 
     def reset(self) -> None:
-        self.peak, self.at_peak, self.where, self.flops = self.live, dict(self.by_label), self.phase, defaultdict(int)
+        self.peak, self.at_peak, self.peak_phase = self.live, dict(self.by_label), self.phase
+        self.flops = defaultdict(int)
+
+    @contextmanager
+    def in_phase(self, owner: str, activity: str):
+        before, self.phase = self.phase, (owner, activity)
+        try:
+            yield
+        finally:
+            self.phase = before
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:
-            return NotImplemented  # what it does with its shards comes here by itself
+            return NotImplemented  # the operations on its shards arrive here separately
         kwargs = kwargs or {}
         tensors = list(tensors_in((*args, *kwargs.values())))
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        real = real or isinstance(kwargs.get("generator"), torch.Generator) or function._overloadpacket in TABLES
+        real = real or isinstance(kwargs.get("generator"), torch.Generator)
+        real = real or function._overloadpacket in NEEDS_VALUES
         if real and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             with unset_fake_temporarily():
                 out = function(*args, **kwargs)
@@ -61,69 +71,61 @@ class Counter(TorchDispatchMode):
         if count is not None:
             self.flops[self.phase] += count(*args, **kwargs, out_val=out)
         for tensor in tensors_in((out,)):
-            self.hold(tensor)
+            self.track(tensor)
         return out
 
-    def hold(self, tensor: torch.Tensor) -> None:
-        """Counts the storage of a tensor, unless it is known or on the meta device, until nothing holds it any more."""
-        if tensor.device.type == "meta":
-            return
+    def track(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage until it is released, unless it is counted already or on the meta device."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._held:
+        if tensor.device.type == "meta" or key in self._storages:
             return
-        label = (self.phase[0], REST)
-        self._held[key] = (storage.nbytes(), label)
+        label = (self.phase[0], ACTIVATIONS)
+        self._storages[key] = (storage.nbytes(), label)
         weakref.finalize(storage, self._release, key).atexit = False
         self._add(storage.nbytes(), label)
 
-    def resizing(self):
-        """Patches the one change of a storage that is no operation: how FSDP frees and fills gathered weights."""
+    def label(self, tensor: torch.Tensor, owner: str, kind: str) -> None:
+        """Assign a tensor to an owner, unless it has one: adapters share tensors of the teacher."""
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        self.track(tensor)
+        key = tensor.untyped_storage()._cdata
+        size, label = self._storages[key]
+        if label[1] == ACTIVATIONS:
+            self._move(key, size, (owner, kind))
+
+    def patch_resize(self):
+        """Count `UntypedStorage.resize_` as well, with which FSDP frees and allocates gathered weights."""
         resize = torch.UntypedStorage.resize_
 
-        def resized(storage, size):
+        def counted_resize(storage, size):
             result, key = resize(storage, size), storage._cdata
-            if key in self._held:
-                old, label = self._held[key]
-                self._held[key] = (size, (self.phase[0], label[1]) if label[1] == REST else label)
-                self._add(-old, label)
-                self._add(size, self._held[key][1])
+            if key in self._storages:
+                _, label = self._storages[key]
+                self._move(key, size, (self.phase[0], ACTIVATIONS) if label[1] == ACTIVATIONS else label)
             return result
 
-        return mock.patch.object(torch.UntypedStorage, "resize_", resized)
+        return mock.patch.object(torch.UntypedStorage, "resize_", counted_resize)
 
-    def label(self, tensor: torch.Tensor, owner: str, kind: str) -> None:
-        """Says whose a tensor is; the first to say so is right (twins share what is the teacher's)."""
-        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        self.hold(tensor)
-        key = tensor.untyped_storage()._cdata
-        size, old = self._held[key]
-        if old[1] == REST:
-            self._held[key] = (size, (owner, kind))
-            self._add(-size, old)
-            self._add(size, (owner, kind))
+    def _move(self, key: int, size: int, label: tuple) -> None:
+        old_size, old_label = self._storages[key]
+        self._storages[key] = (size, label)
+        self._add(-old_size, old_label)
+        self._add(size, label)
 
     def _add(self, size: int, label: tuple) -> None:
         self.by_label[label] += size
         self.live += size if label[0] != HOST else 0
         if self.live > self.peak:
-            self.peak, self.at_peak, self.where = self.live, dict(self.by_label), self.phase
+            self.peak, self.at_peak, self.peak_phase = self.live, dict(self.by_label), self.phase
 
     def _release(self, key: int) -> None:
-        size, label = self._held.pop(key)
+        size, label = self._storages.pop(key)
         self._add(-size, label)
-
-    @contextmanager
-    def during(self, owner: str, what: str):
-        before, self.phase = self.phase, (owner, what)
-        try:
-            yield
-        finally:
-            self.phase = before
 
 
 def tensors_in(values) -> Iterator[torch.Tensor]:
-    """The tensors of an operation's arguments or results."""
+    """Yield the tensors of an operation's arguments or results."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value

@@ -1,65 +1,61 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""`--dry_run`: what a training command takes of a GPU, before it has one. The run itself is senseflow.memory.trace's."""
+"""`--dry_run`: trace a training command (senseflow.memory.trace) and print its memory, FLOPs and the cards it fits."""
 
 import os
 import re
 import subprocess
 import sys
 from collections import defaultdict
-from typing import Any, Optional, Sequence
+from dataclasses import replace
+from typing import Optional
 
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm.auto import tqdm
 
 from senseflow.memory.counter import GRADIENTS, HOST, KINDS, STATES, WEIGHTS, Counter
-from senseflow.memory.trace import init_fake_process_group, patch_loaders, trace
+from senseflow.memory.trace import Trace, init_fake_process_group, patch_loaders, trace
 
 
 GIB = 2**30
-CARDS = (24, 40, 48, 80, 141)  # GiB of memory, nearly: what a card is called by
-USABLE = 0.93  # of it, assumed: the rest is the driver's context, the kernels' workspaces and fragments
-MORE = "twice as many processes"
+CARDS = (24, 40, 48, 80, 141)  # nominal GiB of memory
+USABLE = 0.93  # assumed share of it; the rest is for the driver, workspaces of kernels and fragmentation
+MORE_PROCESSES = "twice as many processes"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------------
-def under_zero(found: dict[str, Any], mode: str, processes: int, half: bool) -> dict[str, Any]:
-    """What the trace of whole networks says of DeepSpeed, by arithmetic: `found`, changed.
+def apply_zero(traced: Trace, mode: str, processes: int, bf16: bool) -> Trace:
+    """Return the memory of a process under DeepSpeed ("zero2" or "zero3"), computed from a trace of whole networks.
 
-    The optimizer owns float32 masters and moments of this process's part; the network computes with weights in half precision,
-    whole, or shared out (ZeRO-3), and keeps its part of the gradients.
+    The optimizer holds float32 masters and moments of this process's part. The network computes with half-precision
+    weights, which are whole or sharded (ZeRO-3), and keeps its part of the gradients.
     """
-    at_peak = dict(found["at_peak"])
-    for name, numbers in found["numbers"].items():
-        size = 4 if name == "discriminator" or not half else 2
-        at_peak[name, WEIGHTS] = size * numbers / (processes if mode == "zero3" else 1)
+    at_peak = dict(traced.at_peak)
+    for name, num_params in traced.num_params.items():
+        size = 2 if bf16 and name != "discriminator" else 4
+        at_peak[name, WEIGHTS] = size * num_params / (processes if mode == "zero3" else 1)
         if name != "teacher":
-            at_peak[name, GRADIENTS] = size * numbers / processes
-            at_peak[name, STATES] = (found["states"][name] + 4 * numbers) / processes
-    return found | {"at_peak": at_peak, "peak": sum(size for (owner, _), size in at_peak.items() if owner != HOST)}
+            at_peak[name, GRADIENTS] = size * num_params / processes
+            at_peak[name, STATES] = (traced.optimizer_bytes[name] + 4 * num_params) / processes
+    peak = sum(size for (owner, _), size in at_peak.items() if owner != HOST)
+    return replace(traced, at_peak=at_peak, peak=peak)
 
 
 def gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size >= 0.1 * GIB else f"{size / GIB:.5f}"
 
 
-def tell(found: dict[str, Any], mode: str, processes: int) -> None:
-    """Prints the tables."""
+def print_trace(traced: Trace, mode: str, processes: int) -> None:
+    """Print the tables of memory and FLOPs."""
     arithmetic = "; weights, gradients and optimizer by arithmetic" if mode.startswith("zero") else ""
     print(f"{mode}, {processes} process{'es' if processes > 1 else ''}: GiB per process at the peak{arithmetic}")
     print(f"{'':15}" + "".join(f"{kind:>13}" for kind in KINDS))
-    for owner in dict.fromkeys(owner for owner, _ in found["at_peak"] if owner != HOST):
-        row = [found["at_peak"].get((owner, kind), 0) for kind in KINDS]
-        if sum(row) >= 0.0005 * found["peak"]:
+    for owner in dict.fromkeys(owner for owner, _ in traced.at_peak if owner != HOST):
+        row = [traced.at_peak.get((owner, kind), 0) for kind in KINDS]
+        if sum(row) >= 0.0005 * traced.peak:
             print(f"{owner:15}" + "".join(f"{gib(size) if size else '':>13}" for size in row))
-    print(f"peak {gib(found['peak'])} GiB, in: {', '.join(filter(None, found['where']))}")
-    for_good = "for good" if found["at_peak"].get((HOST, WEIGHTS)) else "while they are loaded"
-    print(
-        f"in the host's memory: text encoders, {gib(found['encoders'])} GiB, {for_good}; of other networks a tensor at a time"
-    )
-    print(f"on disk: a checkpoint {gib(found['checkpoint'])} GiB, the export {gib(found['export'])} GiB")
-    for stage, flops in found["flops"].items():
+    print(f"peak {gib(traced.peak)} GiB, in: {', '.join(filter(None, traced.peak_phase))}")
+    duration = "during the run" if traced.at_peak.get((HOST, WEIGHTS)) else "while they load"
+    print(f"in host memory: text encoders, {gib(traced.encoder_bytes)} GiB, {duration}; one tensor of other networks")
+    print(f"on disk: a checkpoint {gib(traced.checkpoint_bytes)} GiB, the export {gib(traced.export_bytes)} GiB")
+    for stage, flops in traced.flops.items():
         by_owner: dict[str, float] = defaultdict(float)
         for (owner, _), count in flops.items():
             by_owner[owner] += count / 1e12
@@ -67,108 +63,87 @@ def tell(found: dict[str, Any], mode: str, processes: int) -> None:
         print(f"{stage}: {sum(by_owner.values()):.1f} TFLOP ({shown})")
 
 
-def verdict(peak: float) -> str:
-    """The line of the cards that `peak` bytes fit, and by how much they do not fit the others."""
-    over = {card: peak / GIB - USABLE * card for card in CARDS}
-    fits = ", ".join(str(card) for card, more in over.items() if more <= 0)
-    fails = ", ".join(f"{card} by {more:.1f}" for card, more in over.items() if more > 0)
-    said = [f"fits in {fits} GB"] * bool(fits) + [f"does not fit in {fails} GiB"] * bool(fails)
-    return "; ".join(said) + f" (of a card {USABLE:.0%} are counted on)"
+def fit(peak: float) -> str:
+    """Return a line with the cards that `peak` bytes fit, and by how much they exceed the others."""
+    excess = {card: peak / GIB - USABLE * card for card in CARDS}
+    fits = ", ".join(str(card) for card, gib in excess.items() if gib <= 0)
+    fails = ", ".join(f"{card} by {gib:.1f}" for card, gib in excess.items() if gib > 0)
+    parts = [f"fits in {fits} GB"] * bool(fits) + [f"does not fit in {fails} GiB"] * bool(fails)
+    return "; ".join(parts) + f" ({USABLE:.0%} of a card are assumed to be usable)"
 
 
-def candidates(args, mode: str) -> list[tuple[list[str], Sequence[str]]]:
-    """What could be added to a command line that does not fit, the cheapest first: (flags, flags without use beside them).
-
-    What is offered may be refused beside others; then it is passed over.
-    """
-    batch, rounds = args.train_batch_size, args.gradient_accumulation_steps
+def candidates(args, mode: str) -> list[list[str]]:
+    """Return the flags that may save memory and are not set, the least costly first; a run may refuse some of them."""
+    micro_batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    smaller = ["--train_batch_size", "1", "--gradient_accumulation_steps", str(micro_batch * accumulation)]
     adapters = not mode.startswith("zero") and not args.student_model_name_or_path
-    of_gan = ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_text_encoder")
-    of_gan += ("discriminator_resolution", "classifier_weight")
-    offered = [
-        (not args.gradient_checkpointing, ["--gradient_checkpointing"], ()),
-        (not args.offload_text_encoders, ["--offload_text_encoders"], ()),
-        (batch > 1, ["--train_batch_size", "1", "--gradient_accumulation_steps", str(batch * rounds)], ()),
-        (not args.use_8bit_adam and mode != "fsdp2", ["--use_8bit_adam"], ()),
-        (mode not in ("single", "ddp"), [MORE], ()),
-        (args.rank == 0 and adapters, ["--rank", "64"], ()),
-        (args.base_quantization == "none" and adapters and mode != "fsdp2", ["--base_quantization", "4bit"], ()),
-        (args.gan_weight > 0, ["--gan_weight", "0"], of_gan),
+    flags = [
+        (not args.gradient_checkpointing, ["--gradient_checkpointing"]),
+        (not args.offload_text_encoders, ["--offload_text_encoders"]),
+        (micro_batch > 1, smaller),
+        (not args.use_8bit_adam and mode != "fsdp2", ["--use_8bit_adam"]),
+        (mode not in ("single", "ddp"), [MORE_PROCESSES]),
+        (args.rank == 0 and adapters, ["--rank", "64"]),
+        (args.base_quantization == "none" and adapters and mode != "fsdp2", ["--base_quantization", "4bit"]),
+        (args.gan_weight > 0, ["--gan_weight", "0"]),
     ]
-    return [(flags, useless) for there, flags, useless in offered if there]
+    return [candidate for possible, candidate in flags if possible]
 
 
-def traced_with(command: list[str], processes: int) -> Optional[float]:
-    """The peak, in bytes, of a command line with `--dry_run`, traced in a process of its own; None where it is refused there."""
+def trace_command(command: list[str], processes: int) -> Optional[float]:
+    """Return the peak (bytes) that a command prints with `--dry_run` in its own process; None if it fails."""
     environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
-    result = subprocess.run(
-        [sys.executable, *command, "--dry_run"], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    found = re.search(r"^peak ([\d.]+) GiB", result.stdout, re.MULTILINE)
-    return float(found[1]) * GIB if found and result.returncode == 0 else None
+    command = [sys.executable, *command, "--dry_run"]
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    peak = re.search(r"^peak ([\d.]+) GiB", result.stdout, re.MULTILINE)
+    return float(peak[1]) * GIB if peak and result.returncode == 0 else None
 
 
 def suggest(args, command: list[str], mode: str, processes: int, peak: float, card: float) -> None:
-    """Adds flags to the command, one after the other, until it fits the card; prints the peak of each, and the last line."""
+    """Add flags to the command until it fits the card, and print the peak with each; the last line has the result."""
     added: list[str] = []
-    for flags, useless in candidates(args, mode):
+    for flags in candidates(args, mode):
         if peak <= USABLE * card * GIB:
             break
-        more = processes * 2 if flags == [MORE] else processes
-        tried = without(command, useless) + ([] if flags == [MORE] else flags)
-        found = traced_with(tried, more)
-        what = f"{more} processes" if flags == [MORE] else " ".join(flags)
-        better = found is not None and found < 0.99 * peak
-        said = (
-            "refused, left out"
-            if found is None
-            else f"{found / GIB:.2f} GiB" + ("" if better else "; no help, left out")
+        more = flags == [MORE_PROCESSES]
+        new_command, new_processes = (command, 2 * processes) if more else (command + flags, processes)
+        new_peak = trace_command(new_command, new_processes)
+        name = f"{new_processes} processes" if more else " ".join(flags)
+        helps = new_peak is not None and new_peak < 0.99 * peak
+        verdict = (
+            "fails, left out" if new_peak is None else f"{gib(new_peak)} GiB" + "; no help, left out" * (not helps)
         )
-        print(f"with {' '.join([*added, what])}: {said}", flush=True)
-        if better:
-            command, processes, peak, added = tried, more, found, [*added, what]
-    print(
-        f"{'fits' if peak <= USABLE * card * GIB else 'does not fit'} in {card:g} GB with {' '.join(added) or 'what was tried'}"
-    )
-
-
-def without(command: list[str], names: Sequence[str]) -> list[str]:
-    """A command line without some flags and their values."""
-    kept, skips = [], False
-    for word in command:
-        if word.startswith("--"):
-            skips = word[2:].split("=")[0] in names
-        if not skips:
-            kept.append(word)
-    return kept
+        print(f"with {' '.join([*added, name])}: {verdict}", flush=True)
+        if helps:
+            command, processes, peak, added = new_command, new_processes, new_peak, [*added, name]
+    verdict = "fits" if peak <= USABLE * card * GIB else "does not fit"
+    print(f"{verdict} in {card:g} GB with {' '.join(added) or 'any of these'}")
 
 
 def report(args, source, models_class, make_models, train_iteration) -> None:
-    """Print, in the first process, how much memory a process of this command takes, instead of training.
+    """Print, in the first process, what a process of this command needs, instead of training.
 
     Args:
         source: the teacher's pipeline.
-        models_class, make_models, train_iteration: the script's own.
+        models_class, make_models, train_iteration: those of the script.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return
     from senseflow.training.roles import launch_config
 
-    os.environ["ACCELERATE_USE_CPU"] = "true"  # where there is a GPU, too
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # also on a machine with a GPU
     launch = launch_config()
     mode = launch.mode if launch.mode != "replicated" else "ddp" if launch.world_size > 1 else "single"
-    processes = launch.world_size
     if mode.startswith("zero"):
-        launch.mode = "replicated"
+        launch.mode = "replicated"  # DeepSpeed is not traced, see `apply_zero`
     init_fake_process_group()
-    counter, bar = Counter(), tqdm(total=100, desc="dry run")
+    counter = Counter()
     with patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True), counter:
-        found = trace(args, source, models_class, make_models, train_iteration, counter, bar)
-    bar.close()
+        traced = trace(args, source, models_class, make_models, train_iteration, counter)
     if mode.startswith("zero"):
-        found = under_zero(found, mode, processes, args.mixed_precision == "bf16")
-    tell(found, mode, processes)
-    print(verdict(found["peak"]))
-    if args.dry_run and found["peak"] > USABLE * args.dry_run * GIB:
-        command = [make_models.__code__.co_filename, *without(sys.argv[1:], ["dry_run"])]
-        suggest(args, command, mode, processes, found["peak"], args.dry_run)
+        traced = apply_zero(traced, mode, launch.world_size, args.mixed_precision == "bf16")
+    print_trace(traced, mode, launch.world_size)
+    print(fit(traced.peak))
+    if args.dry_run and traced.peak > USABLE * args.dry_run * GIB:
+        command = [make_models.__code__.co_filename, *sys.argv[1:]]
+        suggest(args, command, mode, launch.world_size, traced.peak, args.dry_run)

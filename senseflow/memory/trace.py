@@ -1,9 +1,9 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""A training script's run on tensors without values, with its memory and FLOPs counted: what `--dry_run` is made of.
+"""Run a training script on fake tensors, and count its memory and FLOPs.
 
-The script's own `load_parts` and `train_iteration` run on fake tensors, which have shapes and no values: of the teacher its
-configurations are read and no weights. Every storage is counted where it is born and where it is freed, and every operation's
-FLOPs. A sharded run of many processes is one process here, with a process group that talks to nobody.
+The script's `make_models` and `train_iteration` run on fake tensors, which have shapes but no values. Of the teacher
+only configurations are read. A sharded run of many processes is traced in one process, with a process group that does
+not communicate.
 """
 
 import math
@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
 from typing import Any, Callable, Iterator, Optional
@@ -21,47 +22,60 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from senseflow.arguments import torch_dtype
 from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
-from senseflow.models.hub import ModelSource, fingerprint
+from senseflow.models.discriminator import VisionFeatures
+from senseflow.models.hub import fingerprint
 from senseflow.models.quantization import quantize_network
 from senseflow.models.text_encoders import text_encoders_of
 from senseflow.models.weights import from_pretrained_meta
+from senseflow.training.roles import Role
+from senseflow.training.runtime import Runtime
 
 
 ENCODERS, FROZEN = "text encoders", "other frozen"
-BLOCK = 256  # of bitsandbytes' 8-bit Adam: one scale for as many numbers
-STAGES = {"networks": 20, "optimizers": 5, "other iteration": 25, "student's turn": 50}  # per cent of the time, about
+WITHOUT_STUDENT, WITH_STUDENT = "without student update", "with student update"
+
+
+@dataclass
+class Trace:
+    """The memory of one process, in bytes, and its FLOPs."""
+
+    peak: int
+    at_peak: dict[tuple[str, str], float]  # {(owner, kind): bytes}, see senseflow.memory.counter
+    peak_phase: tuple[str, str]
+    encoder_bytes: int  # of the text encoders, which load in host memory
+    flops: dict[str, dict[tuple[str, str], float]]  # {WITHOUT_STUDENT or WITH_STUDENT: {(owner, activity): FLOPs}}
+    checkpoint_bytes: int
+    export_bytes: int
+    num_params: dict[str, int]  # {role: number}
+    optimizer_bytes: dict[str, int]  # {role: bytes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What stands in for weights, optimizers that need a GPU, and other processes
+# Replacements of weights, of code that needs a GPU, and of other processes
 # ---------------------------------------------------------------------------------------------------------------------
-def of_diffusers(
-    kind, path, subfolder=None, dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_
+def fake_from_pretrained(
+    cls, path, subfolder=None, dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_
 ):
-    config = kind.load_config(path, subfolder=subfolder, revision=revision)
-    network = without_values(kind.from_config(config)).to(dtype or torch_dtype or torch.float32).eval()
+    """Replace `from_pretrained` of diffusers and transformers: build the network from its configuration."""
+    if issubclass(cls, ModelMixin):
+        network = cls.from_config(cls.load_config(path, subfolder=subfolder, revision=revision))
+    else:
+        network = cls(cls.config_class.from_pretrained(path, subfolder=subfolder or "", revision=revision or "main"))
+    network = fake_buffers(network).to(dtype or torch_dtype or torch.float32).eval()
     return (network, {"missing_keys": [], "unexpected_keys": []}) if output_loading_info else network
 
 
-def of_transformers(
-    kind, path, subfolder="", dtype=None, torch_dtype=None, output_loading_info=False, revision=None, **_
-):
-    config = kind.config_class.from_pretrained(path, subfolder=subfolder or "", revision=revision or "main")
-    network = without_values(kind(config)).to(dtype or torch_dtype or torch.float32).eval()
-    return (network, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else network
+def fake_network(source, cls, subfolder, dtype=torch.float32):
+    """Replace `from_pretrained_meta`: build the network from its configuration."""
+    return source.load(cls.from_pretrained, subfolder=source.network_subfolder(subfolder), dtype=dtype)
 
 
-def opened(source: ModelSource, cls, subfolder, dtype=torch.float32):
-    return of_diffusers(cls, source.path, source.network_subfolder(subfolder), dtype, revision=source.revision)
-
-
-def without_values(network: torch.nn.Module) -> torch.nn.Module:
-    """A network of which no buffer is real, as tables of positions are that were computed by numpy."""
+def fake_buffers(network: torch.nn.Module) -> torch.nn.Module:
+    """Replace real buffers, such as position tables that were computed by numpy."""
     for module in network.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not isinstance(buffer, FakeTensor):
@@ -69,25 +83,25 @@ def without_values(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
-def _apply(module: torch.nn.Module, change: Callable, recurse: bool = True) -> torch.nn.Module:
-    """`torch.nn.Module._apply`, which swaps fake tensors and so fails where anything refers to them; a parameter stays the same."""
+def apply_in_place(module: torch.nn.Module, function: Callable, recurse: bool = True) -> torch.nn.Module:
+    """Replace `torch.nn.Module._apply`, which swaps fake tensors and fails where anything refers to them."""
     for child in module.children() if recurse else ():
-        child._apply(change)
-    for own in (module._parameters, module._buffers):
-        for name, tensor in own.items():
-            changed = tensor if tensor is None else change(tensor)
-            if changed is tensor:
+        child._apply(function)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            result = tensor if tensor is None else function(tensor)
+            if result is tensor:
                 continue
-            if own is module._parameters:
-                tensor.data = changed.detach()
-                tensor.fake_device = changed.device
+            if tensors is module._parameters:
+                tensor.data = result.detach()
+                tensor.fake_device = result.device
             else:
-                own[name] = changed
+                tensors[name] = result
     return module
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """The states of bitsandbytes' AdamW8bit, which itself needs a GPU: one byte a moment and number, and scales."""
+class FakeAdamW8bit(torch.optim.Optimizer):
+    """Allocate the states of bitsandbytes' AdamW8bit, which needs a GPU: one byte per moment and value, and scales."""
 
     def __init__(self, params, lr, betas, eps, weight_decay):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -95,221 +109,207 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if not self.state[parameter]:
-                small = parameter.numel() < 4096
-                for name in ("state1", "state2"):
-                    self.state[parameter][name] = torch.zeros_like(
-                        parameter, dtype=torch.float32 if small else torch.uint8
-                    )
-                    if not small:
-                        self.state[parameter][f"absmax_{name}"] = torch.zeros(math.ceil(parameter.numel() / BLOCK))
+            state, quantized = self.state[parameter], parameter.numel() >= 4096
+            for name in () if state else ("state1", "state2"):
+                state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if quantized else torch.float32)
+                if quantized:
+                    state[f"absmax_{name}"] = torch.zeros(math.ceil(parameter.numel() / 256))  # one scale per block
+
+
+class FakeQuantizedLinear(torch.nn.Linear):
+    """Allocate the memory of a quantized layer of bitsandbytes: its values and scales, and the full weight in use."""
+
+    def __init__(self, layer: torch.nn.Linear, bits: int):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        num_values, self.compute_dtype, self.bias = layer.weight.numel(), layer.weight.dtype, layer.bias
+        self.weight = torch.nn.Parameter(torch.empty(num_values * bits // 8, dtype=torch.uint8), requires_grad=False)
+        scales = torch.empty(layer.out_features if bits == 8 else math.ceil(num_values / 64))
+        self.register_buffer("scales", scales, persistent=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        out = _DequantizedMatmul.apply(states.to(self.compute_dtype), self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+class _DequantizedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(context, states, out_features):
+        context.in_features = states.shape[-1]
+        return states @ states.new_empty(states.shape[-1], out_features)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient @ gradient.new_empty(gradient.shape[-1], context.in_features), None
+
+
+def fake_quantize_network(network: torch.nn.Module, base_quantization: str, device) -> None:
+    """Replace `quantize_network`."""
+    for name, layer in list(network.named_modules()):
+        if type(layer) is torch.nn.Linear:
+            parent, _, child = name.rpartition(".")
+            layer = FakeQuantizedLinear(layer, int(base_quantization[0]))
+            setattr(network.get_submodule(parent), child, layer)
 
 
 @contextmanager
 def patch_loaders(args) -> Iterator[None]:
-    """Networks without weights, fingerprints without values, 8-bit Adam without a GPU."""
-    replaced = {from_pretrained_meta: opened, fingerprint: lambda network: "", quantize_network: quantize_fake}
+    """Make networks load without weights, and without what needs values or a GPU."""
+    replacements = {
+        from_pretrained_meta: fake_network,
+        fingerprint: lambda network: "",
+        quantize_network: fake_quantize_network,
+    }
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)))
-        stack.enter_context(mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)))
-        stack.enter_context(mock.patch.object(PreTrainedModel, "initialize_weights", lambda network: None))
-        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
-        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
-        for module in [
+
+        def patch(owner, name, value, **kwargs):
+            stack.enter_context(mock.patch.object(owner, name, value, **kwargs))
+
+        for cls in (ModelMixin, PreTrainedModel):
+            patch(cls, "from_pretrained", classmethod(fake_from_pretrained))
+        patch(PreTrainedModel, "initialize_weights", lambda network: None)
+        patch(torch.nn.Module, "_apply", apply_in_place)
+        patch(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True)
+        modules = [
             module for name, module in sys.modules.items() if name.startswith(("senseflow", "train_", "__main__"))
-        ]:
-            for name, value in list(vars(module).items()):  # wherever it was imported by name
-                if isinstance(value, FunctionType) and value in replaced:
-                    stack.enter_context(mock.patch.object(module, name, replaced[value]))
+        ]
+        for module in modules:  # every module that has imported one of the functions
+            for name, value in list(vars(module).items()):
+                if isinstance(value, FunctionType) and value in replacements:
+                    patch(module, name, replacements[value])
         if args.use_8bit_adam:
-            stack.enter_context(mock.patch("bitsandbytes.optim.AdamW8bit", AdamW8bit))
+            stack.enter_context(mock.patch("bitsandbytes.optim.AdamW8bit", FakeAdamW8bit))
         yield
 
 
-class SmallLinear(torch.nn.Linear):
-    """The memory of one of bitsandbytes' linear layers: its numbers and scales, and the whole weight while it computes."""
-
-    def __init__(self, layer: torch.nn.Linear, bits: int):
-        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        numbers, self.compute_dtype, self.bias = layer.weight.numel(), layer.weight.dtype, layer.bias
-        self.weight = torch.nn.Parameter(torch.empty(numbers * bits // 8, dtype=torch.uint8), requires_grad=False)
-        scales = torch.empty(layer.out_features if bits == 8 else math.ceil(numbers / 64))
-        self.register_buffer("scales", scales, persistent=False)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        out = _SmallProduct.apply(states.to(self.compute_dtype), self.out_features)
-        return out if self.bias is None else out + self.bias
-
-
-class _SmallProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(context, states, width):
-        context.width = states.shape[-1]
-        return states @ states.new_empty(states.shape[-1], width)
-
-    @staticmethod
-    def backward(context, gradient):
-        return gradient @ gradient.new_empty(gradient.shape[-1], context.width), None
-
-
-def quantize_fake(network: torch.nn.Module, base_quantization: str, device) -> None:
-    """See `senseflow.models.quantization.quantize`."""
-    for name, layer in list(network.named_modules()):
-        if type(layer) is torch.nn.Linear:
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, SmallLinear(layer, int(base_quantization[0])))
-
-
 def init_fake_process_group() -> None:
-    """A process group of the launch's size that answers at once, with the first of its processes alone."""
+    """Start a process group of the launch's size whose collectives return at once, with its first process only."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         for name, value in {"RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
-            os.environ.setdefault(name, str(value))  # as a launcher does; nobody listens
+            os.environ.setdefault(name, str(value))  # as a launcher does; nothing connects
         distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-def roles_of(models) -> dict[str, Any]:
-    """The roles there are by name; the teacher first, whose tensors its twins share."""
-    found = {name: getattr(models, name) for name in ("teacher", "student", "fake_score", "discriminator")}
-    return {name: role for name, role in found.items() if role is not None}
+def roles_of(models) -> dict[str, Role]:
+    """Return the roles by name, the teacher first, because adapters share its tensors."""
+    roles = {name: getattr(models, name) for name in ("teacher", "student", "fake_score", "discriminator")}
+    return {name: role for name, role in roles.items() if role is not None}
 
 
-def batch_of(args, models, sample_indices: list[int], device) -> dict[str, Any]:
-    """A micro-batch as the loader makes them, of images or, from an LMDB, of latents."""
+def make_batch(args, models, sample_indices: list[int], device) -> dict[str, Any]:
+    """Make a micro-batch of images or, with --dataset_lmdb, of latents."""
     batch = {"sample_indices": sample_indices, "rows": sample_indices, "prompts": ("a prompt",) * len(sample_indices)}
-    shape, name = (3, args.resolution, args.resolution), "pixel_values"
+    name, shape = "pixel_values", (3, args.resolution, args.resolution)
     if args.dataset_lmdb:
-        shape, name = models.latent_shape, "latents"
+        name, shape = "latents", models.latent_shape
     return batch | {name: torch.zeros(len(sample_indices), *shape, device=device)}
 
 
-def watch(counter: Counter, owner, name: str, who: Callable[[Any], str], what: str, step: Callable[[], None]):
-    """Patches a method so that what it does is counted as (`who` of its first argument, `what`)."""
-    function = getattr(owner, name)
+def patch_phase(counter: Counter, obj, method: str, owner, activity: str):
+    """Count a method as the phase (owner, activity); `owner` is a string or a function of the first argument."""
+    function = getattr(obj, method)
 
     def counted(*args, **kwargs):
-        with counter.during(who(args[0]), what):
-            result = function(*args, **kwargs)
-        step()
-        return result
+        with counter.in_phase(owner(args[0]) if callable(owner) else owner, activity):
+            return function(*args, **kwargs)
 
-    return mock.patch.object(owner, name, counted)
+    return mock.patch.object(obj, method, counted)
 
 
-def trace(
-    args, source, models_class, make_models, train_iteration, counter: Counter, bar: tqdm, device="cpu"
-) -> dict[str, Any]:
-    """Runs `make_models`, a step of every optimizer, an iteration without the student's turn and one with it, under `counter`.
+def patch_training(stack: ExitStack, counter: Counter) -> None:
+    """Count the phases of roles and DINOv2, and leave out DDP, whose gradients `keep_gradients` allocates."""
+    activities = {"__call__": "forward", "backward": "backward", "step": "step", "ida_update_from": "IDA"}
+    for method, activity in activities.items():
+        stack.enter_context(patch_phase(counter, Role, method, lambda role: role.name, activity))
+    stack.enter_context(patch_phase(counter, VisionFeatures, "forward", "DINOv2", "forward"))
+    prepare_model = partial(Accelerator.prepare_model, evaluation_mode=True)
+    stack.enter_context(mock.patch.object(Accelerator, "prepare", lambda self, module: prepare_model(self, module)))
+    stack.enter_context(mock.patch.object(Accelerator, "no_sync", lambda *_: nullcontext()))
+
+
+def print_stage(stage: str) -> None:
+    print(f"dry run: {stage}", file=sys.stderr)
+
+
+def trace(args, source, models_class, make_models, train_iteration, counter: Counter, device="cpu") -> Trace:
+    """Run `make_models`, a step of every optimizer, and an iteration without and with student update, under `counter`.
 
     Args:
-        device: of the tensors; those on "cuda" may be fake on a machine without a GPU, where torch's build is one for GPUs.
-    Returns:
-        peak (bytes), at_peak {(owner, kind): bytes} and where (phase); encoders: bytes of text encoders, which pass through the
-        host's memory; flops {iteration: {phase: FLOPs}}; checkpoint and export (bytes); numbers {role: parameters}; states {role:
-        bytes of the optimizer's}.
+        device: of the tensors; fake tensors can be on "cuda" without a GPU, with torch's build for GPUs.
     """
-    from senseflow.models.discriminator import VisionFeatures
-    from senseflow.training.roles import Role
-    from senseflow.training.runtime import Runtime
-
-    found: dict[str, Any] = {"flops": {}}
-
-    def enter(stage: str) -> None:
-        before = sum(list(STAGES.values())[: list(STAGES).index(stage)])
-        bar.update(before - bar.n)
-        bar.set_description(stage)
-        bar.stop = before + STAGES[stage]
-
-    def step() -> None:
-        bar.update(min(1, max(0, bar.stop - bar.n - 1)))
-
+    print_stage("loading networks")
     with ExitStack() as stack:
-        stack.enter_context(counter.resizing())
-        for owner in (Role, *subclasses_of(Role)):
-            for name, what in (
-                ("__call__", "forward"),
-                ("backward", "backward"),
-                ("step", "step"),
-                ("ida_update_from", "IDA"),
-            ):
-                if name in vars(owner):
-                    stack.enter_context(watch(counter, owner, name, lambda role: role.name, what, step))
-        stack.enter_context(watch(counter, VisionFeatures, "forward", lambda _: "DINOv2", "forward", step))
-        # Without DDP, whose gradients are what `kept` stands for.
-        prepare = partial(Accelerator.prepare_model, evaluation_mode=True)
-        stack.enter_context(mock.patch.object(Accelerator, "prepare", lambda own, module: prepare(own, module)))
-        stack.enter_context(mock.patch.object(Accelerator, "no_sync", lambda *_: nullcontext()))
-        enter("networks")
+        stack.enter_context(counter.patch_resize())
+        patch_training(stack, counter)
         with unset_fake_temporarily():
             runtime = Runtime(args)
-            runtime.device = torch.device(device)  # not cpu:0, which is another to fake tensors
+            runtime.device = torch.device(device)  # cpu:0 is another device to fake tensors
             schedule = models_class.make_schedule(args, source, "cpu")[0]
         for name, value in vars(schedule).items():
             if isinstance(value, torch.Tensor):
                 setattr(schedule, name, value.to(runtime.device))
         stack.enter_context(mock.patch.object(Accelerator, "device", runtime.device))
         models = make_models(args, source, schedule, runtime)
-        pipeline = models.pipeline
         roles = roles_of(models)
-        label_networks(counter, models, pipeline, args)
-        encoder = HOST if args.offload_text_encoders else ENCODERS
-        found["encoders"] = counter.by_label[encoder, WEIGHTS]
-        for name in ("encode", "decode"):
-            stack.enter_context(watch(counter, type(pipeline.vae), name, lambda _: "VAE", name, step))
-        stack.enter_context(watch(counter, models, "condition", lambda _: encoder, "forward", step))
-        # DDP keeps the gradients of all networks, in its buckets.
-        kept = {} if runtime.launch.mode == "replicated" and runtime.launch.world_size > 1 else None
-        enter("optimizers")
-        for role in roles.values():
-            for parameter in role.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
-                stack.callback(label_gradients_of(counter, parameter, role.name, kept))
-            if role.optimizer is not None:
-                role.step()
-                for state in role.optimizer.state.values():
-                    for tensor in tensors_in(state.values()):
-                        counter.label(tensor, role.name, STATES)
-        found["states"] = {name: counter.by_label[name, STATES] for name in roles}
+        encoders = HOST if args.offload_text_encoders else ENCODERS
+        label_networks(counter, models, encoders)
+        encoder_bytes = counter.by_label[encoders, WEIGHTS]
+        for method in ("encode", "decode"):
+            stack.enter_context(patch_phase(counter, models.vae_class, method, "VAE", method))
+        stack.enter_context(patch_phase(counter, models, "condition", encoders, "forward"))
+
+        print_stage("optimizers")
+        is_ddp = runtime.launch.mode == "replicated" and runtime.launch.world_size > 1
+        optimizer_bytes = allocate_states(counter, roles, stack, keep_gradients=is_ddp)
         counter.reset()
-        micro_batches = min(2, args.gradient_accumulation_steps)  # the second meets the gradients of the first
-        sample_indices = list(range(args.train_batch_size * micro_batches))
-        turn = args.ttur_ratio - 1
-        for stage, iteration in (("other iteration", turn + 1), ("student's turn", turn)):
-            if stage == "other iteration" and args.ttur_ratio == 1:
-                continue
-            enter(stage)
-            counter.flops.clear()
-            with counter.during("loop", ""):
-                batches = [
-                    batch_of(args, models, sample_indices[i::micro_batches], runtime.device)
-                    for i in range(micro_batches)
-                ]
-                train_iteration(iteration, batches, models, args)
-            scale = args.gradient_accumulation_steps / micro_batches
-            found["flops"][stage] = {phase: count * scale for phase, count in counter.flops.items()}
-        found |= {"peak": counter.peak, "at_peak": counter.at_peak, "where": counter.where} | sizes_on_disk(
-            args, models, pipeline
+        flops = {}
+        for stage in (WITHOUT_STUDENT, WITH_STUDENT):
+            print_stage(f"iteration {stage}")
+            if stage == WITH_STUDENT or args.ttur_ratio > 1:
+                flops[stage] = run_iteration(args, models, train_iteration, counter, stage)
+        return Trace(
+            counter.peak,
+            counter.at_peak,
+            counter.peak_phase,
+            encoder_bytes,
+            flops,
+            *sizes_on_disk(args, models),
+            num_params={name: sum(p.numel() for p in role.module.parameters()) for name, role in roles.items()},
+            optimizer_bytes=optimizer_bytes,
         )
-        found["numbers"] = {name: sum(p.numel() for p in role.module.parameters()) for name, role in roles.items()}
-    bar.update(bar.total - bar.n)
-    return found
 
 
-def subclasses_of(kind: type) -> list[type]:
-    return [each for child in kind.__subclasses__() for each in (child, *subclasses_of(child))]
+def allocate_states(
+    counter: Counter, roles: dict[str, Role], stack: ExitStack, keep_gradients: bool
+) -> dict[str, int]:
+    """Take a step with every optimizer, which allocates its states; return their bytes by role.
+
+    Args:
+        keep_gradients: keep the gradients of all networks from now on, as DDP does in its buckets.
+    """
+    kept = {} if keep_gradients else None
+    for role in roles.values():
+        for parameter in role.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+            stack.callback(label_gradients(counter, parameter, role.name, kept))
+        if role.optimizer is not None:
+            role.step()
+            for state in role.optimizer.state.values():
+                for tensor in tensors_in(state.values()):
+                    counter.label(tensor, role.name, STATES)
+    return {name: counter.by_label[name, STATES] for name in roles}
 
 
-def label_gradients_of(
+def label_gradients(
     counter: Counter, parameter: torch.nn.Parameter, owner: str, kept: Optional[dict]
 ) -> Callable[[], None]:
-    """Has the gradient of a parameter, and those to come, counted as such, and kept in `kept` for good; returns what ends that."""
+    """Label the gradient of a parameter now and whenever it is accumulated, and keep it in `kept`; return the undo."""
 
     def label(parameter):
         if kept is not None:
@@ -317,43 +317,52 @@ def label_gradients_of(
         counter.label(parameter.grad, owner, GRADIENTS)
 
     label(parameter)
-    learns = parameter.requires_grad
-    parameter.requires_grad_(True)  # as a hook wants it; outside its turn a role takes no gradient
+    requires_grad = parameter.requires_grad
+    parameter.requires_grad_(True)  # needed by the hook; a role's parameters require gradient only while it trains
     hook = parameter.register_post_accumulate_grad_hook(label)
-    parameter.requires_grad_(learns)
+    parameter.requires_grad_(requires_grad)
     return hook.remove
 
 
-def tensors_of(pipeline) -> Iterator[torch.Tensor]:
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            yield from (*part.parameters(), *part.buffers())
+def run_iteration(args, models, train_iteration, counter: Counter, stage: str) -> dict[tuple[str, str], float]:
+    """Run an iteration with at most two micro-batches; return the FLOPs of all of them by phase."""
+    micro_batches = min(2, args.gradient_accumulation_steps)  # the second adds to existing gradients
+    sample_indices = list(range(args.train_batch_size * micro_batches))
+    counter.flops.clear()
+    with counter.in_phase("loop", ""):
+        batches = [
+            make_batch(args, models, sample_indices[i::micro_batches], models.device) for i in range(micro_batches)
+        ]
+        train_iteration(args.ttur_ratio - (stage == WITH_STUDENT), batches, models, args)
+    scale = args.gradient_accumulation_steps / micro_batches
+    return {phase: count * scale for phase, count in counter.flops.items()}
 
 
-def label_networks(counter: Counter, models, pipeline, args) -> None:
-    """Weights and buffers of the roles, then of what else there is."""
-    for name, role in roles_of(models).items():
-        for tensor in (*role.module.parameters(), *role.module.buffers()):
-            counter.label(tensor, name, WEIGHTS)
-    for encoder in text_encoders_of(pipeline).values():
-        for tensor in (*encoder.parameters(), *encoder.buffers()):
-            counter.label(tensor, HOST if args.offload_text_encoders else ENCODERS, WEIGHTS)
-    frozen = list(tensors_of(pipeline))
-    for features in (models.vision_features, models.text_features) if models.discriminator is not None else ():
-        frozen += [*getattr(features, "parameters", list)(), *getattr(features, "buffers", list)()]
-    for tensor in frozen:
-        counter.label(tensor, FROZEN, WEIGHTS)
+def module_tensors(*modules) -> Iterator[torch.Tensor]:
+    """Yield the parameters and buffers of those of `modules` that are modules."""
+    for module in modules:
+        if isinstance(module, torch.nn.Module):
+            yield from (*module.parameters(), *module.buffers())
 
 
-def sizes_on_disk(args, models, pipeline) -> dict[str, int]:
-    """Bytes of a checkpoint and of the export."""
+def label_networks(counter: Counter, models, encoders: str) -> None:
+    """Label the weights and buffers of the roles, of the text encoders and of other frozen networks."""
+    owners = [(name, [role.module]) for name, role in roles_of(models).items()]
+    owners.append((encoders, text_encoders_of(models.pipeline).values()))
+    owners.append((FROZEN, [*models.pipeline.components.values(), models.vision_features, models.text_features]))
+    for owner, modules in owners:
+        for tensor in module_tensors(*modules):
+            counter.label(tensor, owner, WEIGHTS)
+
+
+def sizes_on_disk(args, models) -> tuple[int, int]:
+    """Return the bytes of a checkpoint and of the export."""
     trained = [role for role in roles_of(models).values() if role.optimizer is not None]
-    moments, size = 2 if args.use_8bit_adam else 8, torch_dtype(args.export_dtype).itemsize
-    export = models.student.num_trained_params if args.rank else models.student.weight_bytes // 4
+    moments = 2 if args.use_8bit_adam else 8  # bytes per value
+    checkpoint = sum(role.weight_bytes + moments * role.num_trained_params for role in trained)
+    values = models.student.num_trained_params
     if not args.rank:
-        network = {id(t) for t in models.teacher.module.parameters()}
-        export += sum(t.numel() for t in tensors_of(pipeline) if id(t) not in network)
-    return {
-        "checkpoint": sum(role.weight_bytes + moments * role.num_trained_params for role in trained),
-        "export": export * size,
-    }
+        replaced = {id(tensor) for tensor in models.teacher.module.parameters()}
+        frozen = module_tensors(*models.pipeline.components.values())
+        values = models.student.weight_bytes // 4 + sum(t.numel() for t in frozen if id(t) not in replaced)
+    return checkpoint, values * torch_dtype(args.export_dtype).itemsize

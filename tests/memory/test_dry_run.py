@@ -1,4 +1,4 @@
-"""--dry_run: what it foretells is what a run takes, byte for byte; what it prints, and what it refuses."""
+"""--dry_run: its numbers equal those of a real run to the byte; what it prints and refuses."""
 
 import gc
 import json
@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 import train_senseflow_flux
 import train_senseflow_sd3
@@ -21,8 +20,8 @@ import train_senseflow_sdxl
 from helpers import ROOT, models_class, refused
 from senseflow.memory import report
 from senseflow.memory.counter import GRADIENTS, STATES, WEIGHTS, Counter
-from senseflow.memory.report import GIB, candidates, under_zero, verdict, without
-from senseflow.memory.trace import patch_loaders, trace
+from senseflow.memory.report import GIB, apply_zero, candidates, fit
+from senseflow.memory.trace import Trace, patch_loaders, trace
 from tiny_pipelines import write_sd3, write_sdxl
 
 
@@ -31,51 +30,46 @@ SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": tra
 
 @pytest.fixture
 def flags(teacher, vision, data, tmp_path):
-    """flags(kind, *more): a script's, for two images of 64 px at a time."""
+    """flags(name, *more): those of a script, with micro-batches of two images of 64 px."""
 
-    def make(kind, *more):
+    def make(name, *more):
         path = teacher
-        if kind != "flux":
-            path = tmp_path / kind
-            {"sd3": write_sd3, "sdxl": write_sdxl}[kind](path)
-        command = ["--pretrained_model_name_or_path", str(path), "--dataset_json", str(data), "--resolution", "64"]
-        command += ["--output_dir", str(tmp_path / "out"), "--train_batch_size", "2", "--report_to", "none", *more]
+        if name != "flux":
+            path = tmp_path / name
+            {"sd3": write_sd3, "sdxl": write_sdxl}[name](path)
+        command = ["--pretrained_model_name_or_path", path, "--dataset_json", data, "--resolution", "64"]
+        command += ["--output_dir", tmp_path / "out", "--train_batch_size", "2", "--report_to", "none", *more]
         if "--gan_weight" not in more and "dmd2" not in more:
-            command += [
-                "--discriminator_backbone",
-                str(vision / "dinov2"),
-                "--discriminator_text_encoder",
-                str(vision / "clip"),
-            ]
-        return command + (["--max_sequence_length", "16"] if kind != "sdxl" else [])
+            command += ["--discriminator_backbone", vision / "dinov2", "--discriminator_text_encoder", vision / "clip"]
+        return [str(part) for part in command] + (["--max_sequence_length", "16"] if name != "sdxl" else [])
 
     return make
 
 
-def traced(script, arguments, fake=True, device="cpu") -> dict:
-    """What a trace finds, of tensors without values or of real ones."""
+def run_trace(script, arguments, fake=True, device="cpu") -> Trace:
+    """Trace a script with fake tensors or with real ones."""
     args = script.parse_args(arguments)
     source, _ = script.prepare(args)
-    around = (patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True)) if fake else ()
     counter = Counter()
     with ExitStack() as stack:
-        for context in (*around, counter):
+        for context in (patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True)) if fake else ():
             stack.enter_context(context)
-        own = (models_class(script), script.make_models, script.train_iteration)
-        return trace(args, source, *own, counter, tqdm(disable=True, total=100), device)
+        stack.enter_context(counter)
+        functions = (models_class(script), script.make_models, script.train_iteration)
+        return trace(args, source, *functions, counter, device)
 
 
-def allocated(events) -> int:
-    """The most bytes that torch's own allocator had given out, by its profiler."""
+def allocator_peak(profiler) -> int:
+    """Return the peak bytes of torch's allocator by its profiler."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+    for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak
 
 
-def test_the_counter_counts_what_torchs_allocator_gives_out():
-    """Two steps of a small network: the peak by torch's own account of its memory, and FLOPs by hand."""
+def test_the_counter_agrees_with_torchs_allocator_and_with_flops_by_hand():
     counter = Counter()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, counter:
         network = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.GELU(), torch.nn.Linear(512, 64))
@@ -84,44 +78,41 @@ def test_the_counter_counts_what_torchs_allocator_gives_out():
             network(images).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    held = sum(4 * parameter.numel() for parameter in network.parameters())
-    assert counter.peak == pytest.approx(allocated(profiler.profiler.kineto_results.events()), rel=0.001)
-    assert counter.peak > 4 * held  # with gradients and two moments
-    assert sum(counter.flops.values()) == 2 * 2 * 96 * 64 * 512 * (
-        2 + 3
-    )  # forward two products, backward three: no input learns
+    weight_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
+    assert counter.peak == pytest.approx(allocator_peak(profiler), rel=0.001)
+    assert counter.peak > 4 * weight_bytes  # with gradients and two moments
+    # Two products forward and three backward: the input needs no gradient.
+    assert sum(counter.flops.values()) == 2 * 2 * 96 * 64 * 512 * (2 + 3)
 
 
 @pytest.mark.parametrize(
-    "kind, more",
+    "name, more",
     [
         ("flux", ["--gradient_checkpointing"]),
         ("sd3", ["--rank", "8", "--gan_weight", "0", "--gradient_accumulation_steps", "3"]),
         ("sdxl", ["--method", "dmd2", "--gan_weight", "0.005", "--ttur_ratio", "1"]),
     ],
 )
-def test_what_is_foretold_is_what_a_run_takes(kind, more, flags):
-    script, arguments = SCRIPTS[kind], flags(kind, *more)
-    foretold = traced(script, arguments)
-    gc.collect()  # what was there before shall not go while the allocator is watched
+def test_a_trace_equals_a_run_with_real_tensors(name, more, flags):
+    script, arguments = SCRIPTS[name], flags(name, *more)
+    fake = run_trace(script, arguments)
+    gc.collect()  # nothing older may be released while the profiler runs
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        true = traced(script, arguments, fake=False)
-    assert true["peak"] == pytest.approx(allocated(profiler.profiler.kineto_results.events()), rel=0.03)
-    for key in {*foretold["at_peak"], *true["at_peak"]}:
-        assert foretold["at_peak"].get(key, 0) == true["at_peak"].get(key, 0), key
-    assert (
-        foretold["peak"] == true["peak"] and foretold["where"] == true["where"] and foretold["flops"] == true["flops"]
-    )
-    own = 4 * foretold["numbers"]["student"]
+        real = run_trace(script, arguments, fake=False)
+    assert real.peak == pytest.approx(allocator_peak(profiler), rel=0.03)
+    for key in {*fake.at_peak, *real.at_peak}:
+        assert fake.at_peak.get(key, 0) == real.at_peak.get(key, 0), key
+    assert (fake.peak, fake.peak_phase, fake.flops) == (real.peak, real.peak_phase, real.flops)
+    student_bytes = 4 * fake.num_params["student"]
     if "--rank" not in more:
-        assert own <= foretold["at_peak"]["student", WEIGHTS] <= 1.01 * own
-        assert 2 * own <= foretold["states"]["student"] <= 2.01 * own
+        assert student_bytes <= fake.at_peak["student", WEIGHTS] <= 1.01 * student_bytes
+        assert 2 * student_bytes <= fake.optimizer_bytes["student"] <= 2.01 * student_bytes
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="wants torch's build for GPUs; a GPU it does not want")
-@pytest.mark.parametrize("kind, precision", [("flux", "no"), ("flux", "bf16"), ("sd3", "no"), ("sdxl", "no")])
-def test_no_devices_are_mixed(kind, precision, flags, bfloat16, monkeypatch):
-    """On fake CUDA tensors; no backward, for which torch wants a GPU, and no bf16 where autocast passes fake convolutions by."""
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs torch's build for GPUs, without a GPU")
+@pytest.mark.parametrize("name, precision", [("flux", "no"), ("flux", "bf16"), ("sd3", "no"), ("sdxl", "no")])
+def test_devices_are_not_mixed(name, precision, flags, bfloat16, monkeypatch):
+    """Fake CUDA tensors. Backward needs a real GPU, and autocast of fake convolutions does not work."""
 
     def backward(loss):
         assert loss.device.type == "cuda" and loss.dtype == torch.float32
@@ -130,116 +121,120 @@ def test_no_devices_are_mixed(kind, precision, flags, bfloat16, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-    found = traced(
-        SCRIPTS[kind], flags(kind, "--mixed_precision", precision, "--gradient_checkpointing"), device="cuda"
-    )
-    assert found["peak"] > 4 * found["numbers"]["student"]
+    arguments = flags(name, "--mixed_precision", precision, "--gradient_checkpointing")
+    traced = run_trace(SCRIPTS[name], arguments, device="cuda")
+    assert traced.peak > 4 * traced.num_params["student"]
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
-def foretold_in(environment: dict, arguments: list[str]) -> list[str]:
-    """What a process of many prints: mode, number of processes, numbers and at_peak in place of the tables."""
-    code = "import train_senseflow_flux as script, senseflow.memory.report as dry_run, sys, json\n"
-    code += "def tell(found, mode, processes):\n"
-    code += "    held = [[*key, size] for key, size in found['at_peak'].items()]\n"
-    code += "    print(json.dumps([mode, processes, found['numbers'], held]))\n"
-    command = [sys.executable, "-c", code + "dry_run.tell = tell\nscript.main(sys.argv[1:])", *arguments]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ).stdout.splitlines()
+def dry_run_in(environment: dict, arguments: list[str]) -> list[str]:
+    """Run --dry_run in a process with this environment; return its lines, with JSON in place of the tables."""
+    code = "import train_senseflow_flux as script, senseflow.memory.report as report, sys, json\n"
+    code += "def print_trace(traced, mode, processes):\n"
+    code += "    at_peak = [[*key, size] for key, size in traced.at_peak.items()]\n"
+    code += "    print(json.dumps([mode, processes, traced.num_params, at_peak]))\n"
+    command = [sys.executable, "-c", code + "report.print_trace = print_trace\nscript.main(sys.argv[1:])", *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize("mode, environment, processes", [("fsdp2", FSDP2, 8), ("ddp", {}, 2)])
-def test_a_process_of_many_without_the_others(mode, environment, processes, flags):
-    """Under FSDP2 it holds its part of weights, gradients and optimizer; under DDP the gradients of all networks, always."""
+def test_one_process_of_many(mode, environment, processes, flags):
+    """Under FSDP2 it has its part of weights, gradients and states; under DDP always the gradients of all networks."""
     arguments = flags("flux", "--gan_weight", "0", "--dry_run")
-    found = foretold_in({**environment, "WORLD_SIZE": str(processes)}, arguments)
-    name, count, numbers, held = json.loads(found[0])
-    held = {(owner, kind): size for owner, kind, size in held}
-    assert (name, count) == (mode, processes)
-    models = processes if mode == "fsdp2" else 1
+    lines = dry_run_in({**environment, "WORLD_SIZE": str(processes)}, arguments)
+    printed_mode, printed_processes, num_params, at_peak = json.loads(lines[0])
+    at_peak = {(owner, kind): size for owner, kind, size in at_peak}
+    assert (printed_mode, printed_processes) == (mode, processes)
+    shards = processes if mode == "fsdp2" else 1
     for role in ("student", "fake_score"):
-        whole = 4 * numbers[role]
-        assert whole / models <= held[role, WEIGHTS] <= 1.1 * whole / models
-        assert 2 * whole / models <= held[role, STATES] <= 2.2 * whole / models
+        total = 4 * num_params[role]
+        assert total / shards <= at_peak[role, WEIGHTS] <= 1.1 * total / shards
+        assert 2 * total / shards <= at_peak[role, STATES] <= 2.2 * total / shards
         if mode == "ddp":
-            assert held[role, GRADIENTS] == whole
-        else:  # what was gathered before is free
-            assert held.get((role, "activations"), 0) < whole
-    assert foretold_in({**environment, "WORLD_SIZE": str(processes), "RANK": "1"}, arguments) == []
+            assert at_peak[role, GRADIENTS] == total
+        else:  # weights gathered earlier are freed
+            assert at_peak.get((role, "activations"), 0) < total
+    assert dry_run_in({**environment, "WORLD_SIZE": str(processes), "RANK": "1"}, arguments) == []
 
 
-def test_configurations_are_enough_and_what_is_printed_says_whether_it_fits(flags, teacher, tmp_path, capsys):
+def test_configurations_suffice_and_the_cards_are_printed(flags, teacher, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(teacher, bare)
     for file in bare.rglob("*.safetensors"):
         file.unlink()
-    arguments = flags(
-        "flux", "--gan_weight", "0", "--ida_decay", "0.9", "--dry_run", "--pretrained_model_name_or_path", str(bare)
-    )
+    arguments = flags("flux", "--gan_weight", "0", "--ida_decay", "0.9", "--dry_run")
+    arguments += ["--pretrained_model_name_or_path", str(bare)]
     train_senseflow_flux.main(arguments)
-    said = capsys.readouterr().out
-    peak = float(re.search(r"^peak ([\d.]+) GiB, in: ", said, re.MULTILINE)[1])
-    assert 0 < peak < 0.1 and said.strip().splitlines()[-1].startswith("fits in 24, 40, 48, 80, 141 GB")
-    assert re.search(r"^student +[\d.]+ +[\d.]+ +[\d.]+", said, re.MULTILINE)
-    assert "student's turn: " in said and "on disk: a checkpoint " in said
+    output = capsys.readouterr().out
+    peak = float(re.search(r"^peak ([\d.]+) GiB, in: ", output, re.MULTILINE)[1])
+    assert 0 < peak < 0.1 and output.strip().splitlines()[-1].startswith("fits in 24, 40, 48, 80, 141 GB")
+    assert re.search(r"^student +[\d.]+ +[\d.]+ +[\d.]+", output, re.MULTILINE)
+    assert "\nwith student update: " in output and "on disk: a checkpoint " in output
     assert not (tmp_path / "out").exists()
     (bare / "transformer" / "config.json").unlink()
     refused(train_senseflow_flux, arguments, 2, f"{bare} (transformer): no readable FluxTransformer2DModel", capsys)
     needle = "--dry_run: reads no checkpoint; leave out --resume_from_checkpoint latest"
-    refused(
-        train_senseflow_flux, [*flags("flux", "--dry_run"), "--resume_from_checkpoint", "latest"], 2, needle, capsys
-    )
+    arguments = [*flags("flux", "--dry_run"), "--resume_from_checkpoint", "latest"]
+    refused(train_senseflow_flux, arguments, 2, needle, capsys)
 
 
-def test_what_does_not_fit_is_tried_with_more_until_it_does(flags, capsys, monkeypatch):
-    peaks = {"--gradient_checkpointing": 60, "--offload_text_encoders": 60, "--use_8bit_adam": 30}
-    tried = []
+def test_flags_are_added_until_the_command_fits(flags, capsys, monkeypatch):
+    peaks, commands = {"--gradient_checkpointing": 60, "--offload_text_encoders": 60, "--use_8bit_adam": 30}, []
 
-    def traced_with(command, processes):
-        tried.append(command)
+    def trace_command(command, processes):
+        commands.append(command)
         if "--train_batch_size" in command[-4:]:
             return None
         return min([90, *(peak for flag, peak in peaks.items() if flag in command)]) * GIB
 
-    monkeypatch.setattr(report, "traced_with", traced_with)
-    monkeypatch.setattr(sys, "argv", ["script.py", *flags("flux", "--dry_run", "40")])
-    args = train_senseflow_flux.parse_args(sys.argv[1:])
-    command = without(sys.argv[1:], ["dry_run"])
+    monkeypatch.setattr(report, "trace_command", trace_command)
+    command = flags("flux", "--dry_run", "40")
+    args = train_senseflow_flux.parse_args(command)
     report.suggest(args, command, "single", 1, 90 * GIB, 40)
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines == [
         "with --gradient_checkpointing: 60.00 GiB",
         "with --gradient_checkpointing --offload_text_encoders: 60.00 GiB; no help, left out",
-        "with --gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 2: refused, left out",
+        "with --gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 2: fails, left out",
         "with --gradient_checkpointing --use_8bit_adam: 30.00 GiB",
     ]
     assert last == "fits in 40 GB with --gradient_checkpointing --use_8bit_adam"
-    assert tried[0] == [*command, "--gradient_checkpointing"] and not any("--dry_run" in command for command in tried)
-    assert verdict(30 * GIB).startswith("fits in 40, 48, 80, 141 GB; does not fit in 24 by 7.7 GiB")
-    # Flags of what is left out are left out, too; what a mode cannot do is not offered.
-    (flags_of_last, useless) = candidates(args, "fsdp2")[-1]
-    assert flags_of_last == ["--gan_weight", "0"] and "--discriminator_backbone" not in without(command, useless)
-    offered = {flags[0] for flags, _ in candidates(args, "zero3")}
-    assert "--rank" not in offered and report.MORE in offered and "--use_8bit_adam" in offered
+    assert commands[0] == [*command, "--gradient_checkpointing"]
+    # `trace_command` appends --dry_run, which takes the place of --dry_run 40.
+    assert train_senseflow_flux.parse_args([*command, "--dry_run"]).dry_run == 0
+    assert fit(30 * GIB).startswith("fits in 40, 48, 80, 141 GB; does not fit in 24 by 7.7 GiB")
+    # What a mode refuses is not offered.
+    assert ["--use_8bit_adam"] not in candidates(args, "fsdp2")
+    offered = {flags[0] for flags in candidates(args, "zero3")}
+    assert "--rank" not in offered and report.MORE_PROCESSES in offered and "--use_8bit_adam" in offered
 
 
-def test_under_zero_by_arithmetic():
-    held = {
-        ("student", WEIGHTS): 400,
-        ("student", GRADIENTS): 400,
-        ("student", STATES): 800,
-        ("teacher", WEIGHTS): 200,
-    }
-    found = {"at_peak": held, "numbers": {"student": 100, "teacher": 100}, "states": {"student": 800}}
-    two, three = (under_zero(found, mode, 4, half=True)["at_peak"] for mode in ("zero2", "zero3"))
-    # bf16 weights whole or a quarter, a quarter of bf16 gradients, of fp32 masters and moments.
-    assert [two["student", kind] for kind in (WEIGHTS, GRADIENTS, STATES)] == [200, 50, 300] and two[
-        "teacher", WEIGHTS
-    ] == 200
-    assert [three["student", kind] for kind in (WEIGHTS, GRADIENTS, STATES)] == [50, 50, 300] and three[
-        "teacher", WEIGHTS
-    ] == 50
-    assert under_zero(found, "zero2", 4, half=True)["peak"] == 750
+def test_the_command_that_is_traced_again_prints_its_peak(flags):
+    command = [str(ROOT / "train_senseflow_flux.py"), *flags("flux", "--gan_weight", "0", "--dry_run", "0.001")]
+    assert 0 < report.trace_command(command, 1) < 0.1 * GIB
+    assert report.trace_command([*command, "--rank", "-1"], 1) is None
+
+
+def test_zero_by_arithmetic():
+    student = {("student", WEIGHTS): 400, ("student", GRADIENTS): 400, ("student", STATES): 800}
+    traced = Trace(
+        peak=1800,
+        at_peak={**student, ("teacher", WEIGHTS): 200},
+        peak_phase=("student", "step"),
+        encoder_bytes=0,
+        flops={},
+        checkpoint_bytes=0,
+        export_bytes=0,
+        num_params={"student": 100, "teacher": 100},
+        optimizer_bytes={"student": 800},
+    )
+    zero2, zero3 = (apply_zero(traced, mode, 4, bf16=True) for mode in ("zero2", "zero3"))
+    # bf16 weights, whole or a quarter; a quarter of bf16 gradients and of fp32 masters and moments.
+    kinds = (WEIGHTS, GRADIENTS, STATES)
+    assert [zero2.at_peak["student", kind] for kind in kinds] == [200, 50, 300]
+    assert [zero3.at_peak["student", kind] for kind in kinds] == [50, 50, 300]
+    assert (zero2.at_peak["teacher", WEIGHTS], zero3.at_peak["teacher", WEIGHTS]) == (200, 50)
+    assert zero2.peak == 750

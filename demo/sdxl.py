@@ -1,28 +1,23 @@
 #!/usr/bin/env python
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""train_senseflow_sdxl.py on a teacher that was really trained: a StableDiffusionXLPipeline in miniature on the demo's scenes.
+"""Measure train_senseflow_sdxl.py on a trained teacher: a tiny StableDiffusionXLPipeline for the demo's scenes.
 
-    OMP_NUM_THREADS=1 python benchmarks/sdxl.py                 # students of 4 and of 2 steps, three seeds each
-    OMP_NUM_THREADS=1 python benchmarks/sdxl.py --stage grid    # the teacher, and how good it is at few steps
+    OMP_NUM_THREADS=1 python demo/sdxl.py                 # students of 4 and of 2 steps, three seeds each
+    OMP_NUM_THREADS=1 python demo/sdxl.py --stage grid    # the teacher at few steps
 
-The teacher is a UNet that predicts epsilon in the latents of the demo's VAE, trained with 10 % of the conditions at zero. A
-student is trained by train_senseflow_sdxl.py and its images are drawn by infer.py; demo/measure.py judges them all.
+The teacher is a UNet that predicts epsilon in the latents of the demo's VAE, trained with 10 % empty conditions.
+Students are trained by train_senseflow_sdxl.py. infer.py generates their images, and demo/measure.py measures them.
 
-Whatever stands in benchmarks/out/sdxl is not made again; delete there what should be.
+What exists in demo/out/sdxl is not made again; delete what should be.
 """
 
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 import numpy as np
 import torch
@@ -37,20 +32,18 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from make_teacher import Stage, draw_pool, to_pixels
-from measure import load_images, load_judge, measure
-from run import flags
+from make_teacher import Stage, render_pool, to_pixels
+from measure import load_classifier, load_images, measure
+from run import HERE, ROOT, DemoError, flags, run_command
 from scenes import RESOLUTION, all_captions, sample_scenes
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "demo"
-OUT = ROOT / "benchmarks" / "out" / "sdxl"
+OUT, CLASSIFIER = HERE / "out" / "sdxl", HERE / "out" / "classifier.pt"
 TEACHER = OUT / "teacher"
 
-# Of the teacher's training; what demo/make_teacher.py's `Stage` reads is among it.
+# The teacher's training, with the arguments of make_teacher.Stage and make_teacher.render_pool.
 TRAINING = SimpleNamespace(
     work_dir=OUT,
     device="cpu",
@@ -66,23 +59,23 @@ TRAINING = SimpleNamespace(
 )
 
 SCHEDULERS = {
-    "euler": EulerDiscreteScheduler.from_config,  # SDXL's own, whose few steps start at 751 (of 4) or 501 (of 2)
-    # These start at 999, as a student does. Euler with this spacing is the same as DDIM.
+    "euler": EulerDiscreteScheduler.from_config,  # SDXL's own, which starts at 751 (4 steps) or 501 (2 steps)
+    # The others start at 999, as a student does. Euler with trailing spacing equals DDIM.
     "ddim trailing": partial(DDIMScheduler.from_config, timestep_spacing="trailing", clip_sample=False),
     "dpm++ trailing": partial(DPMSolverMultistepScheduler.from_config, timestep_spacing="trailing"),
-    "ancestral": partial(EulerAncestralDiscreteScheduler.from_config, timestep_spacing="trailing"),  # DDPM's sampler
-    "lcm": partial(LCMScheduler.from_config, original_inference_steps=100),  # the student's
+    "ancestral": partial(EulerAncestralDiscreteScheduler.from_config, timestep_spacing="trailing"),  # DDPM sampling
+    "lcm": partial(LCMScheduler.from_config, original_inference_steps=100),  # the student's sampler
 }
 
-# (steps, scheduler, guidance) of the teacher, the best that `--stage grid` shows: at many steps, with SDXL's own solver and with a
-# stochastic sampler, and with as many forwards as a student of 2 and of 4 steps has (a step with guidance above 1 takes two).
+# (steps, scheduler, guidance) of the teacher, the best of `--stage grid`: at many steps with SDXL's solver and with a
+# stochastic sampler, and with as many forwards as a student of 2 and of 4 steps (guidance above 1 takes two a step).
 MANY = {"ODE": (25, "euler", 2.0), "SDE": (50, "ancestral", 2.0)}
 FEW = {
     2: [(1, "ddim trailing", 1.5), (1, "ddim trailing", 2.0), (2, "ddim trailing", 1.0)],
     4: [(2, "ddim trailing", 1.5), (2, "ddim trailing", 2.0), (4, "ddim trailing", 1.0)],
 }
-PER_CAPTION = 6  # x 96 captions = 576 images a row
-IMAGE_SEED, OTHER_IMAGE_SEED = 0, 1_000_000  # image i is drawn with seed + i: far enough apart to share none
+PER_CAPTION = 6  # x 96 captions = 576 images per row
+IMAGE_SEED, OTHER_IMAGE_SEED = 0, 1_000_000  # image i has seed + i, so these two have none in common
 
 STUDENT = {
     "max_train_steps": 300,
@@ -97,7 +90,7 @@ STUDENT = {
     "adam_beta2": 0.99,
     "ttur_ratio": 3,
     "isg_weight": 0.2,
-    "gan_weight": 0,  # as in the demo: images this simple need no discriminator
+    "gan_weight": 0,  # as in the demo
     "backward_simulation_prob": 1.0,
     "dmd_guidance_scale": 2.0,
     "isg_guidance_scale": 2.0,
@@ -118,7 +111,7 @@ VARIANTS = {
 # The teacher
 # ---------------------------------------------------------------------------------------------------------------------
 def build_unet(latent_channels, text_width, pooled_width):
-    """An untrained UNet2DConditionModel, 2.3 M parameters: 8 x 8 latents, text from 4 x 4 on, SDXL's added embeddings."""
+    """Build an untrained UNet2DConditionModel (2.3 M parameters): 8 x 8 latents, cross-attention at 4 x 4."""
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 8,
         in_channels=latent_channels,
@@ -139,13 +132,13 @@ def build_unet(latent_channels, text_width, pooled_width):
 
 
 def build_pipeline():
-    """SDXL in miniature: the demo's VAE and tokenizer, two text encoders, a UNet, SDXL's own scheduler.
+    """Build a tiny SDXL: the demo's VAE and tokenizer, two text encoders, a UNet, SDXL's scheduler.
 
-    The text encoders are random and frozen, as the demo's is. They are drawn smaller than that: SDXL's UNet gets states that no
-    last norm has scaled, and at the demo's factor of 8 these are in the hundreds, and some captions are pooled alike.
+    The text encoders are random and frozen, with smaller weights than the demo's. SDXL's UNet gets hidden states
+    before the last norm. With the demo's factor of 8 these are in the hundreds, and some pooled embeddings are equal.
     """
     torch.manual_seed(TRAINING.seed)
-    source = DEMO / "teacher"
+    source = HERE / "teacher"
     vae = AutoencoderKL.from_pretrained(source / "vae")
     tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
     config = CLIPTextConfig.from_pretrained(source / "text_encoder", initializer_factor=2.0)
@@ -169,13 +162,13 @@ def build_pipeline():
 
 @torch.no_grad()
 def encode_pool(vae):
-    """(latents as the UNet sees them [N, 8, 8, 8], caption index [N]) of the pool of scenes; sets the VAE's scaling factor.
+    """Return scaled latents [N, 8, 8, 8] and caption indices [N] of the pool of scenes; set the VAE's scaling factor.
 
-    SDXL's pipelines know no shift, FLUX's do: it is taken out of the configuration, and the latents keep their small mean.
+    SDXL's pipelines ignore a shift factor, so it is removed and the latents keep their small mean.
     """
     path = OUT / "latents.pt"
     if not path.exists():
-        images, captions = draw_pool(TRAINING)
+        images, captions = render_pool(TRAINING)
         generator = torch.Generator().manual_seed(TRAINING.seed)
         latents = [
             vae.encode(to_pixels(batch, TRAINING.device)).latent_dist.sample(generator)
@@ -189,21 +182,19 @@ def encode_pool(vae):
 
 @torch.no_grad()
 def encode_captions(pipeline):
-    """(embeds [97, L, D], pooled [97, P]) of all captions; the last row is SDXL's unconditional input, zeros."""
+    """Return embeds [97, L, D] and pooled [97, P] of all captions; the last row is SDXL's empty prompt, zeros."""
     embeds, _, pooled, _ = pipeline.encode_prompt(all_captions(), device="cpu", do_classifier_free_guidance=False)
     return torch.cat([embeds, torch.zeros_like(embeds[:1])]), torch.cat([pooled, torch.zeros_like(pooled[:1])])
 
 
 def train_unet(pipeline, latents, captions):
-    """Epsilon prediction at uniform timesteps of SDXL's table. Every draw of a step comes from (seed, step)."""
+    """Train epsilon prediction at uniform timesteps. Random numbers of a step depend on (seed, step)."""
     embeds, pooled = encode_captions(pipeline)
-    time_ids = torch.tensor(
-        [RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]
-    )  # what a stock call says of a whole image
+    time_ids = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION])  # no crop, as in a diffusers call
     time_ids = time_ids.float().expand(TRAINING.batch_size, -1)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
 
-    def loss_of(step):
+    def compute_loss(step):
         generator = torch.Generator().manual_seed(TRAINING.seed * 10_000_000 + step)
         rows = torch.randint(len(latents), (TRAINING.batch_size,), generator=generator)
         t = torch.randint(scheduler.config.num_train_timesteps, (TRAINING.batch_size,), generator=generator)
@@ -215,20 +206,17 @@ def train_unet(pipeline, latents, captions):
         prediction = pipeline.unet(x_t, t, encoder_hidden_states=embeds[wanted], added_cond_kwargs=added).sample
         return (prediction - noise).square().mean()
 
-    Stage("unet", pipeline.unet, TRAINING.steps, TRAINING.learning_rate, TRAINING).run(loss_of)
+    Stage("unet", pipeline.unet, TRAINING.steps, TRAINING.learning_rate, TRAINING).run(compute_loss)
 
 
 def make_teacher():
-    """Stage `teacher`; resumed from its last checkpoint."""
+    """Run stage `teacher`, from its last checkpoint if there is one."""
     if TEACHER.exists():
         return
     start = time.monotonic()
     pipeline = build_pipeline()
     latents, captions = encode_pool(pipeline.vae)
-    print(
-        f"UNet: {sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6:.2f} M parameters",
-        flush=True,
-    )
+    print(f"UNet: {pipeline.unet.num_parameters() / 1e6:.2f} M parameters", flush=True)
     train_unet(pipeline, latents, captions)
     pipeline.save_pretrained(TEACHER)
     print(f"teacher: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
@@ -239,7 +227,7 @@ def make_teacher():
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def sample(pipeline, steps, scheduler, guidance, per_caption, seed, batch_size=96):
-    """Images of all captions, uint8 [N, 64, 64, 3], by stock calls; image i is drawn with seed + i, as infer.py does."""
+    """Generate images of all captions, uint8 [N, 64, 64, 3]; image i has seed + i, as in infer.py."""
     pipeline.scheduler = SCHEDULERS[scheduler](EulerDiscreteScheduler.load_config(TEACHER, subfolder="scheduler"))
     pipeline.set_progress_bar_config(disable=True)
     captions, images = all_captions() * per_caption, []
@@ -257,24 +245,19 @@ def sample(pipeline, steps, scheduler, guidance, per_caption, seed, batch_size=9
 
 
 def teacher_images(name, *settings):
-    """`sample(teacher, *settings)`, kept as a file."""
+    """Return `sample(teacher, *settings)`, stored in a file."""
     path = OUT / f"{name}.npy"
     if not path.exists():
         np.save(path, sample(StableDiffusionXLPipeline.from_pretrained(TEACHER), *settings))
     return np.load(path)
 
 
-def load_the_judge():
-    """The demo's judge, trained within a minute where the demo has not left one."""
-    return load_judge(DEMO / "out" / "judge.pt")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
 # ---------------------------------------------------------------------------------------------------------------------
 def scan_teacher():
-    """Stage `grid`: prints the teacher at many steps beside clean scenes, then at few steps beside itself at many."""
-    judge, per_caption = load_the_judge(), 2
+    """Run stage `grid`: compare the teacher at many steps with rendered scenes, then at few steps with many."""
+    classifier, per_caption = load_classifier(CLASSIFIER), 2
     captions, pipeline = all_captions() * per_caption, StableDiffusionXLPipeline.from_pretrained(TEACHER)
     pool = {}
     for caption, image in sample_scenes(len(captions), seed=99):
@@ -283,7 +266,7 @@ def scan_teacher():
 
     def line(references, settings, seed):
         images, (steps, scheduler, guidance) = sample(pipeline, *settings, per_caption, seed), settings
-        results = {kind: measure(judge, images, captions, reference) for kind, reference in references.items()}
+        results = {kind: measure(classifier, images, captions, reference) for kind, reference in references.items()}
         numbers = "  ".join(f"fd to {kind} {result['fd']:6.2f}" for kind, result in results.items())
         print(f"{steps:2d} steps  {scheduler:14}  guidance {guidance:.2f}  {numbers}  ", end="")
         result = next(iter(results.values()))
@@ -300,24 +283,13 @@ def scan_teacher():
         line(references, settings, IMAGE_SEED)
 
 
-def call(name, command):
-    """Run a command from the repository's root, its output in a file; ends the benchmark in one line if it fails."""
-    log = OUT / f"{name}.log"
-    with open(log, "w") as stream:
-        code = subprocess.run(
-            [str(part) for part in command], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT
-        ).returncode
-    if code != 0:
-        sys.exit(f"{name} failed with exit code {code}; its output is in {log}")
-
-
 def make_student(variant, seed):
-    """Trains a student, unless it stands, and draws its images, unless they stand; returns them, uint8 [N, 64, 64, 3]."""
+    """Train a student and generate its images, unless they exist; return the images, uint8 [N, 64, 64, 3]."""
     name = f"student-{variant}-{seed}"
     captions = all_captions() * PER_CAPTION
-    prompts, prompts_to_draw = OUT / "prompts.txt", OUT / "prompts_to_draw.txt"
+    prompts, image_prompts = OUT / "prompts.txt", OUT / "image_prompts.txt"
     prompts.write_text("\n".join(all_captions()) + "\n")
-    prompts_to_draw.write_text("\n".join(captions) + "\n")
+    image_prompts.write_text("\n".join(captions) + "\n")
     student, images = OUT / name, OUT / f"{name}-images"
     if not (student / "senseflow.json").exists():
         start = time.monotonic()
@@ -325,17 +297,18 @@ def make_student(variant, seed):
         command += ["--config_file", ROOT / "accelerate_configs" / "single.yaml", ROOT / "train_senseflow_sdxl.py"]
         command += ["--pretrained_model_name_or_path", TEACHER, "--prompts_file", prompts]
         command += ["--output_dir", student, "--seed", seed, *flags(STUDENT | VARIANTS[variant])]
-        call(name, command)
+        run_command(name, command, OUT / f"{name}.log")
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
-    # infer.py draws what is missing, and nothing where nothing is.
+    # infer.py generates the images that do not exist.
     command = [sys.executable, ROOT / "infer.py", "--model", student, "--output_dir", images, "--device", "cpu"]
-    call(f"{name}-images", command + ["--prompts_file", prompts_to_draw, "--batch_size", 96, "--seed", IMAGE_SEED])
+    command += ["--prompts_file", image_prompts, "--batch_size", 96, "--seed", IMAGE_SEED]
+    run_command(f"{name}-images", command, OUT / f"{name}-images.log")
     return load_images(images, len(captions))
 
 
 def report(variants, seeds):
-    """Stage `report`: prints the table, and writes it to report.json."""
-    judge, captions = load_the_judge(), all_captions() * PER_CAPTION
+    """Run stage `report`: measure teacher and students, write report.json, and print the table."""
+    classifier, captions = load_classifier(CLASSIFIER), all_captions() * PER_CAPTION
     forwards = {variant: len((STUDENT | VARIANTS[variant])["anchors"]) for variant in variants}
 
     def teacher(*settings, seed=IMAGE_SEED):
@@ -344,45 +317,43 @@ def report(variants, seeds):
     references = {kind: teacher(*settings) for kind, settings in MANY.items()}
     results = {}
 
-    def row(name, count, images):
-        against = {kind: measure(judge, images, captions, reference) for kind, reference in references.items()}
-        results[name] = against["ODE"] | {
-            "forwards": count,
-            "fd": {kind: found["fd"] for kind, found in against.items()},
-        }
+    def add(name, count, images):
+        measured = {kind: measure(classifier, images, captions, reference) for kind, reference in references.items()}
+        fd = {kind: result["fd"] for kind, result in measured.items()}
+        results[name] = measured["ODE"] | {"forwards": count, "fd": fd}
 
     for kind, settings in MANY.items():
-        row(f"teacher, {kind}", 2 * settings[0], references[kind])
-        row(f"teacher, {kind}, other seeds", 2 * settings[0], teacher(*settings, seed=OTHER_IMAGE_SEED))
+        add(f"teacher, {kind}", 2 * settings[0], references[kind])
+        add(f"teacher, {kind}, other seeds", 2 * settings[0], teacher(*settings, seed=OTHER_IMAGE_SEED))
     for count in sorted(set(forwards.values())):
-        for settings in FEW[count]:
-            row(
-                f"teacher, {settings[0]} step{'s'[: settings[0] > 1]}, guidance {settings[2]:g}",
-                count,
-                teacher(*settings),
-            )
-        row(f"student before training, {count} steps", count, teacher(count, "lcm", 1.0))
+        for steps, scheduler, guidance in FEW[count]:
+            name = f"teacher, {steps} step{'s' if steps > 1 else ''}, guidance {guidance:g}"
+            add(name, count, teacher(steps, scheduler, guidance))
+        add(f"student before training, {count} steps", count, teacher(count, "lcm", 1.0))
     for variant, seed in itertools.product(variants, seeds):
-        row(f"student {variant}, seed {seed}", forwards[variant], make_student(variant, seed))
+        add(f"student {variant}, seed {seed}", forwards[variant], make_student(variant, seed))
+    (OUT / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+    print_table(results)
 
-    print(
-        "| | forwards | captions right | diversity | FD to the ODE | closed | FD to the SDE | closed |\n"
-        + "|---" * 8
-        + "|"
-    )
+
+def print_table(results):
+    columns = ("", "forwards", "captions right", "diversity", "FD to the ODE", "closed", "FD to the SDE", "closed")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for name, result in results.items():
         cells = [name, str(result["forwards"]), f"{result['accuracy']:.3f}", f"{result['diversity']:.2f}"]
+        teachers = [
+            other
+            for other_name, other in results.items()
+            if other_name.startswith("teacher") and other["forwards"] == result["forwards"]
+        ]
         for kind, distance in result["fd"].items():
-            floor = results[f"teacher, {kind}, other seeds"]["fd"][kind]
-            peers = [
-                r["fd"][kind]
-                for n, r in results.items()
-                if n.startswith("teacher") and r["forwards"] == result["forwards"]
-            ]
-            share = (min(peers) - distance) / (min(peers) - floor) if name.startswith("student") else None
-            cells += [f"{abs(distance):.2f}", "" if share is None else f"{share:.0%}"]
+            closed = ""
+            if name.startswith("student"):
+                start = min(other["fd"][kind] for other in teachers)
+                floor = results[f"teacher, {kind}, other seeds"]["fd"][kind]
+                closed = f"{(start - distance) / (start - floor):.0%}"
+            cells += [f"{abs(distance):.2f}", closed]
         print("| " + " | ".join(cells) + " |")
-    (OUT / "report.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main():
@@ -394,9 +365,13 @@ def main():
         help="grid and report train the teacher, too",
     )
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=["4-step", "2-step"], help="of the student's training"
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=["4-step", "2-step"],
+        help="variants of the student's training",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students' training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the students' training")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     make_teacher()
@@ -407,4 +382,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DemoError as error:
+        sys.exit(f"sdxl: {error}")

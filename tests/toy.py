@@ -1,14 +1,13 @@
 #!/usr/bin/env python
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""SenseFlow on a teacher whose answer is known: a Gaussian mixture, whose velocity and score are formulas at every noise level.
+"""A toy with a known answer: SenseFlow on a Gaussian mixture, whose velocity and epsilon are formulas.
 
-    python benchmarks/toy.py --seeds 3
+    python tests/toy.py --seeds 3    # prints the table of benchmarks/RESULTS.md and writes benchmarks/toy.png
 
-The iteration is the training script's own (`train_iteration`), with its losses, schedules, roles, optimizers and draws; this
-file brings only the teacher, two small MLPs and the ruler. A "image" is a set of independent vectors of one class, so that
-the normalizer of L_DMD is a mean over many numbers, as it is over an image, and few draws feed many vectors. Distances between
-samples are energy distances, so that the student's start (the undistilled network at 4 steps) and the floor (exact samples
-against exact samples) have one unit.
+The losses, schedules, roles, optimizers and random numbers are those of the training scripts: the toy calls
+`train_iteration`. This file adds the teacher, two small MLPs and the measurements. An "image" is a set of independent
+vectors of one class, so that the normalizer of L_DMD averages over many numbers, as it does for an image. Samples are
+compared by their energy distance.
 """
 
 import argparse
@@ -17,43 +16,38 @@ import math
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Optional
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from diffusers import DDPMScheduler
 
-from senseflow.training.roles import Role
+from senseflow.arguments import SAMPLERS
+from senseflow.training.models import TrainingModels
 from senseflow.training.runtime import Runtime
 from senseflow_utils import (
-    SAMPLERS,
     DDPMSchedule,
     FlowSchedule,
-    Prediction,
     Schedule,
     StatelessRNG,
     backward_simulation,
     guide,
 )
-from train_senseflow_flux import TrainingModels, train_iteration
+from train_senseflow_flux import train_iteration
 
 
-EMPTY = -1  # the empty prompt, as a class
+EMPTY = -1  # the class that stands for the empty prompt
 POINTS = 8  # vectors in an image
 FAMILIES = ("flow", "epsilon")
 ANCHORS = {"flow": (1000.0, 904.5, 759.5, 512.8), "epsilon": (999.0, 749.0, 499.0, 249.0)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The teacher and its world
+# The teacher
 # ---------------------------------------------------------------------------------------------------------------------
 def make_schedule(family: str, anchors: Optional[tuple] = None) -> Schedule:
-    """The flow has FLUX's table, anchors and draws, epsilon has SDXL's."""
+    """Return FLUX's schedule for "flow" and SDXL's for "epsilon", with these anchors or the four of ANCHORS."""
     anchors = anchors or ANCHORS[family]
     if family == "flow":
         return FlowSchedule(torch.arange(1, 1001), anchors)
@@ -62,14 +56,15 @@ def make_schedule(family: str, anchors: Optional[tuple] = None) -> Schedule:
 
 
 class Mixture(torch.nn.Module):
-    """Isotropic Gaussians N(means[k], spread^2), mode k in class `classes[k]`; called, it is the exact network of its family.
+    """The exact network of isotropic Gaussians N(means[k], spread^2), of which mode k belongs to class `classes[k]`.
 
     An image is POINTS independent vectors of its class, x0 (B, POINTS, D).
 
     Args:
-        means: (K, D); the modes of a class weigh the same, and so do the classes.
+        schedule: decides whether the network predicts velocity or epsilon.
+        means: (K, D); the modes of a class have equal weights, and so have the classes.
         classes: (K,) integers.
-        empty_mean: (D,) or None. Given, the empty prompt means N(empty_mean, spread^2) instead of all the modes together.
+        empty_mean: (D,) or None. The empty prompt stands for N(empty_mean, spread^2), or for all modes together.
     """
 
     def __init__(self, schedule: Schedule, means: torch.Tensor, classes: torch.Tensor, spread: float, empty_mean=None):
@@ -82,46 +77,47 @@ class Mixture(torch.nn.Module):
         self.register_buffer("classes", classes)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Velocity or epsilon at x_t (B, POINTS, D), t (B,), class (B,).
+        """Return velocity or epsilon at x_t (B, POINTS, D), t (B,), class (B,).
 
-        With var = alpha^2 spread^2 + sigma^2: E[x0 | x_t] = sum_k w_k (mu_k + alpha spread^2 / var (x_t - alpha mu_k)) and
-        E[noise | x_t] = sigma / var sum_k w_k (x_t - alpha mu_k), w = softmax_k(-|x_t - alpha mu_k|^2 / 2 var).
+        With var = alpha^2 spread^2 + sigma^2: E[x0 | x_t] = sum_k w_k (mu_k + alpha spread^2 / var (x_t - alpha mu_k))
+        and E[noise | x_t] = sigma / var sum_k w_k (x_t - alpha mu_k), w = softmax_k(-|x_t - alpha mu_k|^2 / 2 var).
         """
         alpha, sigma = (level.float().view(-1, 1, 1) for level in self.schedule.levels(t))
         variance = alpha**2 * self.spread**2 + sigma**2
         scaled = alpha * self.means
-        # |x - m|^2 without its |x|^2, which the softmax over the modes does not see.
+        # |x - m|^2 without |x|^2, which is the same for all modes and cancels in the softmax.
         logits = (x_t @ scaled.mT - 0.5 * scaled.square().sum(-1)[:, None]) / variance
-        own = self.classes == condition[:, None]
-        everything = ~own.any(1, keepdim=True)
-        weights = logits.masked_fill(~(own | everything)[:, None], -math.inf).softmax(-1)
+        in_class = self.classes == condition[:, None]
+        all_modes = ~in_class.any(1, keepdim=True)
+        weights = logits.masked_fill(~(in_class | all_modes)[:, None], -math.inf).softmax(-1)
         mean = weights @ self.means
         offset = x_t - alpha * mean
         return self.schedule.target(mean + alpha * self.spread**2 / variance * offset, sigma / variance * offset)
 
     def sample(self, condition: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Exact x0 (B, POINTS, D) of the classes (B,)."""
-        own = (self.classes == condition[:, None]).float()
-        index = torch.multinomial(own, POINTS, replacement=True, generator=generator)
+        """Draw exact x0 (B, POINTS, D) of the classes (B,)."""
+        in_class = (self.classes == condition[:, None]).float()
+        index = torch.multinomial(in_class, POINTS, replacement=True, generator=generator)
         return self.means[index] + self.spread * torch.randn(len(condition), *self.shape, generator=generator)
 
 
 def make_mixture(
     schedule: Schedule, dim: int = 32, modes: int = 8, classes: int = 2, spread: float = 0.35, scale: float = 0.7
 ) -> Mixture:
-    """`modes` random means, N(0, scale^2) in each coordinate, dealt to the classes in turn."""
+    """Make a mixture of `modes` random means, N(0, scale^2) in each coordinate, assigned to the classes in turn."""
     means = scale * torch.randn(modes, dim, generator=torch.Generator().manual_seed(1))
     return Mixture(schedule, means, torch.arange(modes) % classes, spread)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The networks that learn
+# The trained networks
 # ---------------------------------------------------------------------------------------------------------------------
 class MLP(torch.nn.Module):
-    """Velocity or epsilon from x_t, Fourier features of the noise level and a class embedding.
+    """Predict velocity or epsilon from x_t, Fourier features of the noise level and a class embedding.
 
-    An epsilon network divides its error by alpha on the way to x0 (15-fold at SDXL's top anchor). It therefore returns
-    sigma x_t + alpha v with the MLP's own v, so that x0 = alpha x_t - sigma v as well conditioned as a flow's x_t - sigma v.
+    x0 of an epsilon network has the network's error divided by alpha, 15-fold at SDXL's top anchor. The network
+    therefore returns sigma x_t + alpha v with the MLP's output v: x0 = alpha x_t - sigma v is as well conditioned as
+    x0 = x_t - sigma v of a flow.
     """
 
     def __init__(self, schedule: Schedule, dim: int, classes: int, width: int):
@@ -149,8 +145,8 @@ class MLP(torch.nn.Module):
         return sigma * x_t + alpha * output
 
 
-def start_from(teacher: Mixture, width: int = 128, steps: int = 1000, batch: int = 64, seed: int = 0) -> MLP:
-    """A network that has learned the teacher's outputs: what student and fake score start from, as from a teacher's weights."""
+def pretrain_mlp(teacher: Mixture, width: int = 128, steps: int = 1000, batch: int = 64, seed: int = 0) -> MLP:
+    """Train an MLP on the teacher's outputs: the initial student and fake score."""
     schedule = teacher.schedule
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -171,10 +167,10 @@ def start_from(teacher: Mixture, width: int = 128, steps: int = 1000, batch: int
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Distillation: the script's own iteration
+# Distillation
 # ---------------------------------------------------------------------------------------------------------------------
 def make_args(**changes) -> SimpleNamespace:
-    """The training script's flags that the iteration and the runtime read; plain DMD with backward simulation."""
+    """Return the flags that `train_iteration` and Runtime read: plain DMD with backward simulation, then `changes`."""
     args = {
         "seed": 0,
         "max_train_steps": 1000,
@@ -214,31 +210,35 @@ def make_args(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{**args, **changes})
 
 
-def toy_predict(schedule: Schedule, role: Role, x_t, t, condition, guidance=None) -> Prediction:
-    """As flux_predict, for x_t (B, POINTS, D) and classes (B,)."""
-    output = role(x_t, t, condition)
-    if guidance is not None and guidance.above_one:
-        output = guide(role(x_t, t, torch.full_like(condition, EMPTY)), output, guidance.scale)
-    return schedule.as_prediction(x_t, output, t)
+class ToyModels(TrainingModels):
+    """The mixture as the teacher, two copies of a network to train, prompts "0", "1", ..., and no VAE."""
 
+    def __init__(self, args, teacher: Mixture, network: torch.nn.Module):
+        runtime = Runtime(args)
+        self.args, self.schedule, self.device, self.latent_shape = args, teacher.schedule, "cpu", teacher.shape
+        self.teacher = runtime.frozen_role("teacher", teacher)
+        self.student = runtime.trained_role(
+            "student", copy.deepcopy(network), args.learning_rate, step_every=args.ttur_ratio
+        )
+        self.fake_score = runtime.trained_role("fake_score", copy.deepcopy(network), args.learning_rate_fake)
+        self.discriminator = None
 
-def make_parts(args, teacher: Mixture, network: torch.nn.Module) -> TrainingModels:
-    """Roles of a Runtime, and the toy's prompts ("0", "1", ...) and images (exact samples, no VAE)."""
-    runtime = Runtime(args)
-    return TrainingModels(
-        student=runtime.trained_role("student", copy.deepcopy(network), args.learning_rate, args.ttur_ratio),
-        teacher=runtime.frozen_role("teacher", teacher),
-        fake_score=runtime.trained_role("fake_score", copy.deepcopy(network), args.learning_rate_fake),
-        discriminator=None,
-        predict=partial(toy_predict, teacher.schedule),
-        encode_prompts=lambda prompts: torch.tensor([int(prompt) for prompt in prompts]),
-        real_latents=lambda batch, rows, rng: batch["pixel_values"][rows],
-        latent_shape=teacher.shape,
-    )
+    def predict(self, role, x_t, t, condition, guidance=None):
+        """Predict (x0, noise) at x_t (B, POINTS, D) and t (B,) for classes (B,)."""
+        output = role(x_t, t, condition)
+        if guidance is not None and guidance.above_one:
+            output = guide(role(x_t, t, torch.full_like(condition, EMPTY)), output, guidance.scale)
+        return self.schedule.as_prediction(x_t, output, t)
+
+    def condition(self, prompts):
+        return torch.tensor([int(prompt) for prompt in prompts])
+
+    def real_latents(self, batch, rows, rng):
+        return batch["pixel_values"][rows]
 
 
 def make_batch(args, teacher: Mixture, iteration: int) -> dict:
-    """As a senseflow.data.loader.PromptImageLoader's: slots, prompts and real images, a class per slot."""
+    """Make a batch as the data loader does: sample indices, prompts and real images of random classes."""
     generator = StatelessRNG(args.seed, iteration).generator("data")
     condition = torch.randint(teacher.num_classes, (args.train_batch_size,), generator=generator)
     return {
@@ -248,23 +248,23 @@ def make_batch(args, teacher: Mixture, iteration: int) -> dict:
     }
 
 
-def distil(args, teacher: Mixture, network: torch.nn.Module, watch: Optional[Callable] = None) -> TrainingModels:
-    """Runs `args.max_train_steps` iterations; `watch(iteration, parts, values)` looks on after each."""
-    models = make_parts(args, teacher, network)
+def distill(args, teacher: Mixture, network: torch.nn.Module, callback: Optional[Callable] = None) -> ToyModels:
+    """Run `args.max_train_steps` iterations; `callback(iterations done, models, values)` is called after each."""
+    models = ToyModels(args, teacher, network)
     for iteration in range(args.max_train_steps):
         batch = make_batch(args, teacher, iteration)
-        values, _ = train_iteration(iteration, [batch], models, teacher.schedule, args, "cpu")
-        if watch:
-            watch(iteration + 1, models, values)
+        values, _ = train_iteration(iteration, [batch], models, args)
+        if callback:
+            callback(iteration + 1, models, values)
     return models
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The ruler
+# Measurements
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def few_step_samples(network, teacher: Mixture, condition: torch.Tensor, sampler: str, seed: int) -> torch.Tensor:
-    """x0 (B, POINTS, D) of a student at its anchors, by the path that backward simulation takes, and the last prediction."""
+    """Sample x0 (B, POINTS, D) with a student at its anchors, along the path of backward simulation."""
     schedule, sample_indices = teacher.schedule, range(len(condition))
     rng, last = StatelessRNG(seed, 0), len(schedule.anchors) - 1
 
@@ -277,32 +277,40 @@ def few_step_samples(network, teacher: Mixture, condition: torch.Tensor, sampler
 
 
 def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two samples (N, D), (M, D), self-pairs included (hence a floor above 0)."""
+    """Compute 2 E|X - Y| - E|X - X'| - E|Y - Y'| of samples (N, D), (M, D).
+
+    Pairs of a sample with itself are included, so that two samples of one distribution are a little above 0 apart.
+    """
     return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
 
 
 def measure(samples: torch.Tensor, condition: torch.Tensor, teacher: Mixture, exact: torch.Tensor) -> dict:
-    """Compares the points of samples (B, POINTS, D) of classes (B,) with those of `exact`, class by class.
+    """Compare the points of samples (B, POINTS, D) of classes (B,) with those of `exact`, class by class.
 
     Returns:
-        distance: mean over the classes of the energy distance; weights: (K,) share of each mode within its class, in units of
-        the true share; spread: standard deviation per coordinate about the nearest mode of the own class.
+        "distance": mean over the classes of the energy distance. "weights": (K,) share of each mode within its class,
+        relative to the true share. "spread": standard deviation per coordinate about the nearest mode of the class.
     """
     samples, exact, condition = samples.flatten(0, 1), exact.flatten(0, 1), condition.repeat_interleave(POINTS)
-    away = torch.cdist(samples, teacher.means).square().masked_fill(teacher.classes != condition[:, None], math.inf)
-    nearest = away.argmin(1)
+    squares = torch.cdist(samples, teacher.means).square()
+    squares = squares.masked_fill(teacher.classes != condition[:, None], math.inf)
+    nearest = squares.argmin(1)
     shares = torch.bincount(nearest, minlength=len(teacher.means)) / torch.bincount(condition)[teacher.classes]
-    own = torch.bincount(teacher.classes)[teacher.classes]
+    modes_per_class = torch.bincount(teacher.classes)[teacher.classes]
     per_class = [energy_distance(samples[condition == c], exact[condition == c]) for c in range(teacher.num_classes)]
     return {
         "distance": sum(per_class) / len(per_class),
-        "weights": shares * own,
-        "spread": (away.min(1).values.mean() / samples.shape[1]).sqrt().item(),
+        "weights": shares * modes_per_class,
+        "spread": (squares.min(1).values.mean() / samples.shape[1]).sqrt().item(),
     }
 
 
-class Ruler:
-    """Exact samples to measure against, the floor among them, and the undistilled start."""
+class Evaluation:
+    """Measure networks at few steps against exact samples.
+
+    Attributes:
+        floor: `measure` of other exact samples. start: that of the undistilled network's samples.
+    """
 
     def __init__(self, teacher: Mixture, network: torch.nn.Module, sampler: str = "stochastic", images: int = 500):
         generator = torch.Generator().manual_seed(1234)
@@ -310,18 +318,21 @@ class Ruler:
         self.condition = torch.arange(images) % teacher.num_classes
         self.exact = teacher.sample(self.condition, generator)
         self.floor = measure(teacher.sample(self.condition, generator), self.condition, teacher, self.exact)
-        self.start = self(network)
+        self.start = self._measure(network)
+
+    def _measure(self, network: torch.nn.Module) -> dict:
+        samples = few_step_samples(network, self.teacher, self.condition, self.sampler, seed=99)
+        return measure(samples, self.condition, self.teacher, self.exact)
 
     def __call__(self, network: torch.nn.Module) -> dict:
-        """`measure` of a network's few-step samples, and `closed`: which part of the way from start to floor is gone."""
-        samples = few_step_samples(network, self.teacher, self.condition, self.sampler, seed=99)
-        found = measure(samples, self.condition, self.teacher, self.exact)
-        start = getattr(self, "start", found)["distance"]
-        return {**found, "closed": (start - found["distance"]) / max(start - self.floor["distance"], 1e-12)}
+        """Return `measure` and "closed", the share of the distance from start to floor that is closed."""
+        result, start = self._measure(network), self.start["distance"]
+        closed = (start - result["distance"]) / max(start - self.floor["distance"], 1e-12)
+        return {**result, "closed": closed}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The long run
+# The benchmark
 # ---------------------------------------------------------------------------------------------------------------------
 SETTINGS = {
     "DMD": {},
@@ -331,80 +342,75 @@ SETTINGS = {
     "DMD + ISG .5, real latents": {"isg_weight": 0.5, "backward_simulation_prob": 0.0},
     "DMD + ISG .5, Euler": {"isg_weight": 0.5, "sampler": "euler"},
 }
-SHOWN = "DMD + ISG .5"  # the setting whose samples are drawn
+PLOTTED = "DMD + ISG .5"  # the setting whose samples are plotted
 
 
 def run_settings(family: str, seed: int, iterations: int, every: int) -> dict:
-    """All settings from one start.
+    """Distill one initial network with each of SETTINGS.
 
     Returns:
-        {setting: {"curve": [(iteration, distance)], "found": what Ruler says, "seconds": of CPU, "student": network}}, and
-        "ruler" and "start", the undistilled network.
+        {setting: {"curve": [(iteration, distance)], "result": of Evaluation, "seconds": CPU time, "student":
+        network}}, and "evaluation" and "start", the undistilled network.
     """
     teacher = make_mixture(make_schedule(family))
-    network = start_from(teacher, seed=seed)
-    rulers = {sampler: Ruler(teacher, network, sampler) for sampler in SAMPLERS}
-    results = {"ruler": rulers["stochastic"], "start": network}
+    network = pretrain_mlp(teacher, seed=seed)
+    evaluations = {sampler: Evaluation(teacher, network, sampler) for sampler in SAMPLERS}
+    runs = {"evaluation": evaluations["stochastic"], "start": network}
     for name, flags in SETTINGS.items():
         args = make_args(seed=seed, max_train_steps=iterations, **flags)
-        ruler, curve = rulers[args.sampler], [(0, rulers[args.sampler].start["distance"])]
+        evaluation = evaluations[args.sampler]
+        curve = [(0, evaluation.start["distance"])]
 
-        def watch(iteration, models, values, ruler=ruler, curve=curve):
+        def callback(iteration, models, values, evaluation=evaluation, curve=curve):
             if iteration % every == 0:
-                curve.append((iteration, ruler(models.student.module)["distance"]))
+                curve.append((iteration, evaluation(models.student.module)["distance"]))
 
-        since = time.process_time()
-        models = distil(args, teacher, network, watch)
-        seconds = time.process_time() - since
-        found = ruler(models.student.module)
-        results[name] = {"curve": curve, "found": found, "seconds": seconds, "student": models.student.module}
+        start = time.process_time()
+        student = distill(args, teacher, network, callback).student.module
+        seconds = time.process_time() - start
+        result = evaluation(student)
+        runs[name] = {"curve": curve, "result": result, "seconds": seconds, "student": student}
         print(
-            f"{family}, seed {seed}, {name}: distance {found['distance']:.4f}, {found['closed']:.1%} closed",
+            f"{family}, seed {seed}, {name}: distance {result['distance']:.4f}, {result['closed']:.1%} closed",
             file=sys.stderr,
         )
-    return results
+    return runs
 
 
 def table(results: dict) -> str:
-    """Markdown: mean over the seeds, and the worst seed where it says so; results[family][seed] as `run_settings` makes them."""
+    """Format results[family][seed] of `run_settings` as Markdown: means over the seeds, and the worst seed's gap."""
     lines = [
         "| family | setting | distance | gap closed | worst seed | mode weights (true 1) | spread (true 1) | CPU s |",
         "|---|---|---|---|---|---|---|---|",
     ]
 
-    def row(family, name, found, closed, seconds):
-        count = len(found)
-        weights = torch.stack([one["weights"] for one in found])
+    def row(family, name, results, true_spread, seconds=()):
+        count, weights = len(results), torch.stack([result["weights"] for result in results])
+        closed = [result["closed"] for result in results if "closed" in result]
         cells = [
             family,
             name,
-            f"{sum(one['distance'] for one in found) / count:.4f}",
+            f"{sum(result['distance'] for result in results) / count:.4f}",
             f"{sum(closed) / count:.1%}" if closed else "",
             f"{min(closed):.1%}" if closed else "",
             f"{weights.min():.2f} .. {weights.max():.2f}",
-            f"{sum(one['spread'] for one in found) / count:.2f}",
+            f"{sum(result['spread'] for result in results) / count / true_spread:.2f}",
             f"{sum(seconds) / count:.0f}" if seconds else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
 
     for family, runs in results.items():
-        rulers = [run["ruler"] for run in runs]
-        spread = rulers[0].teacher.spread
-
-        def relative(found, spread=spread):
-            return {**found, "spread": found["spread"] / spread}
-
-        row(family, "floor: exact samples", [relative(ruler.floor) for ruler in rulers], [], [])
-        row(family, "start: undistilled, 4 steps", [relative(ruler.start) for ruler in rulers], [], [])
+        evaluations = [run["evaluation"] for run in runs]
+        spread = evaluations[0].teacher.spread
+        row(family, "floor: exact samples", [evaluation.floor for evaluation in evaluations], spread)
+        row(family, "start: undistilled, 4 steps", [evaluation.start for evaluation in evaluations], spread)
         for name in SETTINGS:
-            of_setting = [run[name] for run in runs]
-            found = [relative(one["found"]) for one in of_setting]
-            row(family, name, found, [one["closed"] for one in found], [one["seconds"] for one in of_setting])
+            row(family, name, [run[name]["result"] for run in runs], spread, [run[name]["seconds"] for run in runs])
     return "\n".join(lines)
 
 
 def plot(results: dict, path: Path) -> None:
-    """Distances over the iterations, a line per setting with its range over the seeds; below, samples on two principal axes."""
+    """Plot each setting's mean distance and range over the seeds, and below that samples on two principal axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -420,22 +426,23 @@ def plot(results: dict, path: Path) -> None:
             axes.fill_between(
                 steps, distances.min(0).values, distances.max(0).values, color=line.get_color(), alpha=0.12
             )
-        axes.axhline(runs[0]["ruler"].floor["distance"], color="black", linestyle=":", label="floor: exact samples")
+        floor = runs[0]["evaluation"].floor["distance"]
+        axes.axhline(floor, color="black", linestyle=":", label="floor: exact samples")
         axes.set(
             yscale="log", title=f"{family}, {len(runs)} seeds", xlabel="iteration", ylabel="energy distance, 4 steps"
         )
     axes.legend(fontsize=8)
 
     family, runs = next(iter(results.items()))
-    ruler, teacher = runs[0]["ruler"], runs[0]["ruler"].teacher
-    students = {"undistilled, 4 steps": runs[0]["start"], f"{SHOWN}, 4 steps": runs[0][SHOWN]["student"]}
-    clouds = {"exact samples": ruler.exact}
-    for title, network in students.items():
-        clouds[title] = few_step_samples(network, teacher, ruler.condition, "stochastic", seed=7)
+    evaluation, teacher = runs[0]["evaluation"], runs[0]["evaluation"].teacher
+    networks = {"undistilled, 4 steps": runs[0]["start"], f"{PLOTTED}, 4 steps": runs[0][PLOTTED]["student"]}
+    samples = {"exact samples": evaluation.exact}
+    for title, network in networks.items():
+        samples[title] = few_step_samples(network, teacher, evaluation.condition, "stochastic", seed=7)
     directions = torch.pca_lowrank(teacher.means, q=2)[2]
-    for axes, (title, cloud) in zip(below.subplots(1, 3, sharex=True, sharey=True), clouds.items()):
+    for axes, (title, x0) in zip(below.subplots(1, 3, sharex=True, sharey=True), samples.items()):
         for c in range(teacher.num_classes):
-            points = (cloud[ruler.condition == c].flatten(0, 1)[:1000] @ directions).numpy()
+            points = (x0[evaluation.condition == c].flatten(0, 1)[:1000] @ directions).numpy()
             axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.4, label=f"class {c}")
         axes.set_title(f"{family}: {title}")
     axes.legend(fontsize=8)
@@ -447,7 +454,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
-    parser.add_argument("--plot", type=Path, default=Path(__file__).with_name("toy.png"))
+    parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "toy.png")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the matrices are small
     every = max(1, args.iterations // 15)
