@@ -192,7 +192,7 @@ class FlowSchedule(Schedule):
 
 
 class IndexedFlowSchedule(FlowSchedule):
-    """Rectified flow whose recipe counts indices into the teacher's shifted levels (SD 3.5): ISG's t_mid and its margin, and
+    """Rectified flow whose recipe counts indices into the teacher's shifted levels (SD 3.5): t_mid and its margin, and
     omega(t). A timestep's index is that of the nearest training timestep."""
 
     def index_of(self, t: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 
     python tests/copies.py        # writes the copies; `make fix-copies`
 
-A marker may end in "but for lines marked WORD": lines that end in `# WORD` are the copy's own. It may go on "with A->B, C->D":
-these words are replaced.
+A marker may end in "but for lines marked WORD": lines that end in `# WORD` are the copy's own. It may go on
+"with A->B, C->D": these words are replaced.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""What the tests of the three scripts have in common: launching one, reading its checkpoints, drawing with its pipeline."""
+"""Launch the training scripts, read their checkpoints and generate with their pipelines."""
 
 import importlib.util
 import json
@@ -59,8 +59,12 @@ def assert_same_image(a: np.ndarray, b: np.ndarray) -> None:
 def start(
     script, arguments, processes: int = 1, precision: str = "no", mode: str = "", *more: str
 ) -> subprocess.Popen:
-    """Launches a script as a user does, under a mode's file of accelerate_configs/, or a file of one's own (its path without
-    .yaml); `more` are flags of `accelerate launch`."""
+    """Launch a script as a user does.
+
+    Args:
+        mode: name of a file in accelerate_configs/, or a path without .yaml.
+        more: flags of `accelerate launch`.
+    """
     config = ROOT / "accelerate_configs" / f"{mode or ('single' if processes == 1 else 'ddp')}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes), "--mixed_precision", precision]
@@ -234,8 +238,11 @@ def assert_starts_as_the_teacher(models, guidance: Optional[Guidance] = None) ->
 
 
 def assert_guided_where_asked(build) -> None:
-    """The teacher's forwards of a student's turn, in L_DMD and then in L_ISG: twice the batch where that loss guides, and there
-    alone. `build(*flags) -> built(...)` of a script, whose teacher has no guidance embedder."""
+    """Check the teacher's forwards in L_DMD and in L_ISG: twice the batch for a loss that guides, and only there.
+
+    Args:
+        build: `build(*flags) -> built(...)` of a script whose teacher has no guidance embedder.
+    """
     one_student_turn = ("--ttur_ratio", "1", "--gradient_accumulation_steps", "1", "--isg_weight", "1")
     for dmd, isg in (("1", "4"), ("4", "1"), ("1", "1")):
         run = build(*one_student_turn, "--dmd_guidance_scale", dmd, "--isg_guidance_scale", isg)

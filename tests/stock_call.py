@@ -6,8 +6,8 @@ For a script of your own, in a test:
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 4.0}, scale=4.0)   # guided
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 1.0}, scale=None)  # not guided
 
-`pipeline_kwargs` are in the units of the pipeline (`true_cfg_scale=4.0, negative_prompt=" "`; a guidance that counts from 0),
-`scale` in those of the script, as --dmd_guidance_scale. Networks must be in float32.
+`pipeline_kwargs` are in the units of the pipeline (`true_cfg_scale=4.0, negative_prompt=" "`; a guidance that counts from
+0), `scale` in those of the script, as --dmd_guidance_scale. Networks must be in float32.
 """
 
 from typing import Callable, Optional
@@ -43,11 +43,11 @@ def assert_called_as_stock(
     scale: Optional[float],
     as_x0: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents,
 ) -> None:
-    """Check that a stock call visits the anchors, and that `predict` gives the call's outputs, for one prompt and for two.
+    """Check that a stock call visits the anchors and that `predict` gives its outputs, for one prompt and for two.
 
     Args:
         run: of `helpers.built`; the pipeline has the scheduler that the script exports.
-        pipeline_kwargs: of the stock call, without the prompt; a text in it, such as a negative prompt, is given with each.
+        pipeline_kwargs: of the stock call, without the prompt; a text, such as a negative prompt, is given with each.
         scale: guidance scale in the script's units; None if the teacher is asked without guidance.
         as_x0: turns the stock pipeline's latents (packed into tokens, or with a frame axis) into (B, C, H, W).
     """

@@ -299,7 +299,7 @@ def test_the_fake_score_s_loss_is_a_plain_mean_of_squares():
 # ---------------------------------------------------------------------------------------------------------------------
 @both_families
 def test_the_isg_target_of_linear_networks_is_the_closed_form(family):
-    """The teacher (output 0.3 x + 0.2) goes first, from t to t_mid; then the student (-0.5 x + 0.1), from there to t_next."""
+    """The teacher (0.3 x + 0.2) steps from t to t_mid; then the student (-0.5 x + 0.1) steps to t_next."""
     schedule, x_t = FAMILIES[family](), randn(3, *SHAPE).double()
     t = TIMES[family][:3]
     t_mid, t_next = t - torch.tensor([10.0, 100.0, 200.0]), t - torch.tensor([95.0, 150.0, 249.0])

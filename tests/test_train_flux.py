@@ -192,7 +192,7 @@ def test_a_guidance_that_nothing_embeds_is_warned_of(build, without_embedder, ca
 
 
 def test_anchors_that_nobody_gave_serve_or_are_refused(flags, teacher, tmp_path, capsys):
-    """Qwen-Image's scheduler ends its four steps at 20 of 1000; without shift_terminal, at 345, they are FLUX's at 64 px."""
+    """Qwen-Image's scheduler ends its four steps at 20 of 1000; at 345 without shift_terminal, as FLUX at 64 px."""
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     file = other / "scheduler" / "scheduler_config.json"
@@ -223,7 +223,7 @@ def test_anchors_that_nobody_gave_serve_or_are_refused(flags, teacher, tmp_path,
 
 
 def test_two_processes_train_as_one(flags, tmp_path):
-    """The same global batch of 16 in two processes and in one: the virtual batch of the local batch norm (8) divides both."""
+    """The same global batch of 16 in two processes and in one, both divisible by the virtual batch of 8."""
     common = [*flags, "--gradient_accumulation_steps", "1", "--checkpointing_steps", "4", "--adam_epsilon", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     output = launch(SCRIPT, [*common, "--train_batch_size", "16", "--output_dir", str(one)])
@@ -412,7 +412,7 @@ def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
     checkpoints.remove_leftovers(str(tmp_path))
     kept = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
     users = {name: name for name in ("logs", "logs.old", "checkpoint-2", "checkpoint-2.incomplete", "vae")}
-    # The transformer had been moved aside and its successor never came; a checkpoint that was being removed does not come back.
+    # A transformer that was moved aside comes back; a checkpoint that was being removed does not.
     assert kept == {**users, "transformer": f"transformer{made[1]}"}
 
 

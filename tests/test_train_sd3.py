@@ -1,4 +1,4 @@
-"""The real SD 3.5 script on tiny pipelines: presets, the shifted levels, everything on, resume, export, prompts only, bad input."""
+"""The SD 3.5 script on tiny pipelines: presets, levels, every term, resume, export, prompts only, bad input."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The real SDXL script on a tiny pipeline: both methods, the network call, DMD2's classifier, other levels, bad input."""
+"""The SDXL script on a tiny pipeline: both methods, the network call, DMD2's classifier, other levels, bad input."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def test_each_method_resume_export_and_a_stock_call(method, flags, senseflow, tm
 
 
 def test_latents_another_vae_other_levels_and_bf16(senseflow, lmdb_of_latents, tmp_path):
-    """LMDB latents with the discriminator, which has them decoded; a VAE of its own that is saved; levels that LCM needs told."""
+    """LMDB latents, decoded for the discriminator; another VAE, which is saved; anchors that the call must name."""
     other = tmp_path / "other_vae"
     torch.manual_seed(7)
     tiny_vae(scaling_factor=0.2).save_pretrained(other)
@@ -204,7 +204,7 @@ def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn
         torch.testing.assert_close(script.mid_block_features(score.unet, **inputs), features[0])
     assert ran == {"up": 1, "mid": 2}
 
-    # One iteration: L_DMD's pass and its own loss run the whole network, the classifier's three (student, real, fake) the half.
+    # L_DMD and the fake score's loss run the whole network; the classifier runs half of it, for student, real, fake.
     ran.update(up=0, mid=0)
     turns = []
     backward = Role.backward

@@ -38,12 +38,12 @@ from transformers import (
 )
 
 
-# Words get ids of their own; anything else falls apart into characters (T5) or bytes (CLIP), so that prompts differ where
-# they should: a byte that CLIP lacked would be read as its end of text, and hide what follows from the pooled embedding.
+# Words have ids of their own; other text falls apart into characters (T5) or bytes (CLIP), so that prompts differ where
+# they should: CLIP would read a byte without an id as the end of the text.
 WORDS = (
-    "a an the of on in at and with under over near two three red green blue yellow orange purple pink brown grey black white "
-    "dark light small large big old new square circle triangle star ring cat dog bird horse car tree house flower mountain "
-    "river city sky sea man woman child photo painting picture left right above below number"
+    "a an the of on in at and with under over near two three red green blue yellow orange purple pink brown grey black "
+    "white dark light small large big old new square circle triangle star ring cat dog bird horse car tree house flower "
+    "mountain river city sky sea man woman child photo painting picture left right above below number"
 ).split()
 T5_CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 WIDTH = 32
@@ -157,7 +157,7 @@ def write_flux(path, guidance_embeds: bool = True, seed: int = 0) -> None:
 
 
 def write_sd3(path, t5: bool = True, layers: int = 2, seed: int = 0) -> None:
-    """A StableDiffusion3Pipeline with the scheduler of SD 3.5 and dual attention in its first block; 64 px are 16 tokens."""
+    """Write a StableDiffusion3Pipeline with SD 3.5's scheduler and dual attention in its first block."""
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
         sample_size=8,

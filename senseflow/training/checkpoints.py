@@ -264,11 +264,9 @@ def check_launch(checkpoint: Path) -> None:
     """
     made, now = read_state(checkpoint)["launch"], launch_record()
     if made != now and any(mode.startswith("zero") for mode in (made["mode"], now["mode"])):
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: made under {made['mode']} in {made['processes']} processes, and this "
-            f"is {now['mode']} in {now['processes']}; DeepSpeed's state fits only the same stage and number: launch as before",
-            exit_code=2,
-        )
+        launches = f"{made['mode']} in {made['processes']} processes, and this is {now['mode']} in {now['processes']}"
+        fix = "DeepSpeed's state fits only the same stage and number: launch as before"
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: made under {launches}; {fix}", exit_code=2)
 
 
 def launch_record() -> dict:
@@ -277,7 +275,7 @@ def launch_record() -> dict:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """Read state.json: iteration, samples_seen, args, fingerprint, launch. UserError (exit code 2) if it is damaged."""
+    """Read state.json: iteration, samples_seen, args, fingerprint, launch. UserError (2) if it is damaged."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         if not {"iteration", "samples_seen", "args", "fingerprint", "launch"} <= set(state):
@@ -301,10 +299,11 @@ def writing(aside: Path):
             raise
         shutil.rmtree(aside, ignore_errors=True)
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--output_dir {aside.parent}: {aside.name.removesuffix(INCOMPLETE)} could not be written ({reason}); what "
-            "was there before is intact: free some space, then --resume_from_checkpoint latest"
-        ) from error
+        problem = (
+            f"{aside.name.removesuffix(INCOMPLETE)} could not be written ({reason}); what was there before is intact"
+        )
+        fix = "free some space, then --resume_from_checkpoint latest"
+        raise UserError(f"--output_dir {aside.parent}: {problem}: {fix}") from error
 
 
 def remove_folder(folder: Path) -> None:
