@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import copies
 import pytest
 
+import tiny_pipelines
 from helpers import ROOT
 from senseflow.arguments import LR_SCHEDULERS, TRACKERS, Parser
 
@@ -96,6 +98,29 @@ def test_help_answers_before_heavy_imports(script):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-500:]
     assert "usage:" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl", "a copy of flux"])
+def test_a_script_trains_from_another_folder(name, teacher, tmp_path):
+    """By its path; and a copy of it, which finds the installed library alone."""
+    script, pipeline = ROOT / f"train_senseflow_{name}.py", tmp_path / name
+    if name in ("sd3", "sdxl"):
+        getattr(tiny_pipelines, f"write_{name}")(pipeline)
+    else:
+        pipeline = teacher
+    if not script.exists():
+        script = tmp_path / "train_mine.py"
+        shutil.copy(ROOT / "train_senseflow_flux.py", script)
+    cwd = tmp_path / "elsewhere"
+    cwd.mkdir()
+    (cwd / "prompts.txt").write_text("a red square\na cat\n")
+    flags = "--prompts_file prompts.txt --gan_weight 0 --backward_simulation_prob 1 --isg_weight 0 --resolution 64"
+    flags += " --max_train_steps 1 --report_to none --output_dir out"
+    command = [sys.executable, str(script), "--pretrained_model_name_or_path", str(pipeline), *flags.split()]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (cwd / "out" / "senseflow.json").is_file() and (cwd / "out" / "model_index.json").is_file()
 
 
 def test_scripts_and_functions_stay_short():
