@@ -30,11 +30,9 @@ class StatelessRNG:
 
     A shared number is a function of (seed, iteration, name): it is the same on all ranks, for decisions on how many
     forwards run. A per-sample number is a function of (seed, iteration, name, sample index), where the sample index is
-    the sample's
-    place in the GLOBAL batch of the iteration: it does not depend on the number of processes, on the micro-batch, or
-        on what
-    was drawn before. Hence there is no state to save, and a resumed run is the same run. Numbers are drawn on the CPU,
-    so that they are the same on every device, and then moved.
+    the sample's place in the GLOBAL batch of the iteration: it does not depend on the number of processes, on the
+    micro-batch, or on what was drawn before. Hence there is no state to save, and a resumed run is the same run.
+    Numbers are drawn on the CPU, so that they are the same on every device, and then moved.
 
     Args:
         seed: --seed of the run.
@@ -333,14 +331,13 @@ def dmd_loss(
         The loss, a float32 scalar, and metrics to log:
         dmd_non_finite: the number of samples whose gradient was not finite and was zeroed there.
         signal/dmd_ratio: mean|fake_x0 - teacher_x0| / mean|student_x0 - teacher_x0|, how far the scores are apart.
-        signal/fake_error: mean|student_x0 - fake_x0| / mean|student_x0 - teacher_x0|, below 1 if the fake score fits
-        the
-            student's samples better than the teacher does.
+        signal/fake_error: mean|student_x0 - fake_x0| / mean|student_x0 - teacher_x0|, below 1 if the fake score
+            fits the student's samples better than the teacher does.
     """
     with torch.no_grad():
         x0, fake_x0, teacher_x0 = student_x0.float(), fake_x0.float(), teacher_x0.float()
-        normaliser = (x0 - teacher_x0).abs().flatten(1).mean(1).view((-1,) + (1,) * (x0.dim() - 1))
-        gradient, error = (fake_x0 - teacher_x0) / normaliser, (x0 - fake_x0) / normaliser
+        normalizer = (x0 - teacher_x0).abs().flatten(1).mean(1).view((-1,) + (1,) * (x0.dim() - 1))
+        gradient, error = (fake_x0 - teacher_x0) / normalizer, (x0 - fake_x0) / normalizer
         finite = torch.isfinite(gradient)
         non_finite = (~finite.flatten(1).all(1)).sum()
         gradient, error = (torch.where(finite, x, torch.zeros_like(x)) for x in (gradient, error))

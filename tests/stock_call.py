@@ -6,8 +6,8 @@ For a script of your own, in a test:
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 4.0}, scale=4.0)   # guided
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 1.0}, scale=None)  # not guided
 
-`pipeline_kwargs` are in the units of the pipeline (`true_cfg_scale=4.0, negative_prompt=" "`; a guidance that counts from
-0), `scale` in those of the script, as --dmd_guidance_scale. Networks must be in float32.
+`pipeline_kwargs` are in the units of the pipeline (`true_cfg_scale=4.0, negative_prompt=" "`; a guidance that counts
+from 0), `scale` in those of the script, as --dmd_guidance_scale. Networks must be in float32.
 """
 
 from typing import Callable, Optional

@@ -38,12 +38,12 @@ from transformers import (
 )
 
 
-# Words have ids of their own; other text falls apart into characters (T5) or bytes (CLIP), so that prompts differ where
-# they should: CLIP would read a byte without an id as the end of the text.
+# Words have ids of their own; other text falls apart into characters (T5) or bytes (CLIP), so that prompts differ
+# where they should: CLIP would read a byte without an id as the end of the text.
 WORDS = (
-    "a an the of on in at and with under over near two three red green blue yellow orange purple pink brown grey black "
-    "white dark light small large big old new square circle triangle star ring cat dog bird horse car tree house flower "
-    "mountain river city sky sea man woman child photo painting picture left right above below number"
+    "a an the of on in at and with under over near two three red green blue yellow orange purple pink brown grey "
+    "black white dark light small large big old new square circle triangle star ring cat dog bird horse car tree "
+    "house flower mountain river city sky sea man woman child photo painting picture left right above below number"
 ).split()
 T5_CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 WIDTH = 32

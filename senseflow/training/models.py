@@ -36,8 +36,7 @@ class TrainingModels:
     `teacher_pipeline_kwargs`; it overrides what else is different for its teacher.
 
     A condition is what prompts are encoded to: a tuple of tensors (B, ...), whose shapes stay the same throughout a
-        run,
-    B apart. Text of variable length is padded, with a mask (senseflow.models.text_encoders.pad_condition).
+    run, B apart. Text of variable length is padded, with a mask (senseflow.models.text_encoders.pad_condition).
 
     Args:
         args: the command line.
@@ -57,7 +56,7 @@ class TrainingModels:
     pipeline_class: type
     network_class: type
     vae_class: type
-    network_name = "transformer"  # of the distilled network in the pipeline
+    network_name = "transformer"  # the distilled network's name in the pipeline
     vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
     compatible_config: Sequence[str] = ()  # entries of its configuration that a student must share with the teacher
     has_classifier = False  # whether DMD2's classifier takes the place of the discriminator

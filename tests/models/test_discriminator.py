@@ -151,8 +151,8 @@ def test_maps_are_the_backbones_patch_tokens_plus_cls(vision):
     see, model = VisionFeatures(path), Dinov2Model.from_pretrained(path).eval()
     images = torch.rand(2, 3, 32, 32) * 2 - 1  # the backbone's size: no interpolation
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normalised = ((images + 1) / 2 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
-    states = model(normalised, output_hidden_states=True).hidden_states
+    normalized = ((images + 1) / 2 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    states = model(normalized, output_hidden_states=True).hidden_states
     maps = see(images)
     assert see.layers == [0, 1, 2, 3] and len(maps) == see.num_maps == 5
     for own, state in zip(maps, states):

@@ -71,6 +71,6 @@ def test_the_prompt_goes_by_its_name(tmp_path):
         ("tags: [a]", {"license": "other"}),
     ],
 )
-def test_the_teachers_licence_is_named(card, found, tmp_path):
+def test_the_teachers_license_is_named(card, found, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
     assert export.license_of(ModelSource("--model", str(tmp_path))) == found
