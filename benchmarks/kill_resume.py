@@ -24,7 +24,7 @@ from pathlib import Path
 
 from modes import ROOT, training_command, write_networks
 
-from senseflow.training.checkpoints import INCOMPLETE, REPLACED, checkpoints, number_of
+from senseflow.training.checkpoints import INCOMPLETE, REPLACED, iteration_of, list_checkpoints
 
 
 ITERATIONS = 30
@@ -45,7 +45,7 @@ def run_uninterrupted(args, folder: Path, output_dir: Path) -> tuple[float, floa
     """Run to the end; return the seconds until the first checkpoint and until the end."""
     since, first, process = time.monotonic(), None, start(args, folder, output_dir)
     while process.poll() is None:
-        first = first or (time.monotonic() - since if checkpoints(str(output_dir)) else None)
+        first = first or (time.monotonic() - since if list_checkpoints(str(output_dir)) else None)
         time.sleep(0.02)
     assert process.returncode == 0, "the uninterrupted run failed"
     return first, time.monotonic() - since
@@ -58,12 +58,12 @@ def kill_and_resume(args, folder: Path, number: int, seconds: float, reference: 
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    complete = checkpoints(str(output_dir)) if output_dir.exists() else []
+    complete = list_checkpoints(str(output_dir)) if output_dir.exists() else []
     partial = [path.name for suffix in (INCOMPLETE, REPLACED) for path in output_dir.glob(f"*{suffix}")]
     resume = ["--resume_from_checkpoint", "latest"] if complete else []
     code = start(args, folder, output_dir, *resume).wait()
     identical = code == 0 and digests(output_dir) == reference
-    last = number_of(complete[-1]) if complete else "none"
+    last = iteration_of(complete[-1]) if complete else "none"
     verdict = "identical" if identical else f"DIFFERENT (exit code {code})"
     print(f"| {number} | {seconds:.2f} | {last} | {', '.join(partial) or '-'} | {verdict} |", flush=True)
     return identical
@@ -71,7 +71,7 @@ def kill_and_resume(args, folder: Path, number: int, seconds: float, reference: 
 
 def digests(output_dir: Path) -> dict[str, str]:
     """Hash every file of the exported pipeline and of the last checkpoint, except state.json, which names the run."""
-    last = checkpoints(str(output_dir))[-1]
+    last = list_checkpoints(str(output_dir))[-1]
     pipeline = [path for path in output_dir.glob("*/*") if "checkpoint" not in str(path)]
     files = [path for path in [*pipeline, *last.rglob("*")] if path.is_file() and path.name != "state.json"]
     return {str(path.relative_to(output_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

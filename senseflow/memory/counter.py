@@ -4,13 +4,13 @@
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import Iterator
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
@@ -58,7 +58,7 @@ class Counter(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # the operations on its shards arrive here separately
         kwargs = kwargs or {}
-        tensors = list(tensors_in((*args, *kwargs.values())))
+        tensors = tensors_in((args, kwargs))
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         real = real or isinstance(kwargs.get("generator"), torch.Generator)
         real = real or function._overloadpacket in NEEDS_VALUES
@@ -70,7 +70,7 @@ class Counter(TorchDispatchMode):
         count = flop_registry.get(function._overloadpacket)
         if count is not None:
             self.flops[self.phase] += count(*args, **kwargs, out_val=out)
-        for tensor in tensors_in((out,)):
+        for tensor in tensors_in(out):
             self.track(tensor)
         return out
 
@@ -124,10 +124,6 @@ class Counter(TorchDispatchMode):
         self._add(-size, label)
 
 
-def tensors_in(values) -> Iterator[torch.Tensor]:
-    """Yield the tensors of an operation's arguments or results."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
+def tensors_in(values) -> list[torch.Tensor]:
+    """Return the tensors of nested lists, tuples and dictionaries."""
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]

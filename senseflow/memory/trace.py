@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator
 from unittest import mock
 
 import torch
@@ -290,38 +290,32 @@ def allocate_states(
 ) -> dict[str, int]:
     """Take a step with every optimizer, which allocates its states; return their bytes by role.
 
+    From now on gradients are labeled as such.
+
     Args:
-        keep_gradients: keep the gradients of all networks from now on, as DDP does in its buckets.
+        keep_gradients: keep the gradients of all networks, as DDP does in its buckets.
     """
-    kept = {} if keep_gradients else None
-    for role in roles.values():
-        for parameter in role.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
-            stack.callback(label_gradients(counter, parameter, role.name, kept))
-        if role.optimizer is not None:
-            role.step()
-            for state in role.optimizer.state.values():
-                for tensor in tensors_in(state.values()):
-                    counter.label(tensor, role.name, STATES)
-    return {name: counter.by_label[name, STATES] for name in roles}
+    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
 
-
-def label_gradients(
-    counter: Counter, parameter: torch.nn.Parameter, owner: str, kept: Optional[dict]
-) -> Callable[[], None]:
-    """Label the gradient of a parameter now and whenever it is accumulated, and keep it in `kept`; return the undo."""
-
-    def label(parameter):
-        if kept is not None:
+    def label_gradient(owner: str, parameter: torch.nn.Parameter) -> None:
+        if keep_gradients:
             parameter.grad = kept.setdefault(parameter, parameter.grad)
         counter.label(parameter.grad, owner, GRADIENTS)
 
-    label(parameter)
-    requires_grad = parameter.requires_grad
-    parameter.requires_grad_(True)  # needed by the hook; a role's parameters require gradient only while it trains
-    hook = parameter.register_post_accumulate_grad_hook(label)
-    parameter.requires_grad_(requires_grad)
-    return hook.remove
+    for role in roles.values():
+        for parameter in role.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+            label_gradient(role.name, parameter)
+            requires_grad = parameter.requires_grad
+            parameter.requires_grad_(True)  # needed by the hook; a role's parameters require it only in training
+            hook = parameter.register_post_accumulate_grad_hook(partial(label_gradient, role.name))
+            stack.callback(hook.remove)
+            parameter.requires_grad_(requires_grad)
+        if role.optimizer is not None:
+            role.step()
+            for tensor in tensors_in(list(role.optimizer.state.values())):
+                counter.label(tensor, role.name, STATES)
+    return {name: counter.by_label[name, STATES] for name in roles}
 
 
 def run_iteration(args, models, train_iteration, counter: Counter, stage: str) -> dict[tuple[str, str], float]:
