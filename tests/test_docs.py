@@ -230,8 +230,11 @@ class Workspace:
         continues = {"--resume_from_checkpoint", "--dry_run"} & set(arguments)
         if script.startswith("train_") and output.exists() and not continues:
             shutil.rmtree(output)
-        AcceleratorState._reset_state()  # of another precision
-        importlib.import_module(Path(script).stem).main(arguments)
+        AcceleratorState._reset_state()  # runs of other tests, and later ones, have another precision
+        try:
+            importlib.import_module(Path(script).stem).main(arguments)
+        finally:
+            AcceleratorState._reset_state()
 
     def small_training(self, arguments: list[str], script: str) -> list[str]:
         """A training command of two iterations at 64 px."""

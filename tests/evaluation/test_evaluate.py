@@ -276,7 +276,7 @@ REFUSED = {
     "inception": ("--metrics fid --reference {root}/student --inception none.pt", "--inception none.pt: no such file"),
     "hpsv2": ("--metrics hpsv2 --hpsv2 none", "--hpsv2 none: no such file; --metrics hpsv2 needs HPS_v2.1_compr"),
     "device": ("--device nowhere", "--device nowhere: not available here"),
-    "batch size": ("--batch_size 0", "argument --batch_size: must be 1 or more"),
+    "batch size": ("--batch_size 0", "--batch_size 0: must be a whole number, 1 or more"),
     "no checkpoints": ("--checkpoints {root}/empty --prompts_file x", "{root}/empty: has no checkpoint-N"),
     "no prompts file": ("--checkpoints {root}/empty", "{root}/empty: give --prompts_file"),
     "captions": ("--reference {root}/cut/metadata.jsonl --metrics fd", "cannot read images and captions"),
