@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import distributed
+from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedModel
 
@@ -151,6 +152,11 @@ def fake_quantize_network(network: torch.nn.Module, base_quantization: str, devi
             setattr(network.get_submodule(parent), child, layer)
 
 
+def all_nonzero(mode, function, values: torch.Tensor) -> torch.Tensor:
+    """Replace `nonzero` of a tensor without values, such as a mask of text: every value counts."""
+    return values.new_empty((values.numel(), values.dim()), dtype=torch.int64)
+
+
 @contextmanager
 def patch_loaders(args) -> Iterator[None]:
     """Make networks load without weights, and without what needs values or a GPU."""
@@ -179,6 +185,7 @@ def patch_loaders(args) -> Iterator[None]:
                     patch(module, name, replacements[value])
         if args.use_8bit_adam:
             stack.enter_context(mock.patch("bitsandbytes.optim.AdamW8bit", FakeAdamW8bit))
+        stack.enter_context(mock.patch.dict(op_implementations_dict, {torch.ops.aten.nonzero.default: all_nonzero}))
         yield
 
 

@@ -32,11 +32,11 @@ LOWEST_DEFAULT_ANCHOR = 50  # a timestep; below it next to nothing is left to ge
 class TrainingModels:
     """Hold the networks of a run, and define how the training loop calls them.
 
-    A subclass sets the class attributes and defines `make_schedule`, `predict`, `encode_prompts`, `omega` and
-    `teacher_pipeline_kwargs`; it overrides what else is different for its teacher.
+    A subclass sets the class attributes, and defines `make_schedule`, `pixel_multiple`, `encode_prompts`, `predict`,
+    `omega` and `teacher_pipeline_kwargs`; it overrides what else is different for its teacher.
 
-    A condition is what prompts are encoded to: a tuple of tensors (B, ...), whose shapes stay the same throughout a
-    run, B apart. Text of variable length is padded, with a mask (senseflow.models.text_encoders.pad_condition).
+    A condition is what prompts are encoded to: a tuple of tensors (B, ...) whose shapes, B apart, stay the same
+    throughout a run. Text of variable length is padded, with a mask (senseflow.models.text_encoders.pad_condition).
 
     Args:
         args: the command line.

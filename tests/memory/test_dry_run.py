@@ -85,6 +85,14 @@ def test_the_counter_agrees_with_torchs_allocator_and_with_flops_by_hand():
     assert sum(counter.flops.values()) == 2 * 2 * 96 * 64 * 512 * (2 + 3)
 
 
+def test_text_that_a_mask_selects_counts_whole(flags):
+    """As in the ports whose network takes texts of their own lengths."""
+    args = train_senseflow_sd3.parse_args(flags("sd3"))
+    with patch_loaders(args), FakeTensorMode():
+        text, mask = torch.zeros(5, 3), torch.zeros(5) > 0
+        assert text[mask].shape == (5, 3)
+
+
 @pytest.mark.parametrize(
     "name, more",
     [
