@@ -30,11 +30,9 @@ class StatelessRNG:
 
     A shared number is a function of (seed, iteration, name): it is the same on all ranks, for decisions on how many
     forwards run. A per-sample number is a function of (seed, iteration, name, sample index), where the sample index is
-    the sample's
-    place in the GLOBAL batch of the iteration: it does not depend on the number of processes, on the micro-batch, or
-        on what
-    was drawn before. Hence there is no state to save, and a resumed run is the same run. Numbers are drawn on the CPU,
-    so that they are the same on every device, and then moved.
+    the sample's place in the GLOBAL batch of the iteration: it does not depend on the number of processes, on the
+    micro-batch, or on what was drawn before. Hence there is no state to save, and a resumed run is the same run.
+    Numbers are drawn on the CPU, so that they are the same on every device, and then moved.
 
     Args:
         seed: --seed of the run.
@@ -251,9 +249,7 @@ class Guidance(NamedTuple):
     """The guidance scales of a batch."""
 
     scale: torch.Tensor  # (B,)
-    above_one: (
-        bool  # whether a scale can be above 1, known without a host sync; if not, no unconditional pass is needed
-    )
+    above_one: bool  # whether a scale can be above 1, known without a host sync; if not, one pass is enough
 
 
 def draw_guidance(rng: StatelessRNG, name: str, sample_indices: Sequence[int], bounds: Sequence[float]) -> Guidance:
@@ -334,23 +330,22 @@ def dmd_loss(
         dmd_non_finite: the number of samples whose gradient was not finite and was zeroed there.
         signal/dmd_ratio: mean|fake_x0 - teacher_x0| / mean|student_x0 - teacher_x0|, how far the scores are apart.
         signal/fake_error: mean|student_x0 - fake_x0| / mean|student_x0 - teacher_x0|, below 1 if the fake score fits
-        the
-            student's samples better than the teacher does.
+            the student's samples better than the teacher does.
     """
     with torch.no_grad():
         x0, fake_x0, teacher_x0 = student_x0.float(), fake_x0.float(), teacher_x0.float()
-        normaliser = (x0 - teacher_x0).abs().flatten(1).mean(1).view((-1,) + (1,) * (x0.dim() - 1))
-        gradient, error = (fake_x0 - teacher_x0) / normaliser, (x0 - fake_x0) / normaliser
+        normalizer = (x0 - teacher_x0).abs().flatten(1).mean(1).view((-1,) + (1,) * (x0.dim() - 1))
+        gradient, error = (fake_x0 - teacher_x0) / normalizer, (x0 - fake_x0) / normalizer
         finite = torch.isfinite(gradient)
         non_finite = (~finite.flatten(1).all(1)).sum()
         gradient, error = (torch.where(finite, x, torch.zeros_like(x)) for x in (gradient, error))
         target = x0 - gradient
-    found = {
+    metrics = {
         "dmd_non_finite": non_finite,
         "signal/dmd_ratio": gradient.abs().mean(),
         "signal/fake_error": error.abs().mean(),
     }
-    return 0.5 * F.mse_loss(student_x0.float(), target), found
+    return 0.5 * F.mse_loss(student_x0.float(), target), metrics
 
 
 def denoising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
