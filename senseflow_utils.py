@@ -249,9 +249,7 @@ class Guidance(NamedTuple):
     """The guidance scales of a batch."""
 
     scale: torch.Tensor  # (B,)
-    above_one: (
-        bool  # whether a scale can be above 1, known without a host sync; if not, no unconditional pass is needed
-    )
+    above_one: bool  # whether a scale can be above 1, known without a host sync; if not, one pass is enough
 
 
 def draw_guidance(rng: StatelessRNG, name: str, sample_indices: Sequence[int], bounds: Sequence[float]) -> Guidance:
@@ -331,8 +329,8 @@ def dmd_loss(
         The loss, a float32 scalar, and metrics to log:
         dmd_non_finite: the number of samples whose gradient was not finite and was zeroed there.
         signal/dmd_ratio: mean|fake_x0 - teacher_x0| / mean|student_x0 - teacher_x0|, how far the scores are apart.
-        signal/fake_error: mean|student_x0 - fake_x0| / mean|student_x0 - teacher_x0|, below 1 if the fake score
-            fits the student's samples better than the teacher does.
+        signal/fake_error: mean|student_x0 - fake_x0| / mean|student_x0 - teacher_x0|, below 1 if the fake score fits
+            the student's samples better than the teacher does.
     """
     with torch.no_grad():
         x0, fake_x0, teacher_x0 = student_x0.float(), fake_x0.float(), teacher_x0.float()
@@ -342,12 +340,12 @@ def dmd_loss(
         non_finite = (~finite.flatten(1).all(1)).sum()
         gradient, error = (torch.where(finite, x, torch.zeros_like(x)) for x in (gradient, error))
         target = x0 - gradient
-    found = {
+    metrics = {
         "dmd_non_finite": non_finite,
         "signal/dmd_ratio": gradient.abs().mean(),
         "signal/fake_error": error.abs().mean(),
     }
-    return 0.5 * F.mse_loss(student_x0.float(), target), found
+    return 0.5 * F.mse_loss(student_x0.float(), target), metrics
 
 
 def denoising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -35,15 +35,15 @@ def parse_args(argv=None):
     parser = Parser(
         description=__doc__.split("\n\n")[0],
         epilog="The defaults are those of the SenseFlow release for FLUX.1-dev, of the paper for --max_train_steps, "
-        "and ours for --student_guidance_scale. The default of --anchors is the teacher's own 4-step schedule at "
-        "--resolution: 1000 904.5 759.5 512.8 for FLUX.1-dev at 1024 pixels. omega(t) of the "
-        "adversarial terms is (1 - sigma)^2.",
+        "and ours for --student_guidance_scale and, with --rank, for the learning rates. The default of --anchors is "
+        "the teacher's own 4-step schedule at --resolution: 1000 904.5 759.5 512.8 for FLUX.1-dev at 1024 pixels. "
+        "omega(t) of the adversarial losses is (1 - sigma)^2.",
     )
     add = add_model_arguments(parser, "FluxPipeline", "FluxTransformer2DModel")
     add("--student_guidance_scale", type=number(float, 0), default=3.5,
-        help="Guidance at which student and fake score start as the teacher. It is folded into a bias and the "
-        "guidance embedder is dropped; with --rank the embedder stays and gets it in every call. 0: nothing is "
-        "folded, as in the release.")
+        help="Guidance at which student and fake score start as the teacher. The embedder's output at it is folded "
+        "into a bias and the guidance embedder is dropped; with --rank the embedder stays and gets it in every call. "
+        "0: nothing is folded, as in the release. The teacher's validation images are guided by it, too (3.5 for 0).")
     add("--max_sequence_length", type=number(int, 1, 512), default=512, help="Number of T5 tokens.")
     add_lora_arguments(parser)
     add_data_arguments(parser)
@@ -126,7 +126,7 @@ def student_input(models: TrainingModels, rng: StatelessRNG, batch: dict, condit
         predict = partial(models.predict, models.student, condition=condition)
         x_t = backward_simulation(predict, schedule, args.sampler, rng, sample_indices, noise, num_steps)
         return x_t, torch.full((len(sample_indices),), num_steps, device=noise.device)
-    # Drawn on the host: a sample at the top anchor starts from pure noise, as in a sampler, and is not encoded.
+    # Drawn on the CPU, since the host has to know which samples to encode: one at the top anchor is pure noise.
     index = StatelessRNG(rng.seed, rng.iteration).integers("anchor", sample_indices, 0, num_anchors - 1)
     rows = index.nonzero().flatten()
     if len(rows) > 0:
@@ -138,7 +138,11 @@ def student_input(models: TrainingModels, rng: StatelessRNG, batch: dict, condit
 def student_losses(
     models: TrainingModels, rng: StatelessRNG, batch: dict, condition, x_t, t, t_next, prediction, args
 ):
-    """Return ({name: loss}, {name: latents for the debug panel}) of the student but the adversarial loss (step 3)."""
+    """Compute the student's losses, except for the adversarial loss (step 3).
+
+    Returns:
+        ({name: loss, or metric to log}, {name: latents (B, C, H, W) for the debug panel}).
+    """
     schedule, predict, sample_indices = models.schedule, models.predict, batch["sample_indices"]
     student_x0 = prediction.x0
 
@@ -154,7 +158,7 @@ def student_losses(
     losses = {"dmd_loss": dmd, **metrics}
     debug_latents = {"student_x0": student_x0, "fake_x0": fake_x0, "teacher_x0": teacher_x0}
 
-    # L_ISG: the student's step should end where the teacher, then the student arrive over an intermediate timestep.
+    # L_ISG: the student's step to t_next should end where the teacher's step to t_mid and its own from there end.
     if args.isg_weight > 0:
         t_mid = schedule.draw_mid_timesteps(rng, sample_indices, t, t_next, args.isg_margin)
         guidance = draw_guidance(rng, "isg_guidance", sample_indices, args.isg_guidance_scale)
@@ -174,7 +178,8 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         iteration: number from 0; the student is updated in every `args.ttur_ratio`-th iteration.
         batches: `gradient_accumulation_steps` micro-batches of senseflow.data.loader.PromptImageLoader.
     Returns:
-        ({name: scalar on the device}, {name: latents (B, C, H, W) for the debug panel}; empty without student update).
+        ({name: scalar on the device}, {name: latents (B, C, H, W) for the debug panel}). The latents are those of the
+        student's update, and {} in an iteration without one.
     """
     schedule, discriminator = models.schedule, models.discriminator
     student, fake_score = models.student, models.fake_score
@@ -196,8 +201,9 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
             x_t, index = student_input(models, rng, batch, condition, args)
             t, t_next = schedule.anchors[index], schedule.next_timesteps[index]
             if discriminator is not None:
-                real, text, omega = models.real_images(batch), models.text_features(batch["prompts"]), models.omega(t)
-                reference = models.vision_features(real)
+                omega, real_images = models.omega(t), models.real_images(batch)
+                # The discriminator is conditioned on the prompt and on the real image, without augmentation.
+                text, reference = models.text_features(batch["prompts"]), models.vision_features(real_images)
 
         # 2. The student's prediction; with gradient only if the student is updated.
         with student.accumulate() if update_student else torch.no_grad():
@@ -220,11 +226,11 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
                 record(losses)
         student_samples.append((sample_indices, prediction.x0.detach(), condition))
 
-        # 4. The discriminator's loss: hinge loss on the real images and the student's, whose features are shared.
+        # 4. The discriminator's loss: hinge loss on features of real images and of the student's (from step 2).
         if discriminator is not None:
             fake = [features.detach() for features in fake]
             with torch.no_grad():
-                real = models.vision_features(diff_augment(real, rng, sample_indices, "real"))
+                real = models.vision_features(diff_augment(real_images, rng, sample_indices, "real"))
             with discriminator.accumulate():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)
@@ -270,24 +276,24 @@ class FluxModels(TrainingModels):
 
     @staticmethod
     def make_schedule(args, source: ModelSource, device):
-        teacher = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
+        teacher_scheduler = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
         num_tokens = (args.resolution // FluxModels.pixel_multiple(source)) ** 2
-        train_timesteps = teacher.timesteps.clone()
-        wanted = [t / 1000 for t in args.anchors] if args.anchors else stock_sigmas(teacher, 4, num_tokens)
+        train_timesteps = teacher_scheduler.timesteps.clone()
+        wanted = [t / 1000 for t in args.anchors] if args.anchors else stock_sigmas(teacher_scheduler, 4, num_tokens)
         scheduler, sigmas = fit_flow_scheduler(
             wanted, lambda s: stock_sigmas(s, len(wanted), num_tokens), args.sampler
         )
         schedule = FlowSchedule(train_timesteps, [1000 * sigma for sigma in sigmas], device=device)
         # An adapter keeps the guidance embedder; a network without one ignores the call's guidance.
-        embeds = args.rank and source.config(FluxTransformer2DModel, "transformer").get("guidance_embeds")
+        keeps_embedder = args.rank and source.config(FluxTransformer2DModel, "transformer").get("guidance_embeds")
         pipeline_kwargs = {
             "num_inference_steps": len(sigmas),
-            "guidance_scale": args.student_guidance_scale if embeds else 1.0,
+            "guidance_scale": args.student_guidance_scale if keeps_embedder else 1.0,
             "height": args.resolution,
             "width": args.resolution,
         }
         visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), num_tokens)
-        if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
+        if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:  # no scheduler visits them by itself
             pipeline_kwargs["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
         return schedule, scheduler, {**pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
 
@@ -309,8 +315,8 @@ class FluxModels(TrainingModels):
             guidance: for the teacher alone. The other roles' embedders get --student_guidance_scale.
         """
         batch, channels, height, width = x_t.shape
-        embedded = role.module.config.guidance_embeds
-        two_passes = guidance is not None and not embedded and guidance.above_one
+        has_embedder = role.module.config.guidance_embeds
+        two_passes = guidance is not None and not has_embedder and guidance.above_one
         latents, timesteps = x_t, t
         if two_passes:
             latents, timesteps, batch = torch.cat([x_t, x_t]), torch.cat([t, t]), 2 * batch
@@ -322,7 +328,7 @@ class FluxModels(TrainingModels):
         output = role(
             hidden_states=FluxPipeline._pack_latents(latents.to(role.dtype), batch, channels, height, width),
             timestep=timesteps.to(role.dtype) / 1000,  # rounded as the stock pipeline rounds in this dtype
-            guidance=scale.to(role.dtype) if embedded else None,
+            guidance=scale.to(role.dtype) if has_embedder else None,
             pooled_projections=pooled,
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=role.dtype),
@@ -354,10 +360,10 @@ class FluxModels(TrainingModels):
 
 
 def fold_guidance_embedder(transformer: FluxTransformer2DModel, scale: float) -> FluxTransformer2DModel:
-    """Return the transformer in float32 without guidance embedder, whose output at `scale` is added to a bias instead.
+    """Return a copy of the transformer in float32 without its guidance embedder, whose output is added to a bias.
 
-    It then equals the original at that guidance. With scale 0 nothing is added, as in the original release. A
-    transformer without the embedder is copied. The result has no memory until a role is made of it.
+    The copy equals the original at the guidance `scale`. With scale 0 nothing is added, as in the release. A
+    transformer without a guidance embedder is only copied. The copy is on the meta device until its role is made.
     """
     weights, changed = weights_of(transformer), {}
     if transformer.config.guidance_embeds and scale > 0:
@@ -371,7 +377,7 @@ def fold_guidance_embedder(transformer: FluxTransformer2DModel, scale: float) ->
 
 
 def stock_sigmas(scheduler, steps: int, num_tokens: int) -> list[float]:
-    """Return the noise levels that a stock FluxPipeline call visits, without the final 0."""
+    """Set a scheduler to the noise levels that a stock FluxPipeline call visits; return them without the final 0."""
     config = scheduler.config
     lengths = config.base_image_seq_len, config.max_image_seq_len
     mu = calculate_shift(num_tokens, *lengths, config.base_shift, config.max_shift)
@@ -383,20 +389,20 @@ def stock_sigmas(scheduler, steps: int, num_tokens: int) -> list[float]:
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
 def check_args(args, source: ModelSource) -> None:
-    """Refuse (UserError, exit code 2) arguments that do not fit together or the teacher, before any weights load."""
+    """Refuse (UserError, exit code 2) arguments that do not fit each other or the teacher; no weights load."""
     check_common_args(args)
-    source.config(FlowMatchEulerDiscreteScheduler, "scheduler")
+    source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
     check_models(args, source, FluxModels)
-    embeds = source.config(FluxTransformer2DModel, "transformer").get("guidance_embeds")
-    if args.rank and args.student_guidance_scale == 0 and embeds:
+    has_embedder = source.config(FluxTransformer2DModel, "transformer").get("guidance_embeds")
+    if args.rank and args.student_guidance_scale == 0 and has_embedder:
         message = "--student_guidance_scale 0: with --rank the teacher's embedder stays; give a guidance, such as 3.5"
         raise UserError(message, exit_code=2)
-    if not embeds and not args.validation_prompts:
+    if not has_embedder and not args.validation_prompts:
         warn_inactive(args, "a run whose teacher has no guidance embedder", ["student_guidance_scale"])
     if args.gan_weight > 0:
         check_discriminator_args(args)
     if args.dry_run is None:
-        find_checkpoint(args)
+        find_checkpoint(args)  # refuses an unknown checkpoint, and an --output_dir that holds another run
 
 
 def prepare(args):
@@ -421,7 +427,7 @@ def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> Traini
     if args.gan_weight > 0 and not models.has_classifier:
         dtype = runtime.weight_dtype
         heads, models.vision_features, models.text_features = load_discriminator(args, dtype, models.device)
-        # Spectral norms are computed in float32, of weights in float32.
+        # gather_bf16=False, because spectral norms are computed in float32, of weights in float32.
         models.discriminator = runtime.trained_role("discriminator", heads, args.learning_rate_disc, gather_bf16=False)
     return models
 
@@ -439,13 +445,13 @@ def main(argv=None):
     models = make_models(args, source, schedule, runtime)
     models.cache_prompts(rows)
 
-    # Where the run starts or goes on.
+    # The iteration to start or resume from, and the data from there.
     checkpointer = Checkpointer(args, runtime, models, scheduler, pipeline_kwargs)
     iteration, samples_seen = checkpointer.resume()
-    rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
+    process_index, num_processes = runtime.accelerator.process_index, runtime.accelerator.num_processes
     reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
-    loader = make_dataloader(args, rows, rank, world_size, iteration, samples_seen, reads_images)
-    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * world_size
+    loader = make_dataloader(args, rows, process_index, num_processes, iteration, samples_seen, reads_images)
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     anchors = ", ".join(f"{t:.1f}" for t in schedule.anchors)
     logger.info(f"anchors {anchors}; {global_batch_size} samples per iteration")
 
@@ -464,7 +470,7 @@ def main(argv=None):
         if iteration % args.validation_steps == 0:
             validation.run(models.student, iteration, debug_latents)
         if iteration % args.checkpointing_steps == 0:
-            metrics.flush()  # raises if the student has diverged, before it replaces a good checkpoint
+            metrics.flush()  # raises if the run has diverged, before its checkpoint counts as the latest
             checkpointer.save(iteration, samples_seen, validation.signals)
     metrics.flush()
     if metrics.ended_by and runtime.saved < iteration:

@@ -55,9 +55,10 @@ def parse_args(argv=None):
     parser = Parser(
         description=__doc__.split("\n\n")[0],
         epilog="The defaults are those of the SenseFlow release for SD 3.5, and of the paper for --max_train_steps "
-        f"(Large; ours for Medium). --preset decides: {describe_presets(PRESETS)}. The default of --anchors are the "
-        "indices 999 749 499 249 of the teacher's 1000 ascending noise levels: 1000 900 750 500 with a shift of 3. "
-        "--isg_margin counts such indices. omega(t) of the adversarial terms is sigma^2 of the descending levels.",
+        "(Large; ours for Medium); with --rank, ours for the learning rates. --preset decides: "
+        f"{describe_presets(PRESETS)}. The defaults of --anchors are the indices 999 749 499 249 of the teacher's "
+        "1000 ascending noise levels: 1000 900 750 500 with a shift of 3. --isg_margin counts such indices. omega(t) "
+        "of the adversarial losses is sigma^2 of the descending levels.",
     )
     add = add_model_arguments(parser, "StableDiffusion3Pipeline", "SD3Transformer2DModel")
     add("--preset", choices=["auto", *PRESETS], default="auto",
@@ -138,7 +139,7 @@ def student_input(models: TrainingModels, rng: StatelessRNG, batch: dict, condit
         predict = partial(models.predict, models.student, condition=condition)
         x_t = backward_simulation(predict, schedule, args.sampler, rng, sample_indices, noise, num_steps)
         return x_t, torch.full((len(sample_indices),), num_steps, device=noise.device)
-    # Drawn on the host: a sample at the top anchor starts from pure noise, as in a sampler, and is not encoded.
+    # Drawn on the CPU, since the host has to know which samples to encode: one at the top anchor is pure noise.
     index = StatelessRNG(rng.seed, rng.iteration).integers("anchor", sample_indices, 0, num_anchors - 1)
     rows = index.nonzero().flatten()
     if len(rows) > 0:
@@ -151,7 +152,11 @@ def student_input(models: TrainingModels, rng: StatelessRNG, batch: dict, condit
 def student_losses(
     models: TrainingModels, rng: StatelessRNG, batch: dict, condition, x_t, t, t_next, prediction, args
 ):
-    """Return ({name: loss}, {name: latents for the debug panel}) of the student but the adversarial loss (step 3)."""
+    """Compute the student's losses, except for the adversarial loss (step 3).
+
+    Returns:
+        ({name: loss, or metric to log}, {name: latents (B, C, H, W) for the debug panel}).
+    """
     schedule, predict, sample_indices = models.schedule, models.predict, batch["sample_indices"]
     student_x0 = prediction.x0
 
@@ -167,7 +172,7 @@ def student_losses(
     losses = {"dmd_loss": dmd, **metrics}
     debug_latents = {"student_x0": student_x0, "fake_x0": fake_x0, "teacher_x0": teacher_x0}
 
-    # L_ISG: the student's step should end where the teacher, then the student arrive over an intermediate timestep.
+    # L_ISG: the student's step to t_next should end where the teacher's step to t_mid and its own from there end.
     if args.isg_weight > 0:
         t_mid = schedule.draw_mid_timesteps(rng, sample_indices, t, t_next, args.isg_margin)
         guidance = draw_guidance(rng, "isg_guidance", sample_indices, args.isg_guidance_scale)
@@ -188,7 +193,8 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         iteration: number from 0; the student is updated in every `args.ttur_ratio`-th iteration.
         batches: `gradient_accumulation_steps` micro-batches of senseflow.data.loader.PromptImageLoader.
     Returns:
-        ({name: scalar on the device}, {name: latents (B, C, H, W) for the debug panel}; empty without student update).
+        ({name: scalar on the device}, {name: latents (B, C, H, W) for the debug panel}). The latents are those of the
+        student's update, and {} in an iteration without one.
     """
     schedule, discriminator = models.schedule, models.discriminator
     student, fake_score = models.student, models.fake_score
@@ -210,8 +216,9 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
             x_t, index = student_input(models, rng, batch, condition, args)
             t, t_next = schedule.anchors[index], schedule.next_timesteps[index]
             if discriminator is not None:
-                real, text, omega = models.real_images(batch), models.text_features(batch["prompts"]), models.omega(t)
-                reference = models.vision_features(real)
+                omega, real_images = models.omega(t), models.real_images(batch)
+                # The discriminator is conditioned on the prompt and on the real image, without augmentation.
+                text, reference = models.text_features(batch["prompts"]), models.vision_features(real_images)
 
         # 2. The student's prediction; with gradient only if the student is updated.
         with student.accumulate() if update_student else torch.no_grad():
@@ -234,11 +241,11 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
                 record(losses)
         student_samples.append((sample_indices, prediction.x0.detach(), condition))
 
-        # 4. The discriminator's loss: hinge loss on the real images and the student's, whose features are shared.
+        # 4. The discriminator's loss: hinge loss on features of real images and of the student's (from step 2).
         if discriminator is not None:
             fake = [features.detach() for features in fake]
             with torch.no_grad():
-                real = models.vision_features(diff_augment(real, rng, sample_indices, "real"))
+                real = models.vision_features(diff_augment(real_images, rng, sample_indices, "real"))
             with discriminator.accumulate():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)
@@ -288,8 +295,8 @@ class SD3Models(TrainingModels):
 
     @staticmethod
     def make_schedule(args, source: ModelSource, device):
-        teacher = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
-        train_timesteps = teacher.timesteps.flip(0)
+        teacher_scheduler = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
+        train_timesteps = teacher_scheduler.timesteps.flip(0)
         wanted = [t / 1000 for t in args.anchors or train_timesteps[[999, 749, 499, 249]].tolist()]
         scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted)), args.sampler)
         anchors = [1000 * sigma for sigma in sigmas]
@@ -301,7 +308,7 @@ class SD3Models(TrainingModels):
             "width": args.resolution,
         }
         visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
-        if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:
+        if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:  # no scheduler visits them by itself
             pipeline_kwargs["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
         return schedule, scheduler, {**pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
 
@@ -351,7 +358,7 @@ class SD3Models(TrainingModels):
 
 
 def stock_sigmas(scheduler, steps: int) -> list[float]:
-    """Return the noise levels that a stock call visits with a scheduler of `fit_flow_scheduler`, without the 0."""
+    """Set a scheduler of `fit_flow_scheduler` to the levels that a stock call visits; return them without the 0."""
     shift = {"mu": scheduler.config.base_shift} if scheduler.config.use_dynamic_shifting else {}
     scheduler.set_timesteps(steps, **shift)
     return scheduler.sigmas[:-1].tolist()
@@ -368,9 +375,9 @@ def preset_name(args, source: ModelSource) -> str:
 
 
 def check_args(args, source: ModelSource) -> None:
-    """Refuse (UserError, exit code 2) arguments that do not fit together or the teacher, before any weights load."""
+    """Refuse (UserError, exit code 2) arguments that do not fit each other or the teacher; no weights load."""
     check_common_args(args)
-    source.config(FlowMatchEulerDiscreteScheduler, "scheduler")
+    source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
     check_models(args, source, SD3Models)
     transformer = source.config(SD3Transformer2DModel, "transformer")
     largest = transformer["pos_embed_max_size"] * SD3Models.pixel_multiple(source)
@@ -379,7 +386,7 @@ def check_args(args, source: ModelSource) -> None:
     if args.gan_weight > 0:
         check_discriminator_args(args)
     if args.dry_run is None:
-        find_checkpoint(args)
+        find_checkpoint(args)  # refuses an unknown checkpoint, and an --output_dir that holds another run
 
 
 # Copied from train_senseflow_flux.prepare but for lines marked preset with FluxModels->SD3Models
@@ -407,7 +414,7 @@ def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> Traini
     if args.gan_weight > 0 and not models.has_classifier:
         dtype = runtime.weight_dtype
         heads, models.vision_features, models.text_features = load_discriminator(args, dtype, models.device)
-        # Spectral norms are computed in float32, of weights in float32.
+        # gather_bf16=False, because spectral norms are computed in float32, of weights in float32.
         models.discriminator = runtime.trained_role("discriminator", heads, args.learning_rate_disc, gather_bf16=False)
     return models
 
@@ -426,13 +433,13 @@ def main(argv=None):
     models = make_models(args, source, schedule, runtime)
     models.cache_prompts(rows)
 
-    # Where the run starts or goes on.
+    # The iteration to start or resume from, and the data from there.
     checkpointer = Checkpointer(args, runtime, models, scheduler, pipeline_kwargs)
     iteration, samples_seen = checkpointer.resume()
-    rank, world_size = runtime.accelerator.process_index, runtime.accelerator.num_processes
+    process_index, num_processes = runtime.accelerator.process_index, runtime.accelerator.num_processes
     reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
-    loader = make_dataloader(args, rows, rank, world_size, iteration, samples_seen, reads_images)
-    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * world_size
+    loader = make_dataloader(args, rows, process_index, num_processes, iteration, samples_seen, reads_images)
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     anchors = ", ".join(f"{t:.1f}" for t in schedule.anchors)
     logger.info(f"anchors {anchors}; {global_batch_size} samples per iteration")
 
@@ -451,7 +458,7 @@ def main(argv=None):
         if iteration % args.validation_steps == 0:
             validation.run(models.student, iteration, debug_latents)
         if iteration % args.checkpointing_steps == 0:
-            metrics.flush()  # raises if the student has diverged, before it replaces a good checkpoint
+            metrics.flush()  # raises if the run has diverged, before its checkpoint counts as the latest
             checkpointer.save(iteration, samples_seen, validation.signals)
     metrics.flush()
     if metrics.ended_by and runtime.saved < iteration:

@@ -115,17 +115,17 @@ def add_lora_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("low-rank adaptation").add_argument
     add("--rank", type=number(int, 0), default=0,
         help="Train adapters of this rank over one copy of the teacher's weights, instead of two whole networks; 0: "
-        "full fine-tuning. Needs peft.")
+        "full fine-tuning.")
     add("--lora_alpha", type=number(float, 0, exclude="low"),
         help="The adapter's output is scaled by alpha / rank; default: the rank.")
     add("--lora_layers", nargs="+",
-        help="Layers with adapters: ends of layer names, or one regular expression for whole names; default: "
-        "`lora_layers` in the script.")
+        help="Layers with adapters: suffixes of layer names, or one regular expression for whole names.")
     add("--teacher_lora",
-        help="LoRA to fuse into the teacher: a .safetensors file, or a folder or Hub id that holds one.")
+        help="With --rank: LoRA to fuse into the teacher: a .safetensors file, or a folder or Hub id that holds one.")
     add("--teacher_lora_scale", type=number(float), default=1.0, help="Scale of --teacher_lora.")
     add("--base_quantization", default="none", choices=("none", "8bit", "4bit"),
-        help="Hold the linear layers of the base in 8 bits, or in 4 bits (nf4). Needs bitsandbytes.")
+        help="With --rank: hold the linear layers of the teacher's weights, which all adapters share, in 8 bits "
+        "(LLM.int8) or 4 bits (nf4). Needs bitsandbytes.")
 
 
 def add_data_arguments(parser: Parser) -> None:
@@ -151,8 +151,9 @@ def add_data_arguments(parser: Parser) -> None:
         help="Side of the training images in pixels: the shorter side is resized to it, then a square is cropped.")
     add("--center_crop", action="store_true", help="Crop the center instead of a random square.")
     add("--random_flip", action="store_true", help="Flip half of the images horizontally.")
-    add("--max_train_samples", type=number(int, 1), help="Use only the first rows, this many.")
-    add("--dataloader_num_workers", type=number(int, 0), default=0, help="Processes per rank that read images.")
+    add("--max_train_samples", type=number(int, 1), help="Use only the first N rows.", metavar="N")
+    add("--dataloader_num_workers", type=number(int, 0), default=0,
+        help="Processes that read images, for each training process.")
 
 
 def add_senseflow_arguments(parser: Parser):
@@ -160,7 +161,7 @@ def add_senseflow_arguments(parser: Parser):
     add = parser.add_argument_group("senseflow").add_argument
     add("--anchors", type=number(float, 0, 1000, exclude="low"), nargs="+",
         help="Decreasing timesteps in (0, 1000] at which the student is run.")
-    add("--ttur_ratio", type=number(int, 1), help="Iterations per step of the student.")
+    add("--ttur_ratio", type=number(int, 1), help="Iterations per update of the student (two time-scale update rule).")
     add("--ida_decay", type=number(float, 0, 1),
         help="IDA: after the student's step, fake <- decay * fake + (1 - decay) * student. 1 turns it off.")
     add("--isg_weight", type=number(float, 0),
@@ -168,7 +169,8 @@ def add_senseflow_arguments(parser: Parser):
     add("--isg_margin", type=number(float, 0),
         help="Distance of ISG's intermediate timestep from both ends of its segment.")
     add("--gan_weight", type=number(float, 0),
-        help="Weight of the adversarial loss, besides omega(t). 0 turns it off, and no discriminator is loaded.")
+        help="Weight of the adversarial loss, which is also weighted by omega(t), see below. 0 turns it off, and no "
+        "discriminator is loaded.")
     add("--backward_simulation_prob", type=number(float, 0, 1),
         help="Probability that an iteration's input comes from the student's own first steps; otherwise real latents "
         "are noised.")
@@ -178,8 +180,8 @@ def add_senseflow_arguments(parser: Parser):
         help="Guidance scale of the teacher in L_ISG: one value, or MIN MAX to draw from.")
     add("--discriminator_backbone", default="facebook/dinov2-large", help="Hub id or folder of a DINOv2.")
     add("--discriminator_layers", type=number(int, 0), nargs="+",
-        help="Blocks of the backbone whose output the heads see; default: 2 5 8 10 14 19 23 of 24 blocks, the same "
-        "depths of any other number.")
+        help="Blocks of the backbone whose output the discriminator sees; default: 2 5 8 10 14 19 23 of 24 blocks, "
+        "and the same relative depths for another number of blocks.")
     add("--discriminator_resolution", type=number(int, 1),
         help="Side in pixels to which images are resized for the backbone; default: not resized.")
     add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14",
@@ -219,7 +221,8 @@ def add_precision_arguments(parser: Parser) -> None:
         help="bf16: frozen networks in bf16, trained ones with fp32 master weights. The default comes from "
         "accelerate's configuration.")
     add("--vae_dtype", choices=["auto", "fp32", "bf16"], default="auto",
-        help="Precision of the VAE. auto: fp32, or for FLUX with --mixed_precision bf16 bf16, as in the release.")
+        help="Precision of the VAE. auto: as in the release, that is bf16 for FLUX with --mixed_precision bf16, else "
+        "fp32.")
     add("--gradient_checkpointing", action="store_true",
         help="Recompute activations of student, fake score, DINOv2 and VAE decoder in the backward pass.")
     add("--offload_text_encoders", action="store_true",
@@ -229,14 +232,14 @@ def add_precision_arguments(parser: Parser) -> None:
     add("--allow_tf32", action="store_true", help="Allow TF32 for matrix products on Ampere and later GPUs.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers. Needs a GPU.")
     add("--dry_run", type=number(float, 0), nargs="?", const=0.0, metavar="GB",
-        help="Train nothing: print how much memory this command takes, and if GB is given how to make it fit into a "
+        help="Train nothing: print how much memory this command takes and, if GB is given, flags with which it fits a "
         "GPU of that size.")
 
 
 def add_checkpointing_arguments(parser: Parser) -> None:
     """Add the flags of checkpoints and the export."""
     add = parser.add_argument_group("checkpointing").add_argument
-    add("--output_dir", required=True, help="Folder for checkpoints, logs and the exported pipeline.")
+    add("--output_dir", required=True, help="Folder for checkpoints, logs and the exported pipeline or adapter.")
     add("--checkpointing_steps", type=number(int, 1), default=3000, help="Iterations between checkpoints.")
     add("--checkpoints_total_limit", type=number(int, 1), help="Number of checkpoints to keep; default: all.")
     add("--resume_from_checkpoint", help='Checkpoint folder, name of one in --output_dir, or "latest".')

@@ -80,8 +80,7 @@ class PromptImageDataset(Dataset):
         pixel_values  (3, R, R) uint8 array; None where needs_images(iteration) is false: nothing is read then
         latents       (C, H, W) float32 array or None, in the place of pixel_values if `rows` holds latents
         prompt        one of the row's captions
-        row           the row used in the end: an unreadable image, and its prompt, is replaced by the next readable
-            row
+        row           the row used: instead of one with an unreadable image, the next readable one, with its prompt
         sample_index  as asked for
         unreadable    (name, why) of the images or latents skipped, in order
 

@@ -224,7 +224,7 @@ def fuse_lora(source: ModelSource, pipeline, network: str, scale: Optional[float
     return adapted_fingerprint
 
 
-def make_base(args, pipeline, network: str, device) -> Optional[str]:
+def fuse_or_quantize(args, pipeline, network: str, device) -> Optional[str]:
     """Apply --teacher_lora or --base_quantization to the teacher; return its fingerprint, or None without these."""
     module = getattr(pipeline, network)
     if args.base_quantization != "none":

@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""The networks of a run, behind the methods that the training loop calls; scripts add what is particular."""
+"""The networks of a run, and the methods by which the training loop calls them; a script's subclass adds its own."""
 
 import copy
 import os
@@ -17,7 +17,7 @@ from senseflow.models.hub import (
     student_source,
     teacher_source,
 )
-from senseflow.models.lora import adapted_copies, adapter_settings, check_lora_args, make_base
+from senseflow.models.lora import adapted_copies, adapter_settings, check_lora_args, fuse_or_quantize
 from senseflow.models.text_encoders import cache_conditions, place_text_encoders
 from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents
 from senseflow.models.weights import from_pretrained_meta, materialize
@@ -39,15 +39,16 @@ class TrainingModels:
     throughout a run. Text of variable length is padded, with a mask (senseflow.models.text_encoders.pad_condition).
 
     Args:
-        args: the command line.
-        source: the teacher's pipeline.
-        schedule: of `make_schedule`.
-        runtime: of the run.
+        args: the parsed command line.
+        source: where the teacher's pipeline is.
+        schedule: the first result of `make_schedule`.
+        runtime: the processes and devices of the run.
     Attributes:
         student, teacher, fake_score: the roles; None until `make_models` of the script has made them.
-        discriminator: None with --gan_weight 0, and then its `vision_features` and `text_features`, too.
-        pipeline: the stock pipeline of the teacher, with its text encoders.
-        network: the teacher's network, without memory until its role is made.
+        discriminator: the role; None with --gan_weight 0 or DMD2's classifier.
+        vision_features, text_features: the discriminator's frozen DINOv2 and CLIP; None if it is None.
+        pipeline: the teacher's diffusers pipeline, with its text encoders.
+        network: the teacher's network, on the meta device until its role is made.
         vae: the frozen VAE; None if the run needs none.
         latent_shape: (C, H, W) of one x0.
         extra_components: components of the saved pipeline that are not the teacher's, besides student and scheduler.
@@ -56,9 +57,9 @@ class TrainingModels:
     pipeline_class: type
     network_class: type
     vae_class: type
-    network_name = "transformer"  # the distilled network's name in the pipeline
+    network_name = "transformer"  # the pipeline's component that is distilled
     vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
-    compatible_config: Sequence[str] = ()  # entries of its configuration that a student must share with the teacher
+    compatible_config: Sequence[str] = ()  # entries of the network's configuration in which student and teacher agree
     has_classifier = False  # whether DMD2's classifier takes the place of the discriminator
     vision_features = text_features = None
 
@@ -66,15 +67,15 @@ class TrainingModels:
         self.args, self.source, self.schedule, self.device = args, source, schedule, runtime.device
         self.student = self.teacher = self.fake_score = self.discriminator = None
         self.extra_components: dict[str, Any] = {}
-        self._encode_prompts = self.encode_prompts  # or a look-up, see `cache_prompts`
+        self._condition = self.encode_prompts  # `cache_prompts` may replace it by a look-up
         dtype, vae_source = runtime.weight_dtype, self.vae_source(args, source)
         self.network = from_pretrained_meta(source, self.network_class, self.network_name, dtype=dtype)
         encodes, decodes = self.uses_vae(args)
         self.vae = load_vae(vae_source, self.vae_class, args, self.device, encodes, decodes, self.vae_auto_dtype)
         components = {self.network_name: self.network, "vae": self.vae}
         self.pipeline = load_pipeline(source, self.pipeline_class, dtype=dtype, **components)
-        self.teacher_fingerprint = make_base(args, self.pipeline, self.network_name, self.device)
-        self.teacher_fingerprint = self.teacher_fingerprint or fingerprint(self.network)
+        changed_teacher = fuse_or_quantize(args, self.pipeline, self.network_name, self.device)
+        self.teacher_fingerprint = changed_teacher or fingerprint(self.network)
         place_text_encoders(args, self.pipeline, self.device)
         self.latent_shape = latent_shape_of(source.config(self.vae_class, "vae"), args.resolution)
 
@@ -85,7 +86,8 @@ class TrainingModels:
     def make_schedule(args, source: ModelSource, device) -> tuple[Schedule, Any, dict]:
         """Return (schedule to train on, scheduler to save, arguments of the stock call); no weights load.
 
-        The anchors of the schedule are the noise levels that the stock call visits with that scheduler.
+        The stock call is a plain call of the pipeline with the student. With the saved scheduler and these arguments
+        it visits the anchors of the schedule.
         """
         raise NotImplementedError
 
@@ -100,7 +102,7 @@ class TrainingModels:
         raise NotImplementedError
 
     def omega(self, t: torch.Tensor) -> torch.Tensor:
-        """Return the weight (B,) of the adversarial terms at timesteps t (B,)."""
+        """Return the weight (B,) of the adversarial losses at timesteps t (B,)."""
         raise NotImplementedError
 
     def teacher_pipeline_kwargs(self) -> dict[str, Any]:
@@ -117,7 +119,7 @@ class TrainingModels:
     # -----------------------------------------------------------------------------------------------------------------
     @staticmethod
     def vae_source(args, source: ModelSource) -> ModelSource:
-        """Return where the VAE lies."""
+        """Return where the VAE is."""
         return source
 
     def uses_vae(self, args) -> tuple[bool, bool]:
@@ -126,7 +128,7 @@ class TrainingModels:
         return encodes, args.gan_weight > 0 or bool(args.validation_prompts)
 
     def make_student(self) -> torch.nn.Module:
-        """Return what student and fake score start as, in float32, without memory until its role is made."""
+        """Return what student and fake score start as, in float32, on the meta device; not called with --rank."""
         source = student_source(self.args, self.source)
         return from_pretrained_meta(source, self.network_class, self.network_name)
 
@@ -135,7 +137,7 @@ class TrainingModels:
         network.enable_xformers_memory_efficient_attention()
 
     def fingerprints(self) -> dict[str, Any]:
-        """Return what a checkpoint's state belongs to: frozen networks, adapters, the class of the optimizer."""
+        """Return what must be the same on resume: frozen networks, adapters, the class of the optimizer."""
         fingerprints = {"teacher": self.teacher_fingerprint, "optimizer": type(self.student.optimizer).__name__}
         fingerprints |= adapter_settings(self.student.module)
         if self.discriminator is not None:
@@ -164,12 +166,12 @@ class TrainingModels:
         return student, fake_score
 
     def cache_prompts(self, rows) -> None:
-        """Encode few different prompts once and free the encoders, with --offload_text_encoders."""
-        self._encode_prompts = cache_conditions(self.args, rows, self.pipeline, self.encode_prompts, self.device)
+        """Encode all prompts once and free the encoders, with --offload_text_encoders and few different prompts."""
+        self._condition = cache_conditions(self.args, rows, self.pipeline, self.encode_prompts, self.device)
 
     def condition(self, prompts: Sequence[str]) -> tuple[torch.Tensor, ...]:
-        """Return the condition of B prompts: encoded, or looked up."""
-        return self._encode_prompts(prompts)
+        """Return the condition of B prompts: encoded, or looked up after `cache_prompts`."""
+        return self._condition(prompts)
 
     def real_latents(self, batch: dict, rows: torch.Tensor, rng: StatelessRNG) -> torch.Tensor:
         """Return x0 (R, C, H, W) of these R rows of a batch, float32: its latents, or its images encoded."""
@@ -187,38 +189,38 @@ class TrainingModels:
 # ---------------------------------------------------------------------------------------------------------------------
 # Before any weights load
 # ---------------------------------------------------------------------------------------------------------------------
-def resolve_teacher(args, models: type[TrainingModels]) -> ModelSource:
+def resolve_teacher(args, cls: type[TrainingModels]) -> ModelSource:
     """Return the teacher's source at one commit. UserError (exit code 2) if it is missing or another pipeline."""
-    return check_pipeline(teacher_source(args), models.pipeline_class)
+    return check_pipeline(teacher_source(args), cls.pipeline_class)
 
 
-def check_models(args, source: ModelSource, models: type[TrainingModels]) -> None:
-    """Refuse (UserError, exit code 2) what does not fit the teacher: adapters, another start, resolution, anchors."""
-    source.config(models.vae_class, "vae")
-    config = source.config(models.network_class, models.network_name)
-    check_lora_args(args, models.network_class, config)
+def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:
+    """Refuse (UserError, exit code 2) flags that do not fit the teacher: of adapters, start, resolution, anchors."""
+    source.config(cls.vae_class, "vae")
+    config = source.config(cls.network_class, cls.network_name)
+    check_lora_args(args, cls.network_class, config)
     if args.student_model_name_or_path and not args.rank:
         start = student_source(args, source)
-        check_compatible(start, models.network_class, models.network_name, config, models.compatible_config)
+        check_compatible(start, cls.network_class, cls.network_name, config, cls.compatible_config)
     if args.enable_xformers_memory_efficient_attention:
         check_xformers("--enable_xformers_memory_efficient_attention")
-    multiple = models.pixel_multiple(source)
+    multiple = cls.pixel_multiple(source)
     if args.resolution % multiple:
         raise UserError(
             f"--resolution {args.resolution}: must be divisible by {multiple} for this teacher", exit_code=2
         )
-    check_anchors(args, models.make_schedule(args, source, "cpu")[0])
+    check_anchors(args, cls.make_schedule(args, source, "cpu")[0])
 
 
 def max_guidance(args) -> float:
-    """Return the largest guidance scale that the teacher is asked for."""
+    """Return the largest guidance scale at which the losses call the teacher."""
     return max([*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])])
 
 
 def check_anchors(args, schedule: Schedule) -> None:
     """Refuse (UserError, exit code 2) anchors between which --isg_margin leaves no timestep.
 
-    Anchors that were not given are refused without ISG, too, and if the last one is below LOWEST_DEFAULT_ANCHOR.
+    Default anchors are refused without ISG, too, and also if the last one is below LOWEST_DEFAULT_ANCHOR.
     """
     default, crowded = "anchors" not in args.given, schedule.check_margin(args.isg_margin)
     shown = [f"{t:.4g}" for t in schedule.anchors]

@@ -105,10 +105,10 @@ class Role:
     Args:
         name: "student", "teacher", "fake_score" or "discriminator".
         module: the network, on any device; on the meta device (senseflow.models.weights) until `prepare`.
-        dtype: the dtype that callers cast floating-point inputs to.
+        dtype: the dtype to which callers cast floating-point inputs.
         accelerator, args: of the run; of args, max_grad_norm and gradient_accumulation_steps are read.
         parameters: the trained parameters by their names in the module; none for the teacher.
-        autocast: whether to run the network under the run's autocast; nothing else does so for this module.
+        autocast: whether a call runs under the run's autocast; not needed where `accelerator.prepare` adds it.
         subfolder: the folder of the weights in a checkpoint (default: the name).
     Attributes:
         module: the bare network, for a pipeline or its config; a training loop never calls it.
@@ -135,6 +135,8 @@ class Role:
         self._wrapped, self._training, self._num_micro_batches = module, False, 0
         self._class = type(module)  # FSDP2 changes the class of the module
         self._adapted = hasattr(module, "peft_config")
+        # What a checkpoint holds: a diffusers network whole, of one with an adapter the trained parameters, of another
+        # module these and its buffers.
         state = module.state_dict()  # of full tensors: the module is not sharded yet
         if self._adapted or not hasattr(module, "save_pretrained"):
             buffers = {} if self._adapted else dict(module.named_buffers())
@@ -148,7 +150,7 @@ class Role:
         """Materialize the network, then make its optimizer and wrapper.
 
         Args:
-            make_optimizer: parameters -> (optimizer, lr_scheduler).
+            make_optimizer: `make_optimizer(parameters)` -> (optimizer, lr_scheduler).
         """
         materialize(self.module, self.accelerator.device)
         self._make_optimizer(make_optimizer)
@@ -195,14 +197,15 @@ class Role:
         (loss / self.accumulation).backward()
 
     def step(self, measure_update: bool = False):
-        """Clip, step optimizer and schedule, and clear the gradients, without a host sync.
+        """Clip, step optimizer and learning rate, and clear the gradients, without a host sync.
 
-        A step whose gradient norm is not finite is skipped: weights and moments stay, and the schedule goes on. 8-bit
-        Adam cannot skip without a sync, so its gradient becomes zero: moments decay, and weights still follow them.
+        A step whose gradient norm is not finite is skipped: weights and moments stay, and the learning rate goes on.
+        8-bit Adam cannot skip without a sync, so its gradient becomes zero: moments decay, and weights still follow
+        them.
 
         Returns:
-            The gradient norm before clipping. With `measure_update`: (that norm, the update's norm over the weights'),
-            where the ratio is measured on about UPDATE_SAMPLE_SIZE values.
+            The gradient norm before clipping. With `measure_update` a pair: that norm, and the ratio of the update's
+            norm to the weights' norm, measured on about UPDATE_SAMPLE_SIZE values.
         """
         before = self._sample_masters() if measure_update else None
         norm = self._step()
@@ -229,7 +232,7 @@ class Role:
         return norm
 
     def _sample_masters(self) -> torch.Tensor:
-        """Take every n-th value of this process' masters, flat."""
+        """Take every n-th value of this process' float32 master weights, flat."""
         stride = max(1, self.num_trained_params // UPDATE_SAMPLE_SIZE)
         return torch.cat([tensor.flatten()[::stride] for tensor in self._masters()])
 
@@ -250,7 +253,7 @@ class Role:
 
     # What sharded roles override.
     def _masters(self) -> list[torch.Tensor]:
-        """The float32 weights that the optimizer owns, as plain tensors; the shards of this process."""
+        """Return the float32 master weights, which the optimizer owns, as plain tensors; this process' shards."""
         return [parameter.detach() for parameter in self.parameters.values()]
 
     def _sum_over_shards(self, sums: torch.Tensor) -> torch.Tensor:
@@ -263,7 +266,7 @@ class Role:
 
     # Checkpoints. Weights are written in full, as a single process would write them; optimizer state in shards.
     def gather_network(self) -> Optional[torch.nn.Module]:
-        """Return the full network in the main process and None in the others; training ends. All processes call it."""
+        """Return the full network in the main process, None in others, after training. All processes call it."""
         return self.module if self.accelerator.is_main_process else None
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -304,7 +307,7 @@ class Role:
             torch.save(state, folder / f"{self.name}_optimizer-{shard + 1:05d}-of-{num_shards:05d}.pt")
 
     def load(self, folder: Path) -> None:
-        """Restore exactly what `save` wrote. Rates, betas and the schedule stay those of this run, at the stored step.
+        """Restore what `save` wrote. Learning rates, their schedule and betas are this run's, at the stored step.
 
         Raises:
             UserError: exit code 1; files are missing, damaged, or of another network.
@@ -326,11 +329,11 @@ class Role:
         set_schedule_step(self.lr_scheduler, shards[0]["steps"])
 
     def _shard_index(self) -> tuple[Optional[int], int]:
-        """(the index of the optimizer shard that this process writes, or None; the number of shards)."""
+        """Return (index of the optimizer shard that this process writes, or None; number of shards)."""
         return (0 if self.accelerator.is_main_process else None), 1
 
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """This process' Adam moments, {parameter name: {"exp_avg": ...}}; empty before the first step."""
+        """Return this process' Adam moments, {parameter name: {"exp_avg": ...}}; empty before the first step."""
         state = self.optimizer.state
         return {name: dict(state[parameter]) for name, parameter in self.parameters.items() if parameter in state}
 
@@ -368,7 +371,7 @@ def join_shards(shards: Sequence[dict], name: str, rows: slice = slice(None)) ->
 
 
 def set_schedule_step(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
-    """Set a schedule to a step, and its optimizer's learning rates to those of that step."""
+    """Set a learning-rate schedule to a step, and its optimizer's learning rates to those of that step."""
     lr_scheduler.last_epoch = step
     groups = lr_scheduler.optimizer.param_groups
     for group, rate, factor in zip(groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas):
