@@ -212,8 +212,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         iteration: number from 0; the student is updated in every `args.ttur_ratio`-th iteration.
         batches: `gradient_accumulation_steps` micro-batches of senseflow.data.loader.PromptImageLoader.
     Returns:
-        ({name: scalar on the device}, {name: latents (B, C, H, W) for the debug panel}). The latents are those of the
-        student's update, and {} in an iteration without one.
+        ({name: scalar on the device}, {name: latents (B, C, H, W) of the student's update, for the debug panel}).
     """
     schedule, discriminator = models.schedule, models.discriminator
     student, fake_score = models.student, models.fake_score
@@ -248,8 +247,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         with student.accumulate() if update_student else torch.no_grad():
             prediction = models.predict(student, x_t, t, condition)
             if discriminator is not None:
-                augmented = diff_augment(models.decode(prediction.x0), rng, sample_indices, "fake")
-                fake = models.vision_features(augmented)
+                fake = models.vision_features(diff_augment(models.decode(prediction.x0), rng, sample_indices, "fake"))
 
             # 3. The student's loss: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, with the discriminator frozen.
             if update_student:
