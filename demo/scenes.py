@@ -96,21 +96,21 @@ def _background(background, rng):
     grid_y, grid_x = np.mgrid[0:RESOLUTION, 0:RESOLUTION] + 0.5
     tint = rng.uniform(0.94, 1.06, size=3)
     if background == "slate":
-        grey = np.full_like(grid_x, rng.uniform(25, 70))
+        gray = np.full_like(grid_x, rng.uniform(25, 70))
     elif background == "paper":
-        grey = np.full_like(grid_x, rng.uniform(205, 240))
+        gray = np.full_like(grid_x, rng.uniform(205, 240))
     elif background == "dusk":  # a ramp from dark to light in any direction
         angle = rng.uniform(0, 2 * math.pi)
         along = ((grid_x - 32) * math.cos(angle) + (grid_y - 32) * math.sin(angle)) / 45
-        grey = 125 + rng.uniform(85, 115) * along
+        gray = 125 + rng.uniform(85, 115) * along
     else:  # stripes of any angle and phase; the edge is one pixel wide
         angle = rng.uniform(0, math.pi)
         period = rng.uniform(14, 20)
         along = grid_x * math.cos(angle) + grid_y * math.sin(angle) + rng.uniform(0, period)
         wave = np.abs((along / period) % 1 - 0.5) * 2 - 0.5  # triangle wave in [-.5, .5]
         dark, light = rng.uniform(60, 95), rng.uniform(150, 190)
-        grey = dark + (light - dark) * np.clip(wave * period / 2 + 0.5, 0, 1)
-    return grey[..., None] * tint
+        gray = dark + (light - dark) * np.clip(wave * period / 2 + 0.5, 0, 1)
+    return gray[..., None] * tint
 
 
 def _shape_mask(shape, x, y, radius, rotation):
