@@ -212,7 +212,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         iteration: number from 0; the student is updated in every `args.ttur_ratio`-th iteration.
         batches: `gradient_accumulation_steps` micro-batches of senseflow.data.loader.PromptImageLoader.
     Returns:
-        ({name: scalar on the device}, {name: latents (B, C, H, W) of the student's update, for the debug panel}).
+        ({name: scalar on the device}, {name: latents (B, C, H, W) for the debug panel}, or {} without student update).
     """
     schedule, discriminator = models.schedule, models.discriminator
     student, fake_score = models.student, models.fake_score
@@ -239,15 +239,15 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
             x_t, index = student_input(models, rng, batch, condition, args)
             t, t_next = schedule.anchors[index], schedule.next_timesteps[index]
             if discriminator is not None:
-                omega, real_images = models.omega(t), models.real_images(batch)
-                # The discriminator is conditioned on the prompt and on the real image, without augmentation.
-                text, reference = models.text_features(batch["prompts"]), models.vision_features(real_images)
+                real, text, omega = models.real_images(batch), models.text_features(batch["prompts"]), models.omega(t)
+                reference = models.vision_features(real)  # the discriminator is conditioned on these and on the text
 
         # 2. The student's prediction; with gradient only if the student is updated.
         with student.accumulate() if update_student else torch.no_grad():
             prediction = models.predict(student, x_t, t, condition)
             if discriminator is not None:
-                fake = models.vision_features(diff_augment(models.decode(prediction.x0), rng, sample_indices, "fake"))
+                augmented = diff_augment(models.decode(prediction.x0), rng, sample_indices, "fake")
+                fake = models.vision_features(augmented)
 
             # 3. The student's loss: L_DMD + w_isg L_ISG + w_gan omega(t) L_adv, with the discriminator frozen.
             if update_student:
@@ -271,7 +271,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         if discriminator is not None:
             fake = [features.detach() for features in fake]
             with torch.no_grad():
-                real = models.vision_features(diff_augment(real_images, rng, sample_indices, "real"))
+                real = models.vision_features(diff_augment(real, rng, sample_indices, "real"))  # features, as `fake`
             with discriminator.accumulate():
                 real_logits, fake_logits = discriminator((real, fake), reference, text)
                 loss = hinge_loss(real_logits, fake_logits, omega)

@@ -350,11 +350,7 @@ def warn_inactive(args, run: str, names: Sequence[str]) -> None:
 
 # (whether flags have no effect, the name of such a run in a message, the flags)
 INACTIVE_FLAGS = (
-    (
-        lambda args: args.rank == 0,
-        "a run without --rank",
-        ("lora_alpha", "lora_layers", "teacher_lora", "base_quantization"),
-    ),
+    (lambda args: args.rank == 0, "a run without --rank", ("lora_alpha", "lora_layers")),
     (lambda args: args.teacher_lora is None, "a run without --teacher_lora", ("teacher_lora_scale",)),
     (
         lambda args: args.gan_weight == 0,

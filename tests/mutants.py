@@ -190,8 +190,8 @@ MUTANTS = [  # name, file, test, text, replacement; more pairs of text and repla
         "fake = [features for features in fake]"),
     # Teachers
     ("FLUX: the teacher gets another guidance scale", FLUX, FLUX_CALL,
-        "guidance=scale.to(role.dtype) if embedded",
-        "guidance=(scale - 1).to(role.dtype) if embedded"),
+        "guidance=scale.to(role.dtype) if has_embedder",
+        "guidance=(scale - 1).to(role.dtype) if has_embedder"),
     ("SD 3.5: the network gets sigma instead of the timestep", SD3, SD3_CALL,
         "timestep=timesteps.float()",
         "timestep=timesteps.float() / 1000"),

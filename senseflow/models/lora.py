@@ -57,6 +57,10 @@ def check_lora_args(args, cls, config: dict) -> None:
         UserError: exit code 2; packages, files or layers are missing.
     """
     if not args.rank:
+        for flag, value in (("--teacher_lora", args.teacher_lora), ("--base_quantization", args.base_quantization)):
+            if value not in (None, "none"):
+                fix = "give --rank, or a whole pipeline as the teacher"
+                raise UserError(f"{flag} {value}: only adapters train over such a base; {fix}", exit_code=2)
         return
     require_package("peft", "--rank")
     if args.base_quantization != "none":

@@ -516,6 +516,8 @@ def test_student_and_fake_score_start_from_an_adapter(flags, teachers, tmp_path,
     [
         ("flux", ("--rank", "-1"), "--rank -1: must be a whole number, 0 or more"),
         ("flux", ("--lora_alpha", "0"), "--lora_alpha 0: must be above 0"),
+        ("flux", ("--rank", "0", "--teacher_lora", "x"), "--teacher_lora x: only adapters train over such a base"),
+        ("flux", ("--rank", "0", "--base_quantization", "4bit"), "--base_quantization 4bit: only adapters train"),
         (
             "flux",
             ("--lora_layers", "to_q", "attn.to_kk"),
