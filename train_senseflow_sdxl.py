@@ -115,8 +115,9 @@ from senseflow.data.loader import make_dataloader
 from senseflow.data.sources import check_latents, load_rows
 from senseflow.memory.report import report
 from senseflow.models.discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
-from senseflow.models.hub import ModelSource, check_compatible, fingerprint, load_network
+from senseflow.models.hub import ModelSource, check_compatible, load_network
 from senseflow.models.vae import latent_shape_of, vae_scale_of
+from senseflow.models.weights import fingerprint
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
 from senseflow.training.models import TrainingModels, check_models, resolve_teacher
@@ -330,7 +331,7 @@ class SDXLModels(TrainingModels):
 
     @staticmethod
     def make_schedule(args, source: ModelSource, device):
-        teacher_scheduler = DDPMScheduler.from_config(source.config(DDPMScheduler, "scheduler", exact=False))
+        teacher_scheduler = DDPMScheduler.from_config(source.config(DDPMScheduler, "scheduler"))
         num_timesteps, num_steps = teacher_scheduler.config.num_train_timesteps, len(args.anchors)
         schedule = DDPMSchedule(
             teacher_scheduler.alphas_cumprod,
@@ -473,7 +474,7 @@ def mid_block_size(unet: UNet2DConditionModel, latent_size: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 def check_prediction(source: ModelSource) -> None:
     """Refuse teachers of another kind of noise levels or prediction than SDXL's."""
-    scheduler = source.config(DDPMScheduler, "scheduler", exact=False)
+    scheduler = source.config(DDPMScheduler, "scheduler")
     kind = scheduler.get("prediction_type", "epsilon")
     if "beta_schedule" not in scheduler:
         kind = f"the levels of {scheduler.get('_class_name')}"

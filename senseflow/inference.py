@@ -26,11 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from senseflow.errors import UserError, require_package
-from senseflow.models.hub import ModelSource, fingerprint, load_network, load_pipeline, saved_components
+from senseflow.models.hub import ModelSource, load_network, load_pipeline, saved_components
 from senseflow.models.lora import ADAPTER, FILE, fuse_lora, stored_name
 from senseflow.models.quantization import BACKENDS, quantize_network
 from senseflow.models.vae import latent_shape_of, vae_scale_of
-from senseflow.models.weights import state_dict_problems
+from senseflow.models.weights import fingerprint, state_dict_problems
 from senseflow.released import RELEASED
 from senseflow.student_config import STUDENT_CONFIG, read_student_config
 

@@ -716,7 +716,7 @@ BAD = {
     "--checkpoint {root}/none.pth": "--checkpoint .*none.pth: no such file",
     "--checkpoint {root}/student": "--checkpoint .*student: no such file",
     "--model {root}/files/bare.safetensors": "--model .*bare.safetensors: is a single file; give a folder",
-    "--model {root}/student/model_index.json": "is a single file; give its folder, .*/student$",
+    "--model {root}/student/model_index.json": "is a single file; give a folder with a model_index.json",
     "--model no/such/folder": "--model no/such/folder: no such folder",
     "--model tests/typo": "--model tests/typo: no such folder",
     "--model nobody/nothing": "--model nobody/nothing: no such folder, and the cache .*: unset HF_HUB_OFFLINE",

@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers import ROOT, assert_same, launch, start, states, without
-from senseflow.models.weights import Weights
+from senseflow.models.weights import stored_weights
 from tiny_pipelines import write_sd3, write_sdxl
 from workers.load_memory import write_network
 
@@ -285,8 +285,8 @@ def large(tmp_path_factory):
     """(a folder with the transformer of load_memory.py, its size, the size of its largest tensor), in MB."""
     folder = tmp_path_factory.mktemp("large")
     write_network(folder)
-    weights = Weights(sorted((folder / "transformer").glob("*.safetensors")))
-    sizes = [4 * math.prod(weights.shape(name)) / 2**20 for name in weights.names()]
+    weights = stored_weights(sorted((folder / "transformer").glob("*.safetensors")))
+    sizes = [4 * math.prod(stored.shape) / 2**20 for stored in weights.values()]
     assert 1000 < sum(sizes) < 1500
     return folder, sum(sizes), max(sizes)
 

@@ -31,7 +31,8 @@ from senseflow.evaluation.converters import (
 )
 from senseflow.evaluation.image_sets import ImageSet
 from senseflow.evaluation.metrics import center_patch
-from senseflow.models.hub import ModelSource, fingerprint
+from senseflow.models.hub import ModelSource
+from senseflow.models.weights import fingerprint
 
 
 logger = logging.getLogger(__name__)

@@ -28,10 +28,9 @@ from transformers import PreTrainedModel
 from senseflow.arguments import torch_dtype
 from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
 from senseflow.models.discriminator import VisionFeatures
-from senseflow.models.hub import fingerprint
 from senseflow.models.quantization import quantize_network
 from senseflow.models.text_encoders import text_encoders_of
-from senseflow.models.weights import from_pretrained_meta
+from senseflow.models.weights import fingerprint, from_pretrained_meta
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, Dinov2Model
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
 
 from senseflow.errors import UserError
-from senseflow.models.hub import UNREADABLE, ModelSource, hub_error, hub_reason
+from senseflow.models.hub import ModelSource
 from senseflow_utils import StatelessRNG
 
 
@@ -48,7 +48,7 @@ def check_discriminator_args(args) -> None:
     text_encoder = ModelSource("--discriminator_text_encoder", args.discriminator_text_encoder)
     _read_config(text_encoder, "CLIP", ("clip", "clip_text_model"))
     path, layers = args.discriminator_backbone, args.discriminator_layers
-    config = _read_config(ModelSource("--discriminator_backbone", path), "DINOv2", ("dinov2",))
+    config = Dinov2Config(**_read_config(ModelSource("--discriminator_backbone", path), "DINOv2", ("dinov2",)))
     name = "resolution" if args.discriminator_resolution is None else "discriminator_resolution"
     flag, value = f"--{name} {getattr(args, name)}", getattr(args, name)
     if value < config.patch_size:
@@ -62,17 +62,12 @@ def check_discriminator_args(args) -> None:
         raise UserError(f"--discriminator_layers {' '.join(map(str, layers))}: {problem}", exit_code=2)
 
 
-def _read_config(source: ModelSource, family: str, model_types: Sequence[str]):
-    source.check_not_a_file("config.json")
-    try:
-        config = source.load(AutoConfig.from_pretrained)
-    except UNREADABLE as error:
-        on_hub, unreadable = hub_error(error) is not None, f"no readable config.json; give a {family}"
-        raise source.error(f"no such folder, and {hub_reason(error)}" if on_hub else unreadable) from error
-    if config.model_type not in model_types:
-        raise source.error(f"is a {config.model_type}, give a {family}")
-    if None not in (source.variants() or {None}):
-        raise source.error("its weights have a variant in their names; rename them without it")
+def _read_config(source: ModelSource, family: str, model_types: Sequence[str]) -> dict:
+    config = source.read_json("config.json")
+    if config is None:
+        raise source.error(f"no readable config.json; give a {family}")
+    if config.get("model_type") not in model_types:
+        raise source.error(f"is a {config.get('model_type')}, give a {family}")
     return config
 
 
@@ -100,7 +95,8 @@ class VisionFeatures(nn.Module):
         super().__init__()
         self.dtype, self.gradient_checkpointing, self.resolution = dtype, gradient_checkpointing, resolution
         source = ModelSource("--discriminator_backbone", path)
-        model, info = source.load(Dinov2Model.from_pretrained, dtype=torch.float32, output_loading_info=True)
+        with source.loading():
+            model, info = source.load(Dinov2Model.from_pretrained, dtype=torch.float32, output_loading_info=True)
         # transformers fills missing weights with random numbers. The mask token is for pretraining.
         source.check_complete(set(info["missing_keys"]) - {"embeddings.mask_token"}, ())
         self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
@@ -155,9 +151,10 @@ class TextFeatures(nn.Module):
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         super().__init__()
         source = ModelSource("--discriminator_text_encoder", path)
-        self.tokenizer = source.load(AutoTokenizer.from_pretrained)
         load = CLIPTextModelWithProjection.from_pretrained
-        self.model, info = source.load(load, dtype=dtype, output_loading_info=True)
+        with source.loading():
+            self.tokenizer = source.load(AutoTokenizer.from_pretrained)
+            self.model, info = source.load(load, dtype=dtype, output_loading_info=True)
         source.check_complete(info["missing_keys"], ())
         self.channels = self.model.config.projection_dim
         self.requires_grad_(False).eval()
@@ -180,9 +177,10 @@ class LocalBatchNorm(nn.Module):
     The size of a group is the largest divisor of the batch up to `virtual_batch`; with 1 this is an instance norm.
     """
 
-    def __init__(self, channels: int, virtual_batch: int = 8, eps: float = 1e-5):
+    virtual_batch = 8
+
+    def __init__(self, channels: int):
         super().__init__()
-        self.virtual_batch, self.eps = virtual_batch, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -192,7 +190,7 @@ class LocalBatchNorm(nn.Module):
         size = max(d for d in range(1, min(batch, self.virtual_batch) + 1) if batch % d == 0)
         groups = x.float().unflatten(0, (batch // size, size))
         variance, mean = torch.var_mean(groups, dim=(1, 3, 4), keepdim=True, correction=0)
-        x = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(0, 1).to(x.dtype)
+        x = ((groups - mean) * torch.rsqrt(variance + 1e-5)).flatten(0, 1).to(x.dtype)
         return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
 
@@ -204,8 +202,8 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Module:
 class Block(nn.Sequential):
     """Spectral-norm convolution, local batch norm, LeakyReLU."""
 
-    def __init__(self, channels: int, kernel: int, virtual_batch: int):
-        super().__init__(_conv(channels, channels, kernel), LocalBatchNorm(channels, virtual_batch), nn.LeakyReLU(0.2))
+    def __init__(self, channels: int, kernel: int):
+        super().__init__(_conv(channels, channels, kernel), LocalBatchNorm(channels), nn.LeakyReLU(0.2))
 
 
 class Residual(Block):
@@ -224,12 +222,12 @@ class Tower(nn.Sequential):
 
     gradient_checkpointing = False
 
-    def __init__(self, channels: int, virtual_batch: int):
-        layers = [Block(channels, 1, virtual_batch)]
+    def __init__(self, channels: int):
+        layers = [Block(channels, 1)]
         for stage in range(3):
             layers.append(_conv(channels, channels, 3, stride=2))
             if stage < 2:
-                layers.append(Residual(channels, 3, virtual_batch))
+                layers.append(Residual(channels, 3))
         super().__init__(*layers, _conv(channels, CONDITION_CHANNELS, 1))
 
     def forward(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
@@ -239,8 +237,8 @@ class Tower(nn.Sequential):
             one: 1, with gradient in training: FSDP2 frees a tower after its backward only if an input takes gradient.
         """
         if self.gradient_checkpointing:
-            kwargs = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._contexts}
-            return checkpoint(self._run, maps, one, **kwargs)
+            kwargs = {"context_fn": lambda: (nullcontext(), self._without_power_iteration())}
+            return checkpoint(self._run, maps, one, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return self._run(maps, one)
 
     def _run(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
@@ -255,12 +253,9 @@ class Tower(nn.Sequential):
                 if parametrize.is_parametrized(module):
                     _ = module.weight
 
-    def _contexts(self) -> tuple:
-        """Return contexts of the first run and the recomputation, which reuses the norms without iterating again."""
-        return nullcontext(), self._without_power_iteration()
-
     @contextmanager
     def _without_power_iteration(self):
+        """Reuse the norms of the first run in the recomputation."""
         norms = [module for module in self.modules() if hasattr(module, "_power_method")]
         training = [norm.training for norm in norms]
         for norm in norms:
@@ -291,15 +286,14 @@ class Discriminator(nn.Module):
         channels: of the maps, and inside the heads.
         num_maps: number of heads.
         text_channels: of the text embedding.
-        virtual_batch: see LocalBatchNorm.
     """
 
     _no_split_modules = ("Tower",)  # sharded, and gathered, one by one
 
-    def __init__(self, channels: int, num_maps: int, text_channels: int, virtual_batch: int = 8):
+    def __init__(self, channels: int, num_maps: int, text_channels: int):
         super().__init__()
-        self.cls = nn.ModuleList(Tower(channels, virtual_batch) for _ in range(num_maps))
-        self.refmap = nn.ModuleList(Tower(channels, virtual_batch) for _ in range(num_maps))
+        self.cls = nn.ModuleList(Tower(channels) for _ in range(num_maps))
+        self.refmap = nn.ModuleList(Tower(channels) for _ in range(num_maps))
         self.cmap = nn.ModuleList(TextMap(text_channels) for _ in range(num_maps))
 
     def forward(
@@ -349,13 +343,9 @@ def load_discriminator(
     Raises:
         UserError: exit code 1; weights are missing or damaged.
     """
-    backbone = ModelSource("--discriminator_backbone", args.discriminator_backbone)
-    text_encoder = ModelSource("--discriminator_text_encoder", args.discriminator_text_encoder)
     kwargs = {"gradient_checkpointing": args.gradient_checkpointing, "resolution": args.discriminator_resolution}
-    with backbone.loading():
-        vision = VisionFeatures(backbone.path, args.discriminator_layers, dtype, **kwargs).to(device)
-    with text_encoder.loading():
-        text = TextFeatures(text_encoder.path, dtype).to(device)
+    vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, dtype, **kwargs).to(device)
+    text = TextFeatures(args.discriminator_text_encoder, dtype).to(device)
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)
     for tower in (*heads.cls, *heads.refmap):
         tower.gradient_checkpointing = args.gradient_checkpointing
@@ -384,11 +374,11 @@ def diff_augment(images: torch.Tensor, rng: StatelessRNG, sample_indices: Sequen
     return _cutout(_translate(x, rng, sample_indices, name), rng, sample_indices, name)
 
 
-def _translate(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str, ratio: float = 0.125) -> torch.Tensor:
-    """Shift by up to `ratio` of each side and fill with 0."""
+def _translate(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str) -> torch.Tensor:
+    """Shift by up to an eighth of each side and fill with 0."""
     indices = []
     for axis, size in (("y", x.shape[2]), ("x", x.shape[3])):
-        reach = int(size * ratio + 0.5)
+        reach = int(size * 0.125 + 0.5)
         shift = rng.integers(f"{name}_translate_{axis}", sample_indices, -reach, reach)
         # The image is padded by one pixel of zeros, to which indices beyond its border are clamped.
         indices.append((torch.arange(1, size + 1, device=x.device) - shift[:, None]).clamp(0, size + 1))
@@ -398,11 +388,11 @@ def _translate(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str, ra
     return pixels[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _cutout(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str, ratio: float = 0.2) -> torch.Tensor:
-    """Set a rectangle of `ratio` of each side, centered anywhere in the image, to 0."""
+def _cutout(x: torch.Tensor, rng: StatelessRNG, sample_indices, name: str) -> torch.Tensor:
+    """Set a rectangle of a fifth of each side, centered anywhere in the image, to 0."""
     inside = []
     for axis, size in (("y", x.shape[2]), ("x", x.shape[3])):
-        side = int(size * ratio + 0.5)
+        side = int(size * 0.2 + 0.5)
         first = rng.integers(f"{name}_cutout_{axis}", sample_indices, 0, size - side % 2) - side // 2
         positions = torch.arange(size, device=x.device)
         inside.append((positions >= first[:, None]) & (positions < first[:, None] + side))

@@ -1,19 +1,19 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Check and load pipelines and networks from a folder or the Hub. Nothing here depends on a family of pipelines."""
 
-import hashlib
 import json
 import logging
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
 import torch
-from huggingface_hub import constants, errors, hf_hub_download, model_info, resolve_revision, snapshot_download
+from diffusers import SchedulerMixin
+from huggingface_hub import constants, errors, hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from senseflow.errors import UserError, loading
@@ -25,6 +25,22 @@ WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?"
     r"(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
+
+
+RETRY = "try again later, or set HF_HUB_OFFLINE=1 if all of it is in the cache"
+NOT_CACHED = "the cache ({cache}) lacks it or a part of it: unset HF_HUB_OFFLINE, or try again when the Hub answers"
+HUB_REASONS = {  # the most specific first
+    errors.GatedRepoError: "it is gated on the Hub: accept its license at {page}, then log in with `hf auth login`",
+    errors.RepositoryNotFoundError: "the Hub has no such repository, or hides it: check the spelling, or log in with "
+    "`hf auth login` if it is private",
+    errors.RevisionNotFoundError: "the Hub has no such revision of it: give a branch, a tag, or a commit that "
+    "{page}/commits lists",
+    errors.RemoteEntryNotFoundError: "the Hub lacks {cause.response.url}",
+    HfHubHTTPError: f"the Hub answers {{cause.response.status_code}}: {RETRY}",
+    HTTPError: f"the Hub cannot be reached ({{cause}}): {RETRY}",
+    HFValidationError: "it is no Hub id: give a folder or a Hub id",
+    (errors.OfflineModeIsEnabled, LocalEntryNotFoundError): NOT_CACHED,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,65 +60,36 @@ def resolve_repo(name: str, revision: Optional[str] = None) -> Repository:
 
     Raises:
         HTTPError: the Hub's answer, if the cache lacks the repository, too.
-        LocalEntryNotFoundError: the Hub is switched off and the cache lacks the repository.
+        LocalEntryNotFoundError: the Hub does not serve, and the cache lacks the repository.
         HFValidationError: the name is no Hub id.
     """
-    refusal = None
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            commit = resolve_revision(name, revision=revision).resolved  # also stored in the cache, for offline use
-            files = frozenset(file.rfilename for file in model_info(name, revision=commit).siblings)
-            return Repository(commit, False, files)
-        except errors.RevisionNotFoundError:
-            raise
-        except (HTTPError, errors.RevisionResolutionError) as error:
-            refusal = hub_error(error)
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[]))  # stores the commit for offline use
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[], local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        raise refusal or error from None
-    files = frozenset(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    return Repository(folder.name, True, files)
+        return Repository(folder.name, False, frozenset(list_repo_files(name, revision=folder.name)))
+    except (HTTPError, errors.OfflineModeIsEnabled):
+        files = frozenset(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        return Repository(folder.name, True, files)
 
 
 def hub_error(error: Optional[BaseException]) -> Optional[BaseException]:
-    """Find the error of the Hub or its cache in a chain of exceptions; None if there is none."""
+    """Find the most specific error of the Hub or its cache in a chain of exceptions; None if there is none."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__
-    absent = (errors.OfflineModeIsEnabled, LocalEntryNotFoundError, errors.RevisionResolutionError, HFValidationError)
-    found = (error for types in (HfHubHTTPError, HTTPError, absent) for error in chain if isinstance(error, types))
-    return next(found, None)
+    return next((error for cls in HUB_REASONS for error in chain if isinstance(error, cls)), None)
 
 
 def hub_reason(error: BaseException) -> str:
     """Explain why the Hub or its cache failed and what to do; of another error, return the first line."""
-    cause, retry = hub_error(error), "try again later, or set HF_HUB_OFFLINE=1 if all of it is in the cache"
-    page = f"{constants.ENDPOINT}/{getattr(cause, 'repo_id', None) or ''}"
-    if isinstance(cause, errors.GatedRepoError):
-        return f"it is gated on the Hub: accept its license at {page}, then log in with `hf auth login`"
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        fix = "check the spelling, or log in with `hf auth login` if it is private"
-        return f"the Hub has no such repository, or hides it: {fix}"
-    if isinstance(cause, errors.RevisionNotFoundError):
-        return f"the Hub has no such revision of it: give a branch, a tag, or a commit that {page}/commits lists"
-    if isinstance(cause, errors.RemoteEntryNotFoundError):
-        file = str(cause.response.url).partition("/resolve/")[2].partition("/")[2]
-        return f"it has no {file or 'such file'} on the Hub"
-    if isinstance(cause, HfHubHTTPError):
-        status = cause.response.status_code
-        fix = "log in with `hf auth login` and a token that may read it" if status in (401, 403) else retry
-        return f"the Hub answers {status}: {fix}"
-    if isinstance(cause, HTTPError):
-        return f"the Hub cannot be reached ({cause}): {retry}"
-    if isinstance(cause, HFValidationError):
-        return "it is no Hub id: give a folder or a Hub id"
+    cause = hub_error(error)
     if cause is None:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if constants.HF_HUB_OFFLINE:
-        return f"the cache ({constants.HF_HUB_CACHE}) lacks it or a part of it: unset HF_HUB_OFFLINE to download it"
-    return "the Hub cannot be reached and the cache lacks a part of it: try again later"
+    reason = next(reason for cls, reason in HUB_REASONS.items() if isinstance(cause, cls))
+    page = f"{constants.ENDPOINT}/{getattr(cause, 'repo_id', None) or ''}"
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+        reason = reason.replace(RETRY, "log in with `hf auth login` and a token that may read it")
+    return reason.format(page=page, cause=cause, cache=constants.HF_HUB_CACHE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,14 +110,12 @@ class ModelSource:
     path: str
     revision: Optional[str] = None
     variant: Optional[str] = None
-    _configs: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
 
-    def error(self, problem: str, exit_code: int = 2, subfolder: Optional[str] = None) -> UserError:
-        """Make a UserError that names flag, path and subfolder."""
-        return UserError(f"{self}{f' ({subfolder})' if subfolder else ''}: {problem}", exit_code)
+    def error(self, problem: str, exit_code: int = 2) -> UserError:
+        return UserError(f"{self}: {problem}", exit_code)
 
     @property
     def is_folder(self) -> bool:
@@ -169,13 +154,10 @@ class ModelSource:
             return False
 
     def check_not_a_file(self, wanted: str) -> None:
-        """Raise a UserError (exit code 2) for a file instead of a folder; it names the folder that holds `wanted`."""
-        if not os.path.isfile(self.path):
-            return
-        folder = next((folder for folder in Path(self.path).resolve().parents if (folder / wanted).is_file()), None)
-        problem = "the index of a sharded network" if self.path.endswith(".index.json") else "a single file"
-        fix = f"give a folder with a {wanted}, as diffusers' save_pretrained writes it"
-        raise self.error(f"is {problem}; {fix if folder is None else f'give its folder, {folder}'}")
+        """Raise a UserError (exit code 2) for a file instead of the folder that holds `wanted`."""
+        if os.path.isfile(self.path):
+            fix = f"give a folder with a {wanted}, as diffusers' save_pretrained writes it"
+            raise self.error(f"is a single file; {fix}")
 
     def read_json(self, file: str) -> Optional[dict]:
         """Read a JSON file; None if there is none. UserError (exit code 2) for an unknown source or a damaged file."""
@@ -189,26 +171,22 @@ class ModelSource:
         except (OSError, ValueError, TypeError) as error:
             raise self.error(f"{file} is damaged ({error}); copy it again") from error
 
-    def config(self, cls, subfolder: Optional[str] = None, exact: bool = True) -> dict:
-        """Read the configuration of a component, once.
+    def config(self, cls, subfolder: Optional[str] = None) -> dict:
+        """Read the configuration of a component.
 
-        Args:
-            exact: refuse the configuration of another class; a scheduler accepts that of any in its family.
         Raises:
-            UserError: exit code 2; unreadable, or of another class.
+            UserError: exit code 2; unreadable, or of another class. A scheduler accepts that of any scheduler.
         """
-        if (cls, subfolder) not in self._configs:
-            self.check_not_a_file(cls.config_name)
-            try:
-                self._configs[cls, subfolder] = self.load(cls.load_config, subfolder=subfolder)
-            except UNREADABLE as error:
-                on_hub = not self.is_folder and hub_error(error)
-                reason = hub_reason(error) if on_hub else f"no readable {cls.__name__}; download or copy it again"
-                raise self.error(reason, subfolder=subfolder) from error
-        config = dict(self._configs[cls, subfolder])
+        self.check_not_a_file(cls.config_name)
+        where = f" ({subfolder})" if subfolder else ""
+        try:
+            config = self.load(cls.load_config, subfolder=subfolder)
+        except UNREADABLE as error:
+            unreadable = f"no readable {cls.__name__}; download or copy it again"
+            raise UserError(f"{self}{where}: {unreadable if self.is_folder else hub_reason(error)}", 2) from error
         class_name = config.get("_class_name", cls.__name__)
-        if exact and class_name != cls.__name__:
-            raise self.error(f"is a {class_name}, this script takes a {cls.__name__}", subfolder=subfolder)
+        if class_name != cls.__name__ and not issubclass(cls, SchedulerMixin):
+            raise UserError(f"{self}{where}: is a {class_name}, this script takes a {cls.__name__}", 2)
         return config
 
     # Weights --------------------------------------------------------------------------------------------------------
@@ -218,16 +196,12 @@ class ModelSource:
             return name
         return None
 
-    def variants(self, subfolder: Optional[str] = None) -> set[Optional[str]]:
-        """Return the variants of the weights in a folder; None stands for plain weights."""
-        return {match["variant"] for match in map(WEIGHTS.fullmatch, self.files(subfolder)) if match}
-
     def weight_variant(self, subfolder: Optional[str] = None) -> Optional[str]:
         """Return `variant` if the folder has weights in it, else None, as pipelines choose for each component.
 
         UserError (exit code 2) if the folder has weights in other variants only.
         """
-        variants = self.variants(subfolder)
+        variants = {match["variant"] for match in map(WEIGHTS.fullmatch, self.files(subfolder)) if match}
         if variants and not variants & {self.variant, None}:
             held = " and ".join(f"*.{name}.safetensors" for name in sorted(variants))
             raise self.error(f"{subfolder or 'it'} holds only {held}: give --variant {sorted(variants)[0]}")
@@ -241,12 +215,7 @@ class ModelSource:
         if self.is_folder:
             return loader(self.path, **kwargs)
         commit, local, _ = resolve_repo(self.path, self.revision)
-        try:
-            return loader(self.path, revision=commit, local_files_only=local, **kwargs)
-        except OSError as error:
-            if local and "file named" in str(error):  # the only sign of a file that the cache lacks
-                raise LocalEntryNotFoundError(str(error)) from error
-            raise
+        return loader(self.path, revision=commit, local_files_only=local, **kwargs)
 
     @contextmanager
     def loading(self):
@@ -267,12 +236,6 @@ class ModelSource:
         if unexpected:
             names = abbreviate(unexpected)
             logger.warning("%s: %d weights have no place in its config.json (%s)", self, len(unexpected), names)
-
-
-def teacher_source(args) -> ModelSource:
-    """Return where the teacher is."""
-    path = args.pretrained_model_name_or_path
-    return ModelSource("--pretrained_model_name_or_path", path, args.revision, args.variant)
 
 
 def student_source(args, teacher: ModelSource) -> ModelSource:
@@ -354,19 +317,6 @@ def load_pipeline(source: ModelSource, cls, **components):
     """Load a pipeline around `components` (and other arguments of from_pretrained). UserError (1) for bad weights."""
     with source.loading():
         index = source.read_json("model_index.json")
-        variants = set().union(*(source.variants(name) for name in saved_components(index) if name not in components))
+        variants = {source.weight_variant(name) for name in saved_components(index) if name not in components}
         variant = source.variant if source.variant in variants else None
         return source.load(cls.from_pretrained, **{"variant": variant, **missing_components(cls, index), **components})
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """Hash the shapes and a few values of every weight: 16 hex digits that differ between teachers.
-
-    Values are rounded to bfloat16, so that the precision in which the network was loaded does not matter.
-    """
-    digest, unread = hashlib.sha256(), vars(module).get("weights")  # of senseflow.models.weights.meta_network
-    for name, parameter in module.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        first = parameter.detach().flatten()[:8] if unread is None else unread.first(name, 8)
-        digest.update(first.bfloat16().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

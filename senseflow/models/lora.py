@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from senseflow.errors import UserError, loading, require_package
-from senseflow.models.hub import UNREADABLE, ModelSource, abbreviate, fingerprint, hub_reason
+from senseflow.models.hub import UNREADABLE, ModelSource, abbreviate, hub_reason
 from senseflow.models.quantization import quantization_states, quantize_network
-from senseflow.models.weights import materialize, state_dict_problems
+from senseflow.models.weights import fingerprint, materialize, state_dict_problems
 
 
 logger = logging.getLogger(__name__)

@@ -7,25 +7,23 @@ process holds more than its shards and one tensor, whether it starts, saves (`sa
 
 import contextlib
 import copy
+import hashlib
 import json
-import math
-from collections import OrderedDict
+import os
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence, Union
+from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from accelerate import init_empty_weights
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import _TYPES
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from senseflow.errors import loading
 from senseflow.models.hub import ModelSource, abbreviate, load_network
 
 
@@ -35,78 +33,59 @@ DTYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}  # in safetensors 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stored tensors
 # ---------------------------------------------------------------------------------------------------------------------
-class Weights:
-    """The tensors of a network by name, read from safetensors files on demand, whole or by rows.
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file, of which rows are read on demand: `stored[rows]`, on the CPU."""
 
-    Args:
-        files: complete safetensors files; their headers are read.
-        tensors: tensors in memory, which take precedence.
-        flag, path: named in the error message if a file cannot be read later on.
-    """
+    file: Path
+    name: str
+    shape: list[int]
 
-    def __init__(self, files: Iterable[Path] = (), tensors: Optional[dict] = None, flag: str = "", path: object = ""):
-        self.flag, self.path = flag, path
-        self._entries: dict[str, Union[torch.Tensor, tuple[Path, str]]] = {}  # a tensor, or file and name in it
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                self._entries |= {name: (file, name) for name in opened.keys()}
-        self._entries |= tensors or {}
+    def __getitem__(self, rows) -> torch.Tensor:
+        # Opened for each tensor, so that the pages of those read before are freed. The result keeps the file open.
+        with safe_open(self.file, "pt") as file:
+            return file.get_slice(self.name)[rows] if self.shape else file.get_tensor(self.name)
+
+
+class Weights(dict[str, Union[torch.Tensor, StoredTensor]]):
+    """The tensors of a network by name. They are never changed, so copies of the network share them."""
 
     def __deepcopy__(self, memo):
-        return self  # immutable
+        return self
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
 
-    def names(self) -> set[str]:
-        return set(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        entry = self._entries[name]
-        if torch.is_tensor(entry):
-            return tuple(entry.shape)
-        with safe_open(entry[0], "pt") as file:
-            return tuple(file.get_slice(entry[1]).get_shape())
-
-    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """Read a tensor, or some of its rows, in the file's dtype on the CPU. The result keeps the file open."""
-        entry = self._entries[name]
-        if torch.is_tensor(entry):
-            return entry[rows] if entry.dim() else entry
-        # Opened for each tensor, so that the pages of those read before are freed.
-        with loading(self.flag, self.path), safe_open(entry[0], "pt") as file:
-            stored = file.get_slice(entry[1])
-            return stored[rows] if stored.get_shape() else file.get_tensor(entry[1])
-
-    def first(self, name: str, count: int) -> torch.Tensor:
-        """Read the first `count` values of a tensor, flat."""
-        row_size = math.prod(self.shape(name)[1:])
-        return self.read(name, slice(math.ceil(count / max(row_size, 1)))).flatten()[:count]
-
-    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> "Weights":
-        """Return a copy in which some tensors are replaced."""
-        return self._with_entries({**self._entries, **tensors})
-
-    def renamed(self, names: Mapping[str, str]) -> "Weights":
-        """Return the tensors under other names, {new: old}."""
-        return self._with_entries({new: self._entries[old] for new, old in names.items()})
-
-    def _with_entries(self, entries: dict) -> "Weights":
-        other = copy.copy(self)
-        other._entries = entries
-        return other
+def stored_weights(files: Iterable[Path]) -> Weights:
+    """Return the tensors in safetensors files, of which only headers are read; files that are cut off are refused."""
+    weights = Weights()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            weights |= {name: StoredTensor(path, name, file.get_slice(name).get_shape()) for name in names}
+    return weights
 
 
 def weights_of(network: torch.nn.Module) -> Weights:
     """Return the weights that a network holds, or with which it will be materialized."""
-    return vars(network).get("weights") or Weights(tensors=network.state_dict())
+    return vars(network).get("weights") or Weights(network.state_dict())
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Hash the shapes and a few values of every weight: 16 hex digits that differ between teachers.
+
+    Values are rounded to bfloat16, so that the precision in which the network was loaded does not matter.
+    """
+    digest, unread = hashlib.sha256(), vars(module).get("weights")
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = parameter.detach() if unread is None else unread[name]
+        first = values[slice(8) if parameter.dim() else ...].flatten()[:8]
+        digest.update(first.bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def materialize_submodule(network: torch.nn.Module, name: str) -> torch.nn.Module:
     """Return a copy of a submodule with its values, in float32 on the CPU."""
     module, weights, prefix = copy.deepcopy(network.get_submodule(name)).float(), weights_of(network), f"{name}."
-    names = [stored for stored in weights.names() if stored.startswith(prefix)]
-    module.weights = weights.renamed({stored.removeprefix(prefix): stored for stored in names})
+    module.weights = Weights((n.removeprefix(prefix), value) for n, value in weights.items() if n.startswith(prefix))
     return materialize(module, "cpu")
 
 
@@ -133,24 +112,18 @@ def state_dict_problems(expected: Mapping, actual: Mapping) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks without values
 # ---------------------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def meta_network(cls, config: dict, weights: Weights, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """Make a network of diffusers on the meta device, to be materialized. Buffers that `weights` lacks have values.
 
     Args:
         dtype: of parameters and stored buffers, except those that the class keeps in float32.
     """
-    with default_dtype(dtype), init_empty_weights():
-        network = cls.from_config(config)
+    before = cls._set_default_torch_dtype(dtype)
+    try:
+        with init_empty_weights():
+            network = cls.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
     in_float32 = set(cls._keep_in_fp32_modules or ())
     for name, tensor in network.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
@@ -171,47 +144,35 @@ def from_pretrained_meta(
     """
     with source.loading():
         location = source.network_subfolder(subfolder)
-        files = safetensors_files(source, location)
+        weights = stored_weights(safetensors_files(source, location))
         config = source.load(cls.load_config, subfolder=location)
-        weights = Weights(files, flag=source.flag, path=source.path)
-    if not files:
-        weights = Weights(tensors=load_network(source, cls, subfolder, dtype=dtype).state_dict())
+    weights = weights or Weights(load_network(source, cls, subfolder, dtype=dtype).state_dict())
     network = meta_network(cls, config, weights, dtype)
     network.register_to_config(_name_or_path=source.path)
-    names = OrderedDict((name, name) for name in weights.names())
-    network._fix_state_dict_keys_on_load(names)  # {new name: name in the files}
-    network.weights = weights = weights.renamed(names)
+    network._fix_state_dict_keys_on_load(weights)
     expected = network.state_dict(keep_vars=True)
-    stored = {id(tensor) for name, tensor in expected.items() if name in weights}  # tied tensors are stored once
+    common = {name: tensor for name, tensor in expected.items() if name in weights}
+    stored = set(map(id, common.values()))  # tied tensors are stored once
     missing = [name for name, tensor in expected.items() if id(tensor) not in stored]
-    source.check_complete(missing, weights.names() - expected.keys())
-    shapes = {name: weights.shape(name) for name in expected if name in weights}
-    problem = state_dict_problems({name: expected[name] for name in shapes}, shapes)
+    source.check_complete(missing, weights.keys() - expected.keys())
+    problem = state_dict_problems(common, {name: weights[name] for name in common})
     if problem:
         raise source.error(f"does not fit its config.json: {problem}; download or copy it again", exit_code=1)
     return network
 
 
 def safetensors_files(source: ModelSource, subfolder: Optional[str]) -> list[Path]:
-    """Find, and download from the Hub, the safetensors files of a network; none if it has other files only.
-
-    Raises:
-        OSError: a file of the index is missing.
-    """
+    """Find, and download from the Hub, the safetensors files of a network; none if it has other files only."""
     variant = source.weight_variant(subfolder)
 
     def find(name: str) -> Optional[Path]:
-        return source.file(f"{subfolder}/{name}" if subfolder else name)
+        return source.file(os.path.join(subfolder or "", name))
 
     index = find(_add_variant(SAFE_WEIGHTS_INDEX_NAME, variant))
-    if index is None:
-        file = find(_add_variant(SAFETENSORS_WEIGHTS_NAME, variant))
-        return [] if file is None else [file]
-    files = {name: find(name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))}
-    for name, file in files.items():
-        if file is None:
-            raise (OSError if source.is_folder else LocalEntryNotFoundError)(f"{name} is missing")
-    return list(files.values())
+    names = [_add_variant(SAFETENSORS_WEIGHTS_NAME, variant)]
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return [file for file in map(find, names) if file is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,11 +239,11 @@ def materialize(
 def read_into(tensor: torch.Tensor, weights: Weights, name: str) -> None:
     """Copy a stored tensor into a tensor of a network; of a sharded tensor only this process's rows are read."""
     if not isinstance(tensor, DTensor):
-        tensor.detach().copy_(weights.read(name))
+        tensor.detach().copy_(weights[name][...])
         return
     local = tensor.to_local().detach()
     if local.numel():
-        local.copy_(weights.read(name, local_rows(tensor)))
+        local.copy_(weights[name][local_rows(tensor) if tensor.dim() else ...])
 
 
 def local_rows(tensor: DTensor) -> slice:

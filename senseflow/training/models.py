@@ -12,15 +12,13 @@ from senseflow.models.hub import (
     ModelSource,
     check_compatible,
     check_pipeline,
-    fingerprint,
     load_pipeline,
     student_source,
-    teacher_source,
 )
 from senseflow.models.lora import adapted_copies, adapter_settings, check_lora_args, fuse_or_quantize
 from senseflow.models.text_encoders import cache_conditions, place_text_encoders
 from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents
-from senseflow.models.weights import from_pretrained_meta, materialize
+from senseflow.models.weights import fingerprint, from_pretrained_meta, materialize
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow_utils import Guidance, Prediction, Schedule, StatelessRNG
@@ -191,7 +189,9 @@ class TrainingModels:
 # ---------------------------------------------------------------------------------------------------------------------
 def resolve_teacher(args, cls: type[TrainingModels]) -> ModelSource:
     """Return the teacher's source at one commit. UserError (exit code 2) if it is missing or another pipeline."""
-    return check_pipeline(teacher_source(args), cls.pipeline_class)
+    path = args.pretrained_model_name_or_path
+    source = ModelSource("--pretrained_model_name_or_path", path, args.revision, args.variant)
+    return check_pipeline(source, cls.pipeline_class)
 
 
 def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:

@@ -21,7 +21,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from senseflow.errors import UserError, loading, require_package
 from senseflow.models.lora import save_adapter, stored_name
-from senseflow.models.weights import Weights, materialize, meta_network, read_into, save_tensors, state_dict_problems
+from senseflow.models.weights import (
+    Weights,
+    materialize,
+    meta_network,
+    read_into,
+    save_tensors,
+    state_dict_problems,
+    stored_weights,
+)
 from senseflow_utils import ida_update
 
 
@@ -318,8 +326,8 @@ class Role:
             optimizer_files = sorted(folder.glob(f"{self.name}_optimizer-*.pt"))
             if not weight_files or not optimizer_files:
                 raise OSError(f"no {'optimizer state' if weight_files else 'weights'} of the {self.name}")
-            weights = Weights(weight_files, flag=flag, path=path)
-            problem = state_dict_problems(self._stored, {name: weights.shape(name) for name in weights.names()})
+            weights = stored_weights(weight_files)
+            problem = state_dict_problems(self._stored, weights)
             if problem:
                 raise UserError(f"{flag} {folder}: {self.name} is another network ({problem})")
             # Memory-mapped: of many shards, each process reads only its own rows of every tensor.

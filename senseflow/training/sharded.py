@@ -33,7 +33,7 @@ class ShardedRole(Role):
         weights = self.weights()
         if not self.accelerator.is_main_process:
             return None
-        network = meta_network(self._class, self.module.config, Weights(tensors=weights))
+        network = meta_network(self._class, self.module.config, Weights(weights))
         del network.weights
         network.load_state_dict(weights, assign=True)
         return network

@@ -24,7 +24,7 @@ from senseflow.models.discriminator import (
     diff_augment,
     load_discriminator,
 )
-from senseflow.models.hub import fingerprint
+from senseflow.models.weights import fingerprint
 from senseflow_utils import StatelessRNG
 
 
@@ -34,7 +34,8 @@ def features(batch, channels=8, sizes=(9, 9), seed=0):
 
 
 def test_local_batch_norm_groups_neighbors():
-    norm = LocalBatchNorm(3, virtual_batch=4)
+    norm = LocalBatchNorm(3)
+    norm.virtual_batch = 4
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
         norm.bias.copy_(torch.tensor([0.5, 0.0, -0.5]))
@@ -54,7 +55,7 @@ def test_sizes_equal_the_release():
     (logits,) = heads((features(1, 4, [73] * 8),), features(1, 4, [73] * 8), torch.randn(1, 6))
     assert logits.shape == (1, 800)
     with torch.device("meta"):
-        tower = sum(p.numel() for p in Tower(1024, 8).parameters())
+        tower = sum(p.numel() for p in Tower(1024).parameters())
         text = sum(p.numel() for p in TextMap(768).parameters())
     assert round(8 * (2 * tower + text) / 1e6) in (772, 773)
 

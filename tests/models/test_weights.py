@@ -12,15 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from senseflow.errors import UserError
 from senseflow.memory.counter import Counter
-from senseflow.models.hub import ModelSource, fingerprint, load_network
+from senseflow.models.hub import ModelSource, load_network
 from senseflow.models.quantization import quantize_network
 from senseflow.models.weights import (
-    Weights,
+    fingerprint,
     from_pretrained_meta,
     is_meta,
     materialize,
     materialize_submodule,
     save_tensors,
+    stored_weights,
     weights_of,
 )
 from tiny_pipelines import write_sd3, write_sdxl
@@ -97,7 +98,7 @@ def test_tied_tensors_stay_tied_and_buffers_that_are_not_stored_stay(by_parts, t
     for part in (empty.first, empty.second):
         part.to("meta")
     empty.second.weight = empty.first.weight
-    empty.weights = Weights([tmp_path / "w.safetensors"])
+    empty.weights = stored_weights([tmp_path / "w.safetensors"])
     network = materialize(empty, "cpu", taken.append if by_parts else None)
     assert network.first.weight is network.second.weight and torch.equal(network.made, torch.arange(4.0))
     assert_equal_networks(network, whole)
@@ -119,7 +120,7 @@ def test_missing_and_misshapen_weights_are_refused(networks, tmp_path):
     files[0].write_bytes(held[:-1])
     bad("cannot load the weights")
     files[0].unlink()
-    bad(r"cannot load the weights \(.*-00001-of-.* is missing")
+    bad(r"weights are missing .*; download or copy them again")
     weights = load_file(files[1])
     files[0].write_bytes(held)
     dropped = sorted(weights)[0]
@@ -137,13 +138,8 @@ def test_parts_of_the_weights(networks):
     assert_equal_networks(part, whole.time_text_embed.guidance_embedder)
     weights, own = weights_of(empty), whole.state_dict()
     for key in ("proj_out.weight", "proj_out.bias"):
-        assert torch.equal(weights.read(key, slice(3, 7)), own[key][3:7])
-        assert torch.equal(weights.first(key, 8), own[key].flatten()[:8])
-    changed = weights.with_tensors({"proj_out.bias": torch.ones(16)})
-    assert torch.equal(changed.read("proj_out.bias"), torch.ones(16)) and not torch.equal(
-        weights.read("proj_out.bias"), torch.ones(16)
-    )
-    assert weights_of(whole).names() == weights.names() == set(own)
+        assert torch.equal(weights[key][3:7], own[key][3:7])
+    assert copy.deepcopy(weights) is weights and weights_of(whole).keys() == weights.keys() == own.keys()
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
@@ -202,7 +198,7 @@ def test_every_dtype_can_be_written(dtype, tmp_path):
         "some": torch.ones(3, 2, dtype=dtype).T,
     }
     save_tensors(tmp_path, state, state.__getitem__, True)
-    read = Weights([tmp_path / "model.safetensors"])
+    read = stored_weights([tmp_path / "model.safetensors"])
     for name, tensor in state.items():
-        found = read.read(name)
+        found = read[name][...]
         assert found.dtype == dtype and found.shape == tensor.shape and torch.equal(found, tensor)
