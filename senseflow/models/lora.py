@@ -115,14 +115,11 @@ def check_initial_adapter(args, network: torch.nn.Module) -> None:
         raise source.error(
             f"its adapter has alpha {alpha:g}, this run's {args.lora_alpha:g}; give --lora_alpha {alpha:g}"
         )
-    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name} - {args.rank}
-    if ranks:
-        raise source.error(f"its adapter has rank {min(ranks)}; give --rank {min(ranks)}")
     network.add_adapter(lora_config(args))
     expected = {stored_name(name): tensor for name, tensor in network.named_parameters() if ".lora_" in name}
     problem = state_dict_problems(expected, shapes)
     if problem:
-        raise source.error(f"its adapter has other layers ({problem}); give the --lora_layers it was trained with")
+        raise source.error(f"its adapter differs ({problem}); give the --rank and --lora_layers it was trained with")
 
 
 def without_component(name: str) -> str:
@@ -259,12 +256,7 @@ def adapter_settings(network: torch.nn.Module) -> dict[str, Any]:
     return dict(zip(LORA_FLAGS, (config.r, config.lora_alpha, layers)))
 
 
-def adapter_metadata(network: torch.nn.Module) -> dict[str, Any]:
-    """Return the metadata from which peft rebuilds a network's adapter; only it holds alpha."""
-    return network.peft_config[ADAPTER].to_dict()
-
-
 def save_adapter(folder: Path, network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Write `weights` (by their names in a file) as `network.save_lora_adapter(folder)` would write its own."""
-    metadata = adapter_metadata(network)
+    metadata = network.peft_config[ADAPTER].to_dict()  # only it holds alpha
     LoraBaseMixin.write_lora_layers(weights, str(folder), True, FILE, None, True, lora_adapter_metadata=metadata)

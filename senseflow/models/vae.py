@@ -122,15 +122,3 @@ def decode(vae: ModelMixin, x0: torch.Tensor) -> torch.Tensor:
     latents = F.pixel_shuffle(x0 * std + mean, fold_of(vae.config))
     images = vae.decode(latents.unsqueeze(2) if frames else latents, return_dict=False)[0].float()
     return images.squeeze(2) if frames else images
-
-
-def real_latents(vae: Optional[ModelMixin], batch: dict, rows: torch.Tensor, rng: StatelessRNG) -> torch.Tensor:
-    """Return x0 of some rows of a batch, float32: its latents, or its images encoded."""
-    if "latents" in batch:
-        return batch["latents"][rows]
-    return encode(vae, batch["pixel_values"][rows], rng, [batch["sample_indices"][row] for row in rows.tolist()])
-
-
-def real_images(vae: ModelMixin, batch: dict) -> torch.Tensor:
-    """Return the images (B, 3, H, W) of a batch in [-1, 1], decoded if the data set holds latents."""
-    return decode(vae, batch["latents"]) if "latents" in batch else batch["pixel_values"]

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from senseflow.arguments import torch_dtype
 from senseflow.models.hub import UNREADABLE, ModelSource, load_pipeline, missing_components
-from senseflow.models.lora import FILE, adapter_metadata, find_lora
+from senseflow.models.lora import ADAPTER, FILE, find_lora
 from senseflow.models.quantization import quantization_config
 from senseflow.student_config import write_student_config
 from senseflow.training.models import TrainingModels
@@ -58,7 +58,7 @@ def export_adapter(
         dtype = torch_dtype(args.export_dtype)
         lora = {
             f"{models.network_name}_lora_layers": {name: tensor.to(dtype) for name, tensor in weights.items()},
-            f"{models.network_name}_lora_adapter_metadata": adapter_metadata(models.student.module),
+            f"{models.network_name}_lora_adapter_metadata": models.student.module.peft_config[ADAPTER].to_dict(),
         }
         models.pipeline_class.save_lora_weights(folder, **lora)
         for name, component in extra_components.items():

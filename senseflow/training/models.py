@@ -17,7 +17,7 @@ from senseflow.models.hub import (
 )
 from senseflow.models.lora import adapted_copies, adapter_settings, check_lora_args, fuse_or_quantize
 from senseflow.models.text_encoders import cache_conditions, place_text_encoders
-from senseflow.models.vae import decode, latent_shape_of, load_vae, real_images, real_latents
+from senseflow.models.vae import decode, encode, latent_shape_of, load_vae
 from senseflow.models.weights import fingerprint, from_pretrained_meta, materialize
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
@@ -173,11 +173,14 @@ class TrainingModels:
 
     def real_latents(self, batch: dict, rows: torch.Tensor, rng: StatelessRNG) -> torch.Tensor:
         """Return x0 (R, C, H, W) of these R rows of a batch, float32: its latents, or its images encoded."""
-        return real_latents(self.vae, batch, rows, rng)
+        if "latents" in batch:
+            return batch["latents"][rows]
+        sample_indices = [batch["sample_indices"][row] for row in rows.tolist()]
+        return encode(self.vae, batch["pixel_values"][rows], rng, sample_indices)
 
     def real_images(self, batch: dict) -> torch.Tensor:
         """Return the images (B, 3, H, W) of a batch in [-1, 1]; decoded if the data set holds latents."""
-        return real_images(self.vae, batch)
+        return self.decode(batch["latents"]) if "latents" in batch else batch["pixel_values"]
 
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Decode x0 (B, C, H, W) to images (B, 3, H, W), about in [-1, 1], float32, with gradient."""
