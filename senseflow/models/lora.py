@@ -115,11 +115,14 @@ def check_initial_adapter(args, network: torch.nn.Module) -> None:
         raise source.error(
             f"its adapter has alpha {alpha:g}, this run's {args.lora_alpha:g}; give --lora_alpha {alpha:g}"
         )
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name} - {args.rank}
+    if ranks:
+        raise source.error(f"its adapter has rank {min(ranks)}; give --rank {min(ranks)}")
     network.add_adapter(lora_config(args))
     expected = {stored_name(name): tensor for name, tensor in network.named_parameters() if ".lora_" in name}
     problem = state_dict_problems(expected, shapes)
     if problem:
-        raise source.error(f"its adapter differs ({problem}); give the --rank and --lora_layers it was trained with")
+        raise source.error(f"its adapter has other layers ({problem}); give the --lora_layers it was trained with")
 
 
 def without_component(name: str) -> str:
