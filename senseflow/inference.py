@@ -38,13 +38,9 @@ NETWORKS = ("transformer", "unet")
 # Parts of names in a state dict that DDP, FSDP, torch.compile and activation checkpointing insert.
 WRAPPERS = {"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 # Entries of a network's configuration that must be those of the network it replaces: class, latents and prompts.
-PROMPT_ENTRIES = ("joint_attention_dim", "cross_attention_dim", "pooled_projection_dim", "caption_channels")
-COMPATIBLE = ("_class_name", "in_channels", *PROMPT_ENTRIES)
+COMPATIBLE = ("_class_name", "in_channels", "joint_attention_dim", "cross_attention_dim", "pooled_projection_dim")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding and checking
-# ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Model:
     """A pipeline to sample from, none of whose weights is loaded.
@@ -250,9 +246,6 @@ def hash_model(model: Model) -> str:
     return digest.hexdigest()[:12]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
 def load_model_pipeline(
     model: Model, sampler: Optional[str], device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
