@@ -12,10 +12,13 @@ import argparse
 import json
 import logging
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Sequence
 
-from senseflow.arguments import DTYPES, Parser, dtype, number
+from senseflow.arguments import DTYPES, Parser, dtype, number, torch_device
 from senseflow.errors import UserError, require_package, run_script, write_atomically
 
 
@@ -90,32 +93,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 if __name__ == "__main__":
     run_script(parse_args)  # answer --help and wrong arguments before the imports below, which take seconds
 
-import torch
-
-from senseflow.evaluation.curves import find_checkpoints, generate_images, plot_curves
+from senseflow.evaluation import metrics
 from senseflow.evaluation.image_sets import ImageSet, read_image_set
-from senseflow.evaluation.metrics import (
-    PATCH,
-    bootstrap_error,
-    clip_score,
-    diversity,
-    frechet_distance,
-    pickscore,
-    standard_error,
-)
 from senseflow.evaluation.scorers import compute_image_features, compute_prompt_features, load_scorer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks before networks load
-# ---------------------------------------------------------------------------------------------------------------------
-def choose_device(name: Optional[str]) -> torch.device:
-    """Return the device of --device, or its default. Refuse (UserError, exit code 2) one that is not available."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here; give cpu, or a device that torch sees", 2) from error
 
 
 def check_args(args) -> None:
@@ -146,14 +126,11 @@ def check_images(args, images: ImageSet, reference: Optional[ImageSet]) -> None:
                 raise UserError(f"--metrics {name}: {problem}; generate both with one prompts file", 2)
         if name == "patch_fid":
             for file, size in zip(images.files + reference.files, images.sizes + reference.sizes):
-                if min(size) < PATCH:
-                    problem = f"{file} has {size[0]} x {size[1]} pixels, fewer than the patch of {PATCH}"
+                if min(size) < metrics.PATCH:
+                    problem = f"{file} has {size[0]} x {size[1]} pixels, fewer than the patch of {metrics.PATCH}"
                     raise UserError(f"--metrics patch_fid: {problem}; remove it", 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------------------------------------------------
 def compute_metric(args, name: str, images: ImageSet, reference: Optional[ImageSet]) -> dict[str, Any]:
     """Return value, n, network, and standard_error, which is over prompts and None if it is not computed."""
     scorer = load_scorer(args, name)
@@ -164,13 +141,14 @@ def compute_metric(args, name: str, images: ImageSet, reference: Optional[ImageS
         if min(len(features), len(others)) < max(MIN_IMAGES, features.shape[1]):
             count = f"{len(features)} and {len(others)} images for {features.shape[1]} dimensions"
             logger.warning("%s: %s; a Frechet distance needs %d or more of each", name, count, MIN_IMAGES)
-        error = args.bootstrap and bootstrap_error(frechet_distance, features, others, groups, args.bootstrap)
-        return result | {"value": frechet_distance(features, others), "standard_error": error}
+        distance = metrics.frechet_distance
+        error = args.bootstrap and metrics.bootstrap_error(distance, features, others, groups, args.bootstrap)
+        return result | {"value": distance(features, others), "standard_error": error}
     if name == "diversity":
-        scores = diversity(features, groups)
+        scores = metrics.diversity(features, groups)
         groups = range(len(scores))
         if reference is not None:
-            others = diversity(compute_image_features(args, scorer, reference), reference.groups)
+            others = metrics.diversity(compute_image_features(args, scorer, reference), reference.groups)
             if len(others):
                 result["share_of_reference"] = scores.mean().item() / others.mean().item()
     elif name == "imagereward":
@@ -178,14 +156,14 @@ def compute_metric(args, name: str, images: ImageSet, reference: Optional[ImageS
     else:
         prefix = args.clip_prefix if name == "clip" else ""
         prompts = compute_prompt_features(args, scorer, [prefix + prompt for prompt in images.prompts])
-        scores = clip_score(features, prompts)
+        scores = metrics.clip_score(features, prompts)
         if name == "pickscore":
-            scores = pickscore(features, prompts, scorer.logit_scale)
-    return result | {"value": scores.double().mean().item(), "standard_error": standard_error(scores, groups)}
+            scores = metrics.pickscore(features, prompts, scorer.logit_scale)
+    return result | {"value": scores.double().mean().item(), "standard_error": metrics.standard_error(scores, groups)}
 
 
 def compute_metrics(args, images: ImageSet, reference: Optional[ImageSet]) -> dict[str, dict[str, Any]]:
-    """Return {metric: result}, and log each."""
+    """Return {metric: result}."""
     results = {}
     for name in args.metrics:
         results[name] = compute_metric(args, name, images, reference)
@@ -193,23 +171,47 @@ def compute_metrics(args, images: ImageSet, reference: Optional[ImageSet]) -> di
     return results
 
 
+def find_checkpoints(run: Path) -> dict[int, Path]:
+    """Return {iteration: folder} of a run's checkpoints, in order. UserError (2) if there are none."""
+    folders = [file.parent for file in run.glob("checkpoint-*/senseflow.json")]
+    checkpoints = {int(f.name[11:]): f for f in folders if re.fullmatch(r"checkpoint-\d+", f.name)}
+    if not checkpoints:
+        raise UserError(f"--checkpoints {run}: has no checkpoint-N; give the --output_dir of a training run", 2)
+    return dict(sorted(checkpoints.items()))
+
+
 def evaluate_checkpoints(args, reference: Optional[ImageSet]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return {checkpoint-N: {metric: result}}. Write images and curves to the folder evaluation/ of the run."""
     folder, results = Path(args.checkpoints, "evaluation"), {}
     flags = ["--prompts_file", args.prompts_file, "--batch_size", args.batch_size, "--device", args.device]
     for iteration, checkpoint in find_checkpoints(Path(args.checkpoints)).items():
-        generate_images(checkpoint, folder / checkpoint.name, flags)
+        output = ["--model", checkpoint, "--output_dir", folder / checkpoint.name]
+        command = [sys.executable, Path(__file__).with_name("infer.py"), *output, *flags]
+        code = subprocess.run([str(word) for word in command]).returncode  # it generates the missing images
+        if code:
+            problem = f"infer.py ended with exit code {code} for {checkpoint.name}; see its message above"
+            raise UserError(f"--checkpoints {args.checkpoints}: {problem}")
         images = read_image_set("--checkpoints", str(folder / checkpoint.name))
         check_images(args, images, reference)
         results[iteration] = compute_metrics(args, images, reference)
-    titles = {name: metric.column for name, metric in METRICS.items()}
-    write_atomically(folder / "curves.png", lambda temporary: plot_curves(temporary, titles, results))
+    write_atomically(folder / "curves.png", lambda temporary: plot_curves(temporary, results))
     return {f"checkpoint-{iteration}": result for iteration, result in results.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------------
+def plot_curves(path: Path, results: dict[int, dict[str, dict[str, Any]]]) -> None:
+    """Write a PNG with one plot per metric: value and standard error against iterations, from {iteration: results}."""
+    from matplotlib.figure import Figure
+
+    iterations, names = list(results), list(next(iter(results.values())))
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
+        values = [result[name]["value"] for result in results.values()]
+        errors = [result[name]["standard_error"] or 0 for result in results.values()]
+        axes.errorbar(iterations, values, errors, marker="o", capsize=3)
+        axes.set(title=METRICS[name].column, xlabel="iterations")
+    figure.savefig(path, format="png", dpi=120)
+
+
 def make_row(name: str, results: dict[str, dict[str, Any]]) -> str:
     """Return the row of a Markdown table with a column for each of METRICS, empty for metrics not in `results`."""
     cells = [name.replace("|", "/"), str(max(result["n"] for result in results.values()))]
@@ -221,13 +223,9 @@ def make_row(name: str, results: dict[str, dict[str, Any]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    args.device = choose_device(args.device)
+    args.device = torch_device(args.device)
     check_args(args)
     reference = read_image_set("--reference", args.reference) if args.reference else None
     report: dict[str, Any] = {"reference": args.reference}
@@ -238,7 +236,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         check_images(args, images, reference)
         report |= {"images": args.images, "metrics": compute_metrics(args, images, reference)}
         results = {args.images: report["metrics"]}
-    write_text(Path(args.output), json.dumps(report, indent=1) + "\n")
+    Path(args.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     columns = [metric.column for metric in METRICS.values()]
     head = f"| | n | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}"
@@ -247,7 +245,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if args.append_to:
         table = Path(args.append_to)
         before = table.read_text(encoding="utf-8").rstrip("\n") if table.exists() else head
-        write_text(table, f"{before}\n{rows}\n")
+        write_atomically(table, lambda temporary: temporary.write_text(f"{before}\n{rows}\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":

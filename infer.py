@@ -5,7 +5,6 @@
     python infer.py --model OUTPUT_DIR/checkpoint-3000 --prompt "a red fox in the snow"
     python infer.py --model FLUX.1-dev --transformer domiso/SenseFlow --transformer_subfolder FOLDER --released flux
 
-The defaults of the sampling flags are those in the model's senseflow.json or of --released, else the pipeline's own.
 An image depends on model, settings, prompt, seed and index only, not on batch size or start index. Several processes,
 started by `accelerate launch infer.py` or torchrun, share the prompts. A rerun generates the missing images.
 """
@@ -22,7 +21,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
-from senseflow.arguments import DTYPES, SAMPLERS, Parser, dtype, number, torch_dtype
+from senseflow.arguments import DTYPES, SAMPLERS, Parser, dtype, number, torch_device, torch_dtype
+from senseflow.data.prompts import read_prompts_file
 from senseflow.errors import UserError, run_script, write_atomically
 from senseflow.released import RELEASED
 
@@ -102,7 +102,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import distributed
 from tqdm import tqdm
 
-from senseflow.inference import Model, find_model, hash_model, load_model_pipeline, pixel_multiple
+from senseflow.inference import Model, find_model, hash_model, load_model_pipeline
 from senseflow.models.hub import ModelSource
 from senseflow.models.schedulers import bind_generator
 
@@ -110,18 +110,12 @@ from senseflow.models.schedulers import bind_generator
 logger = logging.getLogger("infer")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
-    """Return the device and a key of DTYPES; each process has its own GPU. UserError (2) for an absent device."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    """Return the device and a key of DTYPES; each process has its own GPU."""
+    name = args.device
+    if name in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here; give cpu, or a device that torch has", 2) from error
+    device = torch_device(name)
     return device, args.dtype or ("fp32" if device.type == "cpu" else "bf16")
 
 
@@ -132,29 +126,20 @@ def read_prompts(args: argparse.Namespace) -> tuple[dict[int, str], list[int]]:
         All prompts by index, which is the place in --prompt or the line number; blank lines are left out.
         The indices that --start_idx and --num_prompts select.
     """
-    flag, lines = "--prompt", args.prompt
-    if lines is None:
-        flag = f"--prompts_file {args.prompts_file}"
-        try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{flag}: unreadable ({error}); give a UTF-8 text file, one prompt a line", 2) from error
+    lines = args.prompt or read_prompts_file(args.prompts_file)
     prompts = {idx: line.strip() for idx, line in enumerate(lines) if line.strip()}
-    if not prompts:
-        raise UserError(f"{flag}: has no prompt; give at least one", exit_code=2)
-    stop = max(prompts) + 1 if args.num_prompts is None else args.start_idx + args.num_prompts
+    stop = args.start_idx + (args.num_prompts or len(lines))
     selected = [idx for idx in prompts if args.start_idx <= idx < stop]
     if not selected:
-        raise UserError(f"--start_idx {args.start_idx}: no prompt from there; the last has index {max(prompts)}", 2)
+        last = max(prompts, default="none")
+        raise UserError(f"--start_idx {args.start_idx}: no prompt from there; the last has index {last}", 2)
     return prompts, selected
 
 
 def choose_network(args: argparse.Namespace) -> Optional[ModelSource]:
     """Return the network that replaces the model's own, if any."""
-    for name in ("transformer", "unet", "checkpoint"):
-        if getattr(args, name) is not None:
-            return ModelSource(f"--{name}", getattr(args, name))
-    return None
+    paths = {f"--{name}": getattr(args, name) for name in ("transformer", "unet", "checkpoint")}
+    return next((ModelSource(flag, path) for flag, path in paths.items() if path is not None), None)
 
 
 def choose_sampler(sampler: Optional[str], model: Model) -> Optional[str]:
@@ -172,8 +157,7 @@ def choose_sampler(sampler: Optional[str], model: Model) -> Optional[str]:
 def choose_pipeline_kwargs(args: argparse.Namespace, model: Model) -> dict[str, Any]:
     """Return the pipeline's arguments besides prompt and generator: those of the training, replaced by flags.
 
-    Raises:
-        UserError: exit code 2; an argument that the pipeline does not take, or a size that does not divide.
+    UserError (2) for an argument that the pipeline does not take, or a size that does not suit the student.
     """
     parameters, trained = model.call_parameters, model.student_config.get("pipeline_call", {})
     flags = {name: getattr(args, name) for name in CALL_FLAGS if getattr(args, name) is not None}
@@ -192,7 +176,7 @@ def choose_pipeline_kwargs(args: argparse.Namespace, model: Model) -> dict[str, 
         if model.config("transformer").get("guidance_embeds") is False:
             fix = "see --pipeline_kwargs true_cfg_scale=..."
             logger.info("--guidance_scale: no effect, since this network has no guidance embedder; %s", fix)
-    kwargs, multiple = trained | flags, pixel_multiple(model)
+    kwargs, multiple = trained | flags, model.student_config.get("pixel_multiple", 1)
     for name in ("height", "width"):
         excess = (kwargs.get(name) or 0) % multiple
         if excess:
@@ -212,13 +196,10 @@ def fit_scheduler(model: Model, steps: Optional[int]) -> None:
         model.scheduler_changes["shift_terminal"] = None  # to stretch a single level divides 0 by 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
 def generate(
     pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], kwargs: dict[str, Any]
 ) -> list[Image.Image]:
-    """Generate a batch of images, each with noise from its own seed: one CPU generator per image."""
+    """Generate a batch of images, each with the noise of a CPU generator of its own."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     bind_generator(pipeline.scheduler, generators)  # the pipelines of FLUX and SD 3 call `step` without a generator
     for name, value in kwargs.items():  # not every pipeline repeats a second or negative prompt
@@ -227,9 +208,8 @@ def generate(
     try:
         return pipeline(prompt=prompts, generator=generators, **kwargs).images
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--batch_size {len(prompts)}: out of memory; give a smaller one, or smaller images"
-        ) from error
+        problem = "out of memory; give a smaller one, or smaller images"
+        raise UserError(f"--batch_size {len(prompts)}: {problem}") from error
 
 
 def open_folder(folder: Path) -> list[dict[str, Any]]:

@@ -28,6 +28,17 @@ def torch_dtype(name: str):
     return getattr(torch, DTYPES[name])
 
 
+def torch_device(name: Optional[str]):
+    """Return the torch.device of --device; None is cuda, or cpu without a GPU. UserError (2) for an absent device."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here; give cpu, or a device that torch has", 2) from error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parsing
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,8 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import pickle
-import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Mapping, Optional
@@ -27,9 +25,8 @@ from safetensors.torch import load_file
 
 from senseflow.errors import UserError, require_package
 from senseflow.models.hub import ModelSource, load_network, load_pipeline, saved_components
-from senseflow.models.lora import ADAPTER, FILE, fuse_lora, stored_name
+from senseflow.models.lora import ADAPTER, FILE, fuse_lora
 from senseflow.models.quantization import BACKENDS, quantize_network
-from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import fingerprint, state_dict_problems
 from senseflow.released import RELEASED
 from senseflow.student_config import STUDENT_CONFIG, read_student_config
@@ -41,13 +38,9 @@ NETWORKS = ("transformer", "unet")
 # Parts of names in a state dict that DDP, FSDP, torch.compile and activation checkpointing insert.
 WRAPPERS = {"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 # Entries of a network's configuration that must be those of the network it replaces: class, latents and prompts.
-PROMPT_ENTRIES = ("joint_attention_dim", "cross_attention_dim", "pooled_projection_dim", "caption_channels")
-COMPATIBLE = ("_class_name", "in_channels", *PROMPT_ENTRIES)
+COMPATIBLE = ("_class_name", "in_channels", "joint_attention_dim", "cross_attention_dim", "pooled_projection_dim")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding and checking
-# ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Model:
     """A pipeline to sample from, none of whose weights is loaded.
@@ -129,7 +122,7 @@ def find_model(
     if released is not None:
         apply_released(model, released)
     elif network is not None:
-        find_student_config(model, network, subfolder)
+        logger.info("%s: no --released; sampling as %s does", network, model.source)
     check_components(model)
     return model
 
@@ -146,9 +139,7 @@ def find_pipeline(source: ModelSource) -> Model:
         replaced = {name: (source, name) for name in saved_components(index) if source.files(name)}
     model = Model(source, replace(base, revision=base.commit), index, student_config, replaced)
     if "prompt" not in model.call_parameters:
-        problem = f"{model.class_name} is no text-to-image pipeline of diffusers {diffusers.__version__}"
-        raise source.error(problem)
-    check_pipeline_kwargs(model, source)
+        raise source.error(f"{model.class_name} is no text-to-image pipeline of diffusers {diffusers.__version__}")
     if base is not source and "rank" in student_config:
         model.adapter = find_adapter(model)
         model.replaced.pop(model.network, None)  # in a checkpoint, the folder of the adapter
@@ -179,11 +170,7 @@ def find_adapter(model: Model) -> Path:
 
 
 def replace_network(model: Model, network: ModelSource, subfolder: str) -> None:
-    """Replace the pipeline's network, or for --checkpoint its weights. UserError (2) if it is absent or does not fit.
-
-    Args:
-        network, subfolder: as in find_model.
-    """
+    """Replace the network, or for --checkpoint its weights. UserError (2) if it is absent or does not fit."""
     name = model.network
     if name is None or network.flag not in (f"--{name}", "--checkpoint"):
         fix = "drop it" if name is None else f"give --{name}"
@@ -208,42 +195,16 @@ def replace_network(model: Model, network: ModelSource, subfolder: str) -> None:
             raise network.error(f"{problem}; give the --model that it was distilled from")
 
 
-def find_student_config(model: Model, network: ModelSource, subfolder: str) -> None:
-    """Take senseflow.json and the scheduler beside a replaced network, if they are there."""
-    source, folder = network, PurePosixPath(subfolder).parent
-    if os.path.exists(network.path):
-        path = Path(network.path, subfolder).resolve()
-        source, folder = replace(network, path=str(path.parent)), PurePosixPath()
-    student_config = read_student_config(source, str(folder))
-    if student_config is None:
-        problem = f"no {STUDENT_CONFIG} beside it and no --released"
-        logger.info("%s: %s; sampling as %s does", network, problem, model.source)
-        return
-    model.student_config = student_config
-    check_pipeline_kwargs(model, network)
-    if source.has_file(str(folder / "scheduler/scheduler_config.json")):
-        model.replaced["scheduler"] = (source, str(folder / "scheduler"))
-
-
 def apply_released(model: Model, name: str) -> None:
     """Sample with the preset of published weights. UserError (2) if it is for another pipeline."""
     preset = RELEASED[name]
     if model.class_name != preset.pipeline:
-        problem = f"is for a {preset.pipeline}; {model.source} is a {model.class_name}"
-        raise UserError(f"--released {name}: {problem}", exit_code=2)
+        raise UserError(f"--released {name}: is for a {preset.pipeline}; {model.source} is a {model.class_name}", 2)
     if model.student_config:
         logger.info("--released %s overrides the %s of %s", name, STUDENT_CONFIG, model.source.path)
     pipeline_kwargs = {"num_inference_steps": 4, "height": 1024, "width": 1024, **preset.pipeline_kwargs}
     model.student_config = {"sampler": "stochastic", "pipeline_call": pipeline_kwargs}
     model.scheduler_changes = dict(preset.scheduler)
-
-
-def check_pipeline_kwargs(model: Model, source: ModelSource) -> None:
-    """Refuse (exit code 2) the senseflow.json of a source if the pipeline's call does not take its arguments."""
-    unknown = model.student_config.get("pipeline_call", {}).keys() - model.call_parameters.keys()
-    if unknown:
-        problem = f"pipeline_call in {STUDENT_CONFIG} has {', '.join(sorted(unknown))}, which {model.class_name} lacks"
-        raise source.error(f"{problem}; copy the file again")
 
 
 def check_components(model: Model) -> None:
@@ -285,24 +246,6 @@ def hash_model(model: Model) -> str:
     return digest.hexdigest()[:12]
 
 
-def pixel_multiple(model: Model) -> int:
-    """Return what divides height and width: as in senseflow.json, else the VAE's factor times the network's patch."""
-    if "pixel_multiple" in model.student_config:
-        return model.student_config["pixel_multiple"]
-    vae, network = model.config("vae"), model.config("transformer") or model.config("unet")
-    try:
-        scale, channels = vae_scale_of(vae), latent_shape_of(vae, 0)[0]
-    except KeyError:  # no VAE, or one that no script here trains with
-        scale, channels = 1, network.get("in_channels", 1)
-    # FLUX and its like fold 2 x 2 latents into channels before the network, whose own patch_size does not count then.
-    packed = math.isqrt(network.get("in_channels", 1) // channels)
-    patch = network.get("patch_size") or network.get("all_patch_size") or 1
-    return scale * (packed if packed > 1 else max(patch) if isinstance(patch, list) else patch)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
 def load_model_pipeline(
     model: Model, sampler: Optional[str], device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
@@ -319,9 +262,8 @@ def load_model_pipeline(
     try:
         pipeline.to(device)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--device {device}: too small for this pipeline; give --dtype bf16 or another device"
-        ) from error
+        problem = "too small for this pipeline; give --dtype bf16 or another device"
+        raise UserError(f"--device {device}: {problem}") from error
     changes = dict(model.scheduler_changes)
     cls = getattr(diffusers, changes.pop("_class_name", ""), type(pipeline.scheduler))
     if cls is FlowMatchEulerDiscreteScheduler:
@@ -354,9 +296,8 @@ def read_state_dict(source: ModelSource) -> dict[str, torch.Tensor]:
             state = load_file(source.path)
         else:
             try:
-                # If possible mapped instead of read: a network in float32 may be larger than the memory.
-                mmap = zipfile.is_zipfile(source.path)
-                state = torch.load(source.path, map_location="cpu", weights_only=True, mmap=mmap)
+                # Mapped instead of read: a network in float32 may be larger than the memory.
+                state = torch.load(source.path, map_location="cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError as error:
                 problem = "damaged, or holds more than tensors; save the state dict alone"
                 raise source.error(problem, exit_code=1) from error
@@ -414,16 +355,12 @@ def prepare_adapter_base(model: Model, pipeline: DiffusionPipeline, device: torc
 
 
 def load_adapter(model: Model, network: torch.nn.Module) -> None:
-    """Add the adapter to the network. UserError (1) if it is damaged or for other layers."""
+    """Add the adapter to the network. UserError (1) if it is damaged, or without the alpha in its metadata."""
     with model.source.loading():
         with safe_open(model.adapter, "pt") as file:
-            names = set(file.keys())
-        prefix = model.network if all(name.startswith(f"{model.network}.") for name in names) else None
+            prefix = model.network if all(name.startswith(f"{model.network}.") for name in file.keys()) else None
         folder, file_name = model.adapter.parent, model.adapter.name
         network.load_lora_adapter(str(folder), weight_name=file_name, prefix=prefix, adapter_name=ADAPTER)
-        loaded = {stored_name(name) for name, _ in network.named_parameters() if ".lora_" in name}
-        if loaded != {name.removeprefix(f"{prefix}.") for name in names}:
-            raise ValueError(f"{file_name} has layers that this network lacks")
     config = network.peft_config[ADAPTER]
     rank, alpha = model.student_config["rank"], model.student_config["lora_alpha"]
     if (config.r, config.lora_alpha) != (rank, alpha):

@@ -6,21 +6,15 @@ from typing import Any, Union
 
 import datasets
 
-from senseflow.data.captions import parse_captions
-from senseflow.data.rows import ImageRows, data_error, uses_images
+from senseflow.data.rows import ImageRows, data_error, parse_captions, uses_images
 from senseflow.data.streaming import StreamedRows, make_streamed_rows
 
 
 AnyDataset = Union[datasets.Dataset, datasets.IterableDataset]
-HEAD = 16  # rows from which the columns of a stream are inferred where the data set does not declare them
 
 
 def read_dataset(args) -> Union[ImageRows, StreamedRows]:
-    """Load the caption and image columns, cut to --max_train_samples; as a stream with --streaming.
-
-    Raises:
-        UserError: exit code 2: the data set cannot be loaded, is empty, or has no such columns.
-    """
+    """Load the caption and image columns, cut to --max_train_samples. UserError (2) if they cannot be loaded."""
     origin = f"--dataset_name {args.dataset_name}"
     try:
         dataset, first_row = _load(args)
@@ -31,9 +25,9 @@ def read_dataset(args) -> Union[ImageRows, StreamedRows]:
         # The message of a failed build is in its cause.
         raise data_error(origin, f"cannot be loaded ({error.__cause__ or error})", fix) from error
 
-    names = {"caption_column": args.caption_column} | (
-        {"image_column": args.image_column} if uses_images(args) else {}
-    )
+    names = {"caption_column": args.caption_column}
+    if uses_images(args):
+        names["image_column"] = args.image_column
     for flag, name in names.items():
         if name not in dataset.features:
             fix = f"give one of {', '.join(dataset.features)}"
@@ -64,7 +58,7 @@ def _load(args) -> tuple[AnyDataset, dict[str, Any]]:
         dataset = datasets.load_dataset(path, args.dataset_config_name, split="train", streaming=args.streaming)
     if isinstance(dataset, datasets.IterableDataset):
         if dataset.features is None:
-            dataset = dataset.cast(datasets.Dataset.from_list(list(dataset.take(HEAD))).features)
+            dataset = dataset.cast(datasets.Dataset.from_list(list(dataset.take(16))).features)
         dataset = dataset.decode(False)
     else:
         dataset = dataset.with_format(None)

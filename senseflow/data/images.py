@@ -6,25 +6,13 @@ from typing import Optional
 
 import numpy as np
 from datasets.utils.file_utils import xopen
-from PIL import ExifTags, Image, UnidentifiedImageError
-
-
-TRANSPOSE_BY_ORIENTATION = {  # the EXIF tag
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
 def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Optional[Image.Image], str]:
     """Decode an image from its bytes or, if there are none, its file or URL.
 
-    Returns:
-        (an upright RGB image, ""), or (None, why it cannot be read).
+    Returns (an upright RGB image, ""), or (None, why it cannot be read).
     """
     try:
         if content is None:
@@ -34,9 +22,11 @@ def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Op
                 content = file.read()
         image = Image.open(io.BytesIO(content))
         image.load()
-        transpose = TRANSPOSE_BY_ORIENTATION.get(_orientation(image))
-        image = _as_rgb(image)
-        return image if transpose is None else image.transpose(transpose), ""
+        orientation, image = _orientation(image), _as_rgb(image)
+        # Without the rest of its EXIF block, which `exif_transpose` writes again, and at which it may fail.
+        image.info, image.getexif()[ExifTags.Base.Orientation] = {}, orientation
+        ImageOps.exif_transpose(image, in_place=True)
+        return image, ""
     except UnidentifiedImageError:  # its message is the address of a buffer
         return None, "in no format that Pillow reads"
     except Exception as error:  # each decoder raises errors of its own: AVIF's RuntimeError, others struct.error ...
@@ -44,7 +34,6 @@ def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Op
 
 
 def _orientation(image: Image.Image) -> int:
-    # Not ImageOps.exif_transpose: it writes the whole EXIF block again, and fails at any broken tag in it.
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # not an EXIF block; the pixels are good without it

@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Read --dataset_lmdb: prompts and latents in the LMDB folders that DMD2's scripts write. Keys and values:
+"""Read --dataset_lmdb: prompts and latents in the LMDB folder that DMD2's scripts write. Keys and values:
 
     latents_shape       text "N C H W"
     latents_{row}_data  C * H * W numbers, raw float16: a VAE's latent, scaled as the network takes it
@@ -9,7 +9,6 @@ The package lmdb is optional and imported at the first read. It maps the file in
 of a cut file would kill the process: sizes are compared first.
 """
 
-import bisect
 import math
 import os
 from contextlib import contextmanager
@@ -22,54 +21,45 @@ from senseflow.errors import require_package
 
 
 class LatentRows:
-    """Prompts and latents of one LMDB folder, or of a folder of several in the order of their names.
+    """Prompts and latents of one LMDB folder. Like `senseflow.data.rows.ImageRows`, but `read` returns latents.
 
-    Like `senseflow.data.rows.ImageRows`, but `read` returns latents. Picklable.
+    Picklable.
 
     Args:
-        folder: holds data.mdb, or folders that do.
         limit: use the first so many rows; None: all.
     Attributes:
         shape: (C, H, W) of every row.
     Raises:
-        UserError: exit code 2: no such folder, a cut file, no valid `latents_shape`, shapes that differ.
+        UserError: exit code 2: no such folder, a cut file, no valid `latents_shape`.
     """
 
     field = "latents"
 
     def __init__(self, folder: str, limit: Optional[int] = None):
-        self.origin, self.folders, self._starts, shapes = f"--dataset_lmdb {folder}", [folder], [0], []
-        if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "data.mdb")):
-            self.folders = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()) or [folder]
-        for part in self.folders:
-            try:
-                count, *shape = self._read_shape(part)
-            except (OSError, ValueError) as error:
-                fix = 'copy it again; data.mdb must be there, with latents_shape as text, "N C H W"'
-                raise data_error(self.origin, f"{part} is cut or no LMDB of latents ({error})", fix) from error
-            self._starts.append(self._starts[-1] + count)
-            shapes.append(tuple(shape))
-        if len(set(shapes)) > 1:
-            problem = f"its folders have latents of different shapes, {sorted(set(shapes))}"
-            raise data_error(self.origin, problem, "give folders of one shape, each in a run of its own")
-        self.shape, self._count = shapes[0], min(self._starts[-1], limit or self._starts[-1])
+        self.origin, self.folder = f"--dataset_lmdb {folder}", folder
+        try:
+            count, *shape = self._read_shape()
+        except (OSError, ValueError) as error:
+            fix = 'copy it again; data.mdb must be there, with latents_shape as text, "N C H W"'
+            raise data_error(self.origin, f"it is cut or no LMDB of latents ({error})", fix) from error
+        self.shape, self._count = tuple(shape), min(count, limit or count)
         self.summary = f"{self._count} rows"
 
-    def _read_shape(self, folder: str) -> list[int]:
+    def _read_shape(self) -> list[int]:
         """Read N, C, H, W. Raises OSError or ValueError if they are not there or the file is cut."""
-        size = os.path.getsize(os.path.join(folder, "data.mdb"))
-        with self._open(folder) as environment:
+        size = os.path.getsize(os.path.join(self.folder, "data.mdb"))
+        with self._open() as environment:
             expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         if size < expected:
             raise ValueError(f"data.mdb has {size} of {expected} bytes")
-        text = self._get(folder, "latents_shape").decode()
+        text = self._get("latents_shape").decode()
         shape = [int(number) for number in text.split()]
         if len(shape) != 4 or min(shape) < 1:
             raise ValueError(f"latents_shape is {text!r}")
         return shape
 
     @contextmanager
-    def _open(self, folder: str):
+    def _open(self):
         """Open a read-only environment. Turns lmdb's errors into OSError.
 
         Opened for each read, which takes 0.1 ms: an open one must not be inherited by a forked worker, cannot be
@@ -78,31 +68,25 @@ class LatentRows:
         import lmdb
 
         try:
-            with lmdb.open(folder, create=False, readonly=True, lock=False, readahead=False) as environment:
+            with lmdb.open(self.folder, create=False, readonly=True, lock=False, readahead=False) as environment:
                 yield environment
         except lmdb.Error as error:
             raise OSError(str(error)) from error
 
-    def _get(self, folder: str, key: str) -> bytes:
+    def _get(self, key: str) -> bytes:
         """Get the value of a key. Raises OSError if there is none or it cannot be read."""
-        with self._open(folder) as environment, environment.begin() as transaction:
+        with self._open() as environment, environment.begin() as transaction:
             value = transaction.get(key.encode())
         if value is None:
-            raise OSError(f"{key} is missing in {folder}")
+            raise OSError(f"{key} is missing")
         return value
-
-    def _locate(self, row: int) -> tuple[str, int]:
-        """Find a row's folder and its number in it."""
-        part = bisect.bisect_right(self._starts, row) - 1
-        return self.folders[part], row - self._starts[part]
 
     def __len__(self) -> int:
         return self._count
 
     def prompt(self, row: int) -> str:
         """Read the row's prompt. Raises OSError or ValueError."""
-        folder, number = self._locate(row)
-        return self._get(folder, f"prompts_{number}_data").decode()
+        return self._get(f"prompts_{row}_data").decode()
 
     def captions(self, row: int) -> list[str]:
         """List the row's one prompt. Raises UserError (exit code 1) if there is none: no other can replace it."""
@@ -114,15 +98,14 @@ class LatentRows:
 
     def latents(self, row: int) -> np.ndarray:
         """Read (C, H, W) float32. Raises OSError if they are not there, ValueError if they have another size."""
-        folder, number = self._locate(row)
-        value, size = self._get(folder, f"latents_{number}_data"), 2 * math.prod(self.shape)
+        value, size = self._get(f"latents_{row}_data"), 2 * math.prod(self.shape)
         if len(value) != size:
-            raise ValueError(f"latents_{number}_data has {len(value)} bytes, {self.shape} in float16 has {size}")
+            raise ValueError(f"latents_{row}_data has {len(value)} bytes, {self.shape} in float16 has {size}")
         return np.frombuffer(value, "<f2").reshape(self.shape).astype(np.float32)
 
     def read(self, row: int) -> tuple[str, Optional[np.ndarray], str]:
         """Read (name for messages, (C, H, W) float32, ""), or (name, None, why it cannot be read or is not finite)."""
-        name = "latents_{1}_data in {0}".format(*self._locate(row))
+        name = f"latents_{row}_data in {self.folder}"
         try:
             latents = self.latents(row)
         except (OSError, ValueError) as error:
@@ -134,7 +117,7 @@ def read_lmdb(args) -> LatentRows:
     """Read shapes and sizes, and try some rows. Raises UserError (exit code 2)."""
     require_package("lmdb", "--dataset_lmdb")
     rows = LatentRows(args.dataset_lmdb, args.max_train_samples)
-    for row in rows_to_check(len(rows), args.seed):
+    for row in rows_to_check(len(rows)):
         try:
             rows.prompt(row)
             if uses_images(args):

@@ -12,18 +12,15 @@ have 64 MB. The main process converts the arrays to floats.
 
 import logging
 import signal
-import threading
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Callable, Iterator, Optional, Union
+from functools import lru_cache, partial
+from typing import Any, Callable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from senseflow.data.captions import draw_caption
 from senseflow.data.rows import data_error
 from senseflow.data.streaming import StreamedBatches, StreamedRows
 from senseflow.errors import UserError
@@ -34,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 FIELDS = ("pixel_values", "latents")  # a batch has one of them
 MIN_ROWS = 1000  # the share of unreadable rows is checked from so many rows on
-WORKER_TIMEOUT = 1800  # seconds without an answer of a worker that end a run; a stream may skip rows for longer
 Key = tuple[int, int, int]  # what a sample is a function of: row, iteration (from 0), sample index
 
 
@@ -44,7 +40,6 @@ def make_dataloader(
     """Make the endless micro-batches of this rank, `--gradient_accumulation_steps` of them an iteration.
 
     Args:
-        rows: what `senseflow.data.sources.load_rows` returns.
         iteration, samples_seen: where to start (see `GlobalBatchSampler`; `iteration` alone in a stream).
         needs_images: `needs_images(iteration)`: whether images are read. Picklable.
     """
@@ -68,11 +63,17 @@ def make_dataloader(
         batch_sampler=GlobalBatchSampler(len(rows), *order, samples_seen),
         collate_fn=collate,
         num_workers=workers,
-        timeout=WORKER_TIMEOUT if workers > 0 else 0,
     )
 
 
 # Samples -------------------------------------------------------------------------------------------------------------
+def draw_caption(captions: Sequence[str], seed: int, iteration: int, sample_index: int) -> str:
+    """Draw one of a sample's captions: a function of (seed, iteration, sample index) alone."""
+    if len(captions) == 1:
+        return captions[0]
+    return captions[int(StatelessRNG(seed, iteration).integers("caption", [sample_index], 0, len(captions) - 1))]
+
+
 @dataclass
 class PromptImageDataset(Dataset):
     """`dataset[(row, iteration, sample_index)]` is a dict:
@@ -148,7 +149,10 @@ class PromptImageDataset(Dataset):
 
 
 def collate(samples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str, Any], UserError, None]:
-    """Make a micro-batch of numpy arrays. A UserError stays one; no samples (see `StreamedBatches`) become None."""
+    """Make a micro-batch of numpy arrays. A UserError stays one; no samples (see `StreamedBatches`) become None.
+
+    Images or latents are None where they are not read. `num_replaced` samples have another row than their own.
+    """
     if not samples or isinstance(samples[0], UserError):
         return samples[0] if samples else None
     field = next(field for field in FIELDS if field in samples[0])
@@ -164,6 +168,11 @@ def collate(samples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str, 
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=2)  # a batch that crosses epochs needs two
+def epoch_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(num_rows, generator=StatelessRNG(seed, epoch).generator("epoch_order"))
+
+
 @dataclass
 class GlobalBatchSampler(Sampler[list[Key]]):
     """Endless micro-batches of one rank: lists of `batch_size` keys, `accumulation` of them an iteration.
@@ -186,18 +195,10 @@ class GlobalBatchSampler(Sampler[list[Key]]):
     iteration: int = 0
     samples_seen: int = 0
 
-    def __post_init__(self):
-        self._orders: dict[int, torch.Tensor] = {}
-
     def row(self, position: int) -> int:
-        """Find the row at a position of the run, from 0."""
+        """Return the row at a position of the run, from 0."""
         epoch, index = divmod(position, self.num_rows)
-        if epoch not in self._orders:
-            # A batch that crosses epochs needs two orders.
-            self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
-            generator = StatelessRNG(self.seed, epoch).generator("epoch_order")
-            self._orders[epoch] = torch.randperm(self.num_rows, generator=generator)
-        return int(self._orders[epoch][index])
+        return int(epoch_order(self.num_rows, self.seed, epoch)[index])
 
     def __iter__(self) -> Iterator[list[Key]]:
         iteration, seen = self.iteration, self.samples_seen
@@ -209,10 +210,7 @@ class GlobalBatchSampler(Sampler[list[Key]]):
 
 
 class UnreadableCounter:
-    """Warn of each unreadable row once, and fail when they are more than 1 % of 1,000 rows or more.
-
-    It is fed with batches in the main process, because workers cannot share a count. Each rank counts its own.
-    """
+    """Warn of each unreadable row of a rank once, and fail when they are more than 1 % of 1,000 rows or more."""
 
     def __init__(self, origin: str):
         self.origin, self.num_rows, self.num_replaced, self.warned = origin, 0, 0, set()
@@ -232,71 +230,39 @@ class UnreadableCounter:
         return data_error(self.origin, f"{share}, one is {min(self.warned)}", "repair or drop them", 1)
 
 
-_fetching = False  # whether the main process waits for a worker
-
-
-def _on_worker_end(*_) -> None:
-    # torch's handler would raise anywhere in the main process: inside an iteration, or a checkpoint.
-    if _fetching:
-        _error_if_any_worker_fails()
-
-
 class PromptImageLoader(DataLoader):
-    """A DataLoader over `PromptImageDataset` or `StreamedBatches`. Its micro-batches of B samples are dicts:
+    """A DataLoader over `PromptImageDataset` or `StreamedBatches`. Yields what `collate` makes, as tensors.
 
-        pixel_values          (B, 3, R, R) float32 in [-1, 1], or None; or
-        latents               (B, C, H, W) float32, or None
-        prompts               tuple of B strings
-        sample_indices, rows  B integers each
-        unreadable            (name, why) of all images or latents skipped
-        num_replaced          how many of the B samples' own rows were unreadable
-
-    It yields one rank's share already. `Accelerator.prepare` must not split it again.
+    pixel_values (B, 3, R, R) lie in [-1, 1]. Each rank gets its share: `Accelerator.prepare` must not split it again.
 
     Attributes:
         failure: the error that should end the run once its checkpoint is saved (exit code 1): more than 1 % of the
-            rows were unreadable. None at first. Valid micro-batches still follow.
+            rows were unreadable. Valid micro-batches still follow.
     Raises:
-        UserError: exit code 1, while iterating: no micro-batch can be made, or a worker has died or does not answer.
+        UserError: exit code 1, while iterating: no micro-batch can be made, or a worker has died.
     """
 
     failure: Optional[UserError] = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        counter = UnreadableCounter(self.dataset.rows.origin)
-        for batch in self._fetch():  # without a name: an error's traceback would keep the workers
-            if isinstance(batch, UserError):
-                raise batch
-            if batch is not None:
-                self.failure = self.failure or counter.add(batch)
-                yield {name: _to_tensor(value) for name, value in batch.items()}
-
-    def _fetch(self) -> Iterator[Union[dict[str, Any], UserError, None]]:
-        """Fetch what the workers send. Turns a worker's death into one line, and only here, between two iterations."""
-        global _fetching
+        origin = self.dataset.rows.origin
+        counter = UnreadableCounter(origin)
         try:
-            batches = super().__iter__()
-        except (OSError, RuntimeError) as error:  # no shared memory for a semaphore, or no memory for a process
-            raise self._worker_error(error) from error
-        if self.num_workers > 0 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, _on_worker_end)
-        while True:
-            _fetching = True
-            try:
-                _error_if_any_worker_fails()  # since the last fetch
-                batch = next(batches)
-            except RuntimeError as error:
-                if str(error).startswith("DataLoader "):  # not from inside a worker
-                    raise self._worker_error(error) from error
+            for batch in super().__iter__():  # without a name: an error's traceback would keep the workers
+                if self.num_workers > 0:
+                    # torch's handler would raise anywhere in the main process: inside an iteration, or a checkpoint.
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                if isinstance(batch, UserError):
+                    raise batch
+                if batch is not None:
+                    self.failure = self.failure or counter.add(batch)
+                    yield {name: _to_tensor(value) for name, value in batch.items()}
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader "):  # from inside a worker
                 raise
-            finally:
-                _fetching = False
-            yield batch
-
-    def _worker_error(self, error: Exception) -> UserError:
-        problem = f"the data workers have died, cannot start or do not answer ({str(error).rstrip('. ')})"
-        fix = "give fewer --dataloader_num_workers, or more memory and shared memory (docker run --memory, --shm-size)"
-        return data_error(self.dataset.rows.origin, problem, fix, 1)
+            problem = f"the data workers have died or cannot start ({str(error).rstrip('. ')})"
+            fix = "give fewer --dataloader_num_workers, or more memory (docker run --memory)"
+            raise data_error(origin, problem, fix, 1) from error
 
 
 def _to_tensor(value: Any) -> Any:

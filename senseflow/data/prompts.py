@@ -7,12 +7,7 @@ from senseflow.errors import UserError
 
 
 def read_prompts_file(path: str) -> list[str]:
-    """Read the lines of --prompts_file, stripped; a blank line is "", so that a prompt's index is its line's number
-    from 0.
-
-    Raises:
-        UserError: exit code 2: no such file, not UTF-8, or no prompt.
-    """
+    """Read the lines of --prompts_file, stripped; a blank line is "". UserError (2) without UTF-8 text."""
     try:
         # Not splitlines(), which also splits at characters that may stand inside a prompt.
         prompts = [line.strip() for line in Path(path).read_text("utf-8-sig").split("\n")]

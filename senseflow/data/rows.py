@@ -1,18 +1,16 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Rows of captions and images: what the readers of all sources but streams and latents return."""
 
-import random
-from typing import Callable, Iterator, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import datasets
 from PIL import Image
 
-from senseflow.data.captions import parse_captions
 from senseflow.data.images import read_image
 from senseflow.errors import UserError
 
 
-NUM_CHECKED = 256  # rows at the start, and as many at random, that must be readable before a run starts
+NUM_CHECKED = 512  # rows that must be readable before a run starts
 
 
 def data_error(origin: str, problem: str, fix: str, exit_code: int = 2) -> UserError:
@@ -25,29 +23,29 @@ def uses_images(args) -> bool:
     return args.gan_weight != 0 or args.backward_simulation_prob != 1
 
 
-def rows_to_check(num_rows: int, seed: int) -> list[int]:
-    """Choose the rows to look at before a run starts: the first ones, the last one and a random sample."""
-    count = min(NUM_CHECKED, num_rows)
-    return sorted({*range(count), num_rows - 1, *random.Random(seed).sample(range(num_rows), count)})
+def rows_to_check(num_rows: int) -> list[int]:
+    """Choose the rows to look at before a run starts: NUM_CHECKED or a few more, evenly spread, and the last one."""
+    return sorted({*range(0, num_rows, max(1, num_rows // NUM_CHECKED)), num_rows - 1})
 
 
-def _cells(column: Union[list, datasets.Dataset]) -> Iterator:
-    if isinstance(column, list):
-        yield from column
-    else:
-        for chunk in column.with_format("arrow")[:].column(0).chunks:
-            yield from chunk.to_pylist()
+def parse_captions(cell: Any) -> list[str]:
+    """List the captions of one row: a string or a list of strings. Raises ValueError (a predicate) for others."""
+    captions = cell if isinstance(cell, list) else [cell]
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"holds {str(cell)[:60]}, not a caption or a list of captions")
+    return captions
 
 
 class ImageRows:
-    """Captions and images as Arrow columns. `len(rows)` is their number. Picklable.
+    """Captions and images as Arrow columns, which forked workers share. Picklable.
 
     Args:
         origin: the flag and value that name the data set in messages.
-        captions: strings and lists of strings: a list, or a data set of one column.
+        captions: a list of strings and lists of strings, or a data set of one such column.
         images: paths, or a data set of one column of undecoded images; None if no image is ever read.
         row_name: `row_name(row)` names a row in messages.
-        note: what of the data set is not used, for the log.
+    Attributes:
+        summary: for the log.
     Raises:
         UserError: exit code 2: a row without captions.
     """
@@ -60,26 +58,26 @@ class ImageRows:
         captions: Union[list, datasets.Dataset],
         images: Union[list[str], datasets.Dataset, None] = None,
         row_name: Callable[[int], str] = "row {}".format,
-        note: str = "",
     ):
-        for row, cell in enumerate(_cells(captions)):
+        listed = isinstance(captions, list)
+        cells = captions if listed else (cell.as_py() for cell in captions.with_format("arrow")[:].column(0))
+        for row, cell in enumerate(cells):
             try:
                 parse_captions(cell)
             except ValueError as error:
                 raise data_error(origin, f"{row_name(row)} {error}", "caption every row with text") from error
-        if isinstance(captions, list):
+        if listed:
             captions = datasets.Dataset.from_dict({"captions": [parse_captions(cell) for cell in captions]})
         if isinstance(images, list):
             images = datasets.Dataset.from_dict({"images": images})
             images = images.cast_column("images", datasets.Image(decode=False))
         self.origin, self._captions, self._images = origin, captions, images
-        self.summary = f"{len(captions)} rows{note and f' ({note})'}"
+        self.summary = f"{len(captions)} rows"
 
     def __len__(self) -> int:
         return len(self._captions)
 
     def captions(self, row: int) -> list[str]:
-        """List a row's captions."""
         return parse_captions(next(iter(self._captions[row].values())))
 
     def read(self, row: int) -> tuple[str, Optional[Image.Image], str]:

@@ -1,11 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Choose the reader of the data set. Each returns rows: `captions(row)`, `read(row)`, `field`, `origin`, `summary`.
-
-rows = load_rows(args)                # before any weights load; images stay files or bytes until they are read
-check_latents(args, rows, shape)      # if the images were encoded beforehand: do they fit the teacher?
-for batch in make_dataloader(args, rows, rank, world_size, iteration, samples_seen, needs_images):
-    ...                               # one micro-batch of this rank; endless; see senseflow.data.loader
-"""
+"""Choose the reader of the data set. Each returns rows: `captions(row)`, `read(row)`, `field`, `origin`, `summary`."""
 
 from typing import Union
 
@@ -51,13 +45,8 @@ def load_rows(args) -> Rows:
 
 
 def check_latents(args, rows: Rows, shape: tuple[int, int, int]) -> None:
-    """Refuse (exit code 2) stored latents that do not fit the teacher, if they are read.
-
-    Args:
-        shape: (channels, height, width) of the teacher's latents at --resolution.
-    """
+    """Refuse (exit code 2) stored latents, if they are read, of another shape (C, H, W) than the teacher's."""
     if isinstance(rows, LatentRows) and rows.shape != tuple(shape) and uses_images(args):
         problem = f"holds latents of {rows.shape}, this teacher's are {tuple(shape)} at --resolution {args.resolution}"
-        raise data_error(
-            rows.origin, problem, "give latents of this teacher's VAE, and the --resolution that they have"
-        )
+        fix = "give latents of this teacher's VAE, and the --resolution that they have"
+        raise data_error(rows.origin, problem, fix)

@@ -23,9 +23,8 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from senseflow.data.captions import parse_captions
 from senseflow.data.images import read_image
-from senseflow.data.rows import data_error
+from senseflow.data.rows import data_error, parse_captions
 
 
 # Rows that each worker shuffles. datasets holds half as many again, and cannot shuffle more than 2 GiB: 5 MB an image.
@@ -54,7 +53,7 @@ class StreamedRows:
 
 
 def make_streamed_rows(args, origin: str, dataset: datasets.IterableDataset) -> StreamedRows:
-    """Refuse (UserError, exit code 2) more workers in a process than it has files."""
+    """Make the rows of a stream. UserError (2) for more workers in a process than it has files."""
     # Every launcher sets the variable; accelerate's process group is made after the checks.
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     files = split_dataset_by_node(dataset, rank=0, world_size=world_size).num_shards
@@ -92,9 +91,8 @@ class Substream:
             # after the other: from several at a time, datasets would hold two row groups of each, and sleep for 5 s
             # after each epoch.
             generator = np.random.default_rng((seed, epoch))
-            order = self.rows.dataset.shuffle(
-                generator=generator, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1
-            )
+            options = {"buffer_size": SHUFFLE_BUFFER, "max_buffer_input_shards": 1}
+            order = self.rows.dataset.shuffle(generator=generator, **options)
             for row in split_dataset_by_node(order, rank=rank, world_size=world_size):
                 yield row
             if row is None:
@@ -120,7 +118,6 @@ class Substream:
             self._first += 1
 
     def captions(self, position: int) -> list[str]:
-        """List a row's captions."""
         try:
             return parse_captions(self[position][self.rows.caption_column])
         except ValueError as error:

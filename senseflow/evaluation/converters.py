@@ -17,7 +17,6 @@ from senseflow.errors import UserError
 
 
 def transformer_sizes(width: int, layers: int, heads: int) -> dict[str, int]:
-    """Return entries of a configuration of transformers."""
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     return sizes | {"intermediate_size": 4 * width}
 
@@ -85,11 +84,7 @@ def convert_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_published(flag: str, file: Path, network: nn.Module) -> nn.Module:
-    """Load the weights of a published file into `network`. Return it in evaluation mode.
-
-    Raises:
-        UserError: exit code 2; the file holds no weights, or not exactly those of the network.
-    """
+    """Load exactly the weights of a published file into a network; UserError (2) if they are others or damaged."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         network.load_state_dict(convert_names(state.get("state_dict", state)))

@@ -8,7 +8,9 @@ from typing import Hashable, Optional, Sequence
 
 from PIL import Image
 
+from senseflow.data.json_file import read_captions_json
 from senseflow.data.prompts import read_prompts_file
+from senseflow.data.rows import parse_captions
 from senseflow.errors import UserError
 
 
@@ -40,14 +42,14 @@ class ImageSet:
 
 
 def read_image_set(flag: str, path: str, prompts_file: Optional[str] = None) -> ImageSet:
-    """Read the paths, sizes and prompts of the images in a folder or a captions JSON.
-
-    Raises:
-        UserError: exit code 2; there are no images, some cannot be opened, or some have no prompt.
-    """
+    """Read the images of a folder or a captions JSON; of several prompts, the first. UserError (2) if one is bad."""
     location = Path(path)
     if location.is_file():
-        files, prompts = read_captions_json(flag, location)
+        captions, images = read_captions_json(flag, path)
+        try:
+            files, prompts = list(map(Path, images)), [parse_captions(cell)[0] for cell in captions]
+        except ValueError as error:
+            raise UserError(f"{flag} {path}: a row {error}; caption every row with text", 2) from error
         return ImageSet(path, files, read_sizes(flag, path, files), prompts, location.parent / ".features")
     if not location.is_dir():
         raise UserError(f"{flag} {path}: no such folder; give a folder of images, or a JSON of images and captions", 2)
@@ -60,20 +62,6 @@ def read_image_set(flag: str, path: str, prompts_file: Optional[str] = None) -> 
     elif (location / "metadata.jsonl").exists():
         prompts = read_metadata(flag, location, files)
     return ImageSet(path, files, read_sizes(flag, path, files), prompts, location / ".features")
-
-
-def read_captions_json(flag: str, path: Path) -> tuple[list[Path], list[str]]:
-    """Return the images of a captions JSON and their prompts; the first one where an image has several."""
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
-        files = [path.parent / name for name in parsed["image_paths"]]
-        prompts = [captions if isinstance(captions, str) else captions[0] for captions in parsed["prompts"]]
-        if len(files) != len(prompts) or not files:
-            raise ValueError(f"{len(files)} image_paths, {len(prompts)} prompts")
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        fix = 'give {"image_paths": [...], "prompts": [...]}, as for training'
-        raise UserError(f"{flag} {path}: cannot read images and captions ({error}); {fix}", 2) from error
-    return files, prompts
 
 
 def read_metadata(flag: str, folder: Path, files: list[Path]) -> list[str]:

@@ -12,9 +12,6 @@ from PIL import Image
 PATCH = 299  # pixels; side of the patches of Patch FID, and Inception's input size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distances between sets
-# ---------------------------------------------------------------------------------------------------------------------
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets (Heusel et al., 2017, eq. 6).
 
@@ -23,8 +20,6 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
     Args:
         first, second: features (N, D) and (M, D); N and M are at least 2. Covariances are unbiased.
-    Returns:
-        0 or above, up to rounding.
     """
     first, second = first.double(), second.double()
     shift = (first.mean(0) - second.mean(0)).square().sum()
@@ -58,9 +53,6 @@ def center_patch(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + PATCH, top + PATCH))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores of images
-# ---------------------------------------------------------------------------------------------------------------------
 def clip_score(images: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
     """Return the cosines (N,) of features (N, D) of images and of their prompts (Hessel et al., 2021).
 
@@ -86,11 +78,7 @@ def diversity(features: torch.Tensor, groups: Sequence[Hashable]) -> torch.Tenso
 
 
 def standard_error(scores: torch.Tensor, groups: Sequence[Hashable]) -> Optional[float]:
-    """Return the standard error over prompts of the mean of scores (N,); None for a single prompt.
-
-    Args:
-        groups: the prompt of each of the N images.
-    """
+    """Return the standard error over prompts (the groups) of the mean of scores (N,); None for a single prompt."""
     values = scores.double().tolist()
     means = [sum(values[row] for row in rows) / len(rows) for rows in _rows_by_group(groups)]
     return torch.tensor(means, dtype=torch.float64).std().item() / len(means) ** 0.5 if len(means) > 1 else None

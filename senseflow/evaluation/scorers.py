@@ -20,15 +20,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 from senseflow.arguments import torch_dtype
 from senseflow.data.images import read_image
 from senseflow.errors import UserError, write_atomically
-from senseflow.evaluation.converters import (
-    HPSV2_CONFIG,
-    IMAGEREWARD_CONFIG,
-    ImageReward,
-    hpsv2_pixels,
-    imagereward_pixels,
-    load_published,
-    to_tensor,
-)
+from senseflow.evaluation import converters
 from senseflow.evaluation.image_sets import ImageSet
 from senseflow.evaluation.metrics import center_patch
 from senseflow.models.hub import ModelSource
@@ -59,9 +51,6 @@ class Scorer:
     needs_prompts: bool = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
 def load_scorer(args, metric: str) -> Scorer:
     """Load the network of a metric. UserError: exit code 1 for damaged weights, 2 for a file with other weights."""
     if metric in ("fid", "patch_fid"):
@@ -78,8 +67,10 @@ def load_inception(args, metric: str) -> Scorer:
     digest = hashlib.sha256(Path(args.inception).read_bytes()).hexdigest()[:16]
     encode_images = partial(network, return_features=True)
     if metric == "patch_fid":
-        return Scorer(f"inception-patch-{digest}", lambda image: to_tensor(center_patch(image)), encode_images)
-    return Scorer(f"inception-{digest}", to_tensor, encode_images)
+        digest, prepare = f"patch-{digest}", lambda image: converters.to_tensor(center_patch(image))
+    else:
+        prepare = converters.to_tensor
+    return Scorer(f"inception-{digest}", prepare, encode_images)
 
 
 def load_vision_model(args) -> Scorer:
@@ -102,8 +93,8 @@ def load_clip(args, metric: str) -> Scorer:
     with source.loading():
         tokenizer = source.load(AutoTokenizer.from_pretrained)
         if metric == "hpsv2":
-            model = load_published("--hpsv2", Path(args.hpsv2), CLIPModel(HPSV2_CONFIG))
-            prepare = partial(hpsv2_pixels, HPSV2_CONFIG.vision_config.image_size)
+            model = converters.load_published("--hpsv2", Path(args.hpsv2), CLIPModel(converters.HPSV2_CONFIG))
+            prepare = partial(converters.hpsv2_pixels, converters.HPSV2_CONFIG.vision_config.image_size)
         else:
             model = source.load(CLIPModel.from_pretrained).eval()
             prepare = partial(process_image, source.load(AutoImageProcessor.from_pretrained))
@@ -126,7 +117,8 @@ def load_imagereward(args) -> Scorer:
     source, dtype = ModelSource("--imagereward_tokenizer", args.imagereward_tokenizer), torch_dtype(args.dtype)
     with source.loading():
         tokenizer = source.load(AutoTokenizer.from_pretrained)
-    model = load_published("--imagereward", Path(args.imagereward), ImageReward(IMAGEREWARD_CONFIG))
+    network, config = converters.ImageReward(converters.IMAGEREWARD_CONFIG), converters.IMAGEREWARD_CONFIG
+    model = converters.load_published("--imagereward", Path(args.imagereward), network)
     name = f"imagereward-{fingerprint(model)}-{args.dtype}"
     model = model.to(args.device, dtype)
 
@@ -135,18 +127,14 @@ def load_imagereward(args) -> Scorer:
         tokens = tokens.to(args.device)
         return model(pixels.to(dtype), tokens.input_ids, tokens.attention_mask)[:, None]
 
-    prepare = partial(imagereward_pixels, IMAGEREWARD_CONFIG.vision_config.image_size)
+    prepare = partial(converters.imagereward_pixels, config.vision_config.image_size)
     return Scorer(name, prepare, encode_images, needs_prompts=True)
 
 
 def process_image(processor, image: Image.Image) -> torch.Tensor:
-    """Apply an image processor of transformers to one image."""
     return processor(images=image, return_tensors="pt").pixel_values[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-# ---------------------------------------------------------------------------------------------------------------------
 def prepare_batch(prepare: Callable, batch: list[tuple[Path, Optional[str]]]) -> list:
     """Return (a network's input, prompt) for each (file, prompt), or a UserError where the file cannot be read."""
     prepared = []

@@ -10,8 +10,7 @@ import pytest
 from data_sets import PROMPTS_ONLY, all_captions, always, changed, make_args, refusal, take
 from PIL import Image
 
-from senseflow.data.captions import draw_caption
-from senseflow.data.loader import make_dataloader
+from senseflow.data.loader import draw_caption, make_dataloader
 from senseflow.data.sources import load_rows
 
 
@@ -151,19 +150,19 @@ def test_one_of_a_list_of_captions_is_drawn_by_iteration_and_sample(tmp_path):
 BAD = {  # name: (files, changed arguments, parts of the message)
     "empty cell": (csv_file("a.png,red", "b.png,"), {}, ["row 1 has no text, its columns", "metadata.csv"]),
     "null": (json_file("a", None), {}, ["row 1 has no text", "metadata.jsonl"]),
-    "empty list": (json_file(["a"], []), {}, ["row 1 (b.png) of ", "metadata.jsonl holds []"]),
-    "gap in a list": (json_file(["a"], ["b", None]), {}, ["row 1 (b.png) of ", "holds ['b', None]"]),
-    "numbers": (json_file("a", 7), {}, ["row 1 (b.png) of ", "holds 7, not a caption or a list of captions"]),
-    "lists of numbers": (json_file([1, 2]), {}, ["row 0 (a.png) of ", "holds [1, 2]"]),
-    "numbers of a CSV": (csv_file("a.png,1", "b.png,2.5"), {}, ["column text holds numbers only"]),
+    "two tables": (csv_file("a.png,x") | json_file("a"), {}, ["metadata.csv and ", "metadata.jsonl are both there"]),
+    "empty list": (json_file(["a"], []), {}, ["d/b.png holds []"]),
+    "gap in a list": (json_file(["a"], ["b", None]), {}, ["d/b.png holds ['b', None]"]),
+    "numbers": (json_file("a", 7), {}, ["d/b.png holds 7, not a caption or a list of captions"]),
+    "lists of numbers": (json_file([1, 2]), {}, ["d/a.png holds [1, 2]"]),
     "no such column": (csv_file("a.png,x"), {"caption_column": "c"}, ["has no c, its columns are file_name, text"]),
     "no file_name": (csv_file("x,y", head="name,text"), {}, ["has no file_name, its columns are name, text"]),
-    "uneven": (csv_file("a.png,a red, cube"), {}, ["metadata.csv", "row 0 has not as many cells", "quote captions"]),
+    "uneven": (csv_file("a.png,a red, cube"), {}, ["metadata.csv", "row 0 has more cells", "quote captions"]),
     "no JSON": (json_file("a") | {"metadata.jsonl": '{"file_name": '}, {}, ["metadata.jsonl cannot be read"]),
-    "gone": (csv_file("a.png,x", "c.png,y"), {}, ["1 of 2 images are missing", "row 1 (c.png) of "]),
+    "gone": (csv_file("a.png,x", "c.png,y"), {}, ["1 of 2 images are missing", "d/c.png"]),
     "empty table": (csv_file(), {}, ["metadata files are empty"]),
     "no caption file": ({"a.png": (0, 0, 0)}, {}, ["a.png cannot be read", "or a UTF-8 .txt beside each image"]),
-    "empty .txt": (captioned("a.png", "b.png") | {"b.txt": " \n"}, {}, ["b.txt holds [], not a caption"]),
+    "empty .txt": (captioned("a.png", "b.png") | {"b.txt": " \n"}, {}, ["b.png holds [], not a caption"]),
     "no images": ({"a.txt": "a"}, {}, ["there are no images"]),
 }
 

@@ -5,7 +5,6 @@ import logging
 import os
 import pickle
 import runpy
-import shutil
 import sys
 
 import lmdb
@@ -14,7 +13,6 @@ import pytest
 import torch
 from data_sets import (
     PROMPTS_ONLY,
-    all_captions,
     always,
     changed,
     make_args,
@@ -78,30 +76,6 @@ def test_latents_and_prompts_are_read_exactly_also_by_workers(tmp_path):
                 assert batch["latents"] is None
 
 
-def several(folder, **last):
-    """Arguments for a folder of two LMDB folders, the last of which is written with changes."""
-    (folder / "all").mkdir()
-    for name, changes in (("a", {}), ("b", last)):
-        shutil.move(write_lmdb(folder, **changes), folder / "all" / name)
-    return make_args(dataset_lmdb=str(folder / "all"))
-
-
-def test_a_folder_of_several_lmdbs_is_one(tmp_path):
-    (tmp_path / "all").mkdir()
-    for number, count in ((10, 2), (9, 3)):  # by name: 10 comes first
-        texts = {f"prompts_{row}_data": f"{number}: {row}".encode() for row in range(count)}
-        shutil.move(write_lmdb(tmp_path, count, **texts), tmp_path / "all" / str(number))
-    args = make_args(dataset_lmdb=str(tmp_path / "all"))
-    rows = load_rows(args)
-    assert rows.shape == SHAPE
-    assert all_captions(rows) == [["10: 0"], ["10: 1"], ["9: 0"], ["9: 1"], ["9: 2"]]
-    for row, number in enumerate((0, 1, 0, 1, 2)):
-        name, value, reason = rows.read(row)
-        assert name == f"latents_{number}_data in {tmp_path}/all/{10 if row < 2 else 9}" and reason == ""
-        assert np.array_equal(value, latents(number).astype(np.float32))
-    assert len(load_rows(changed(args, max_train_samples=3))) == 3
-
-
 def test_unreadable_latents_are_replaced_and_a_missing_prompt_ends_the_run(tmp_path, caplog):
     infinite = latents(0).copy()
     infinite[1, 1, 1] = np.inf
@@ -114,7 +88,7 @@ def test_unreadable_latents_are_replaced_and_a_missing_prompt_ends_the_run(tmp_p
     assert sample["unreadable"] == [
         (f"latents_2_data in {folder}", "it is not finite"),
         (f"latents_3_data in {folder}", "latents_3_data has 4 bytes, (4, 2, 3) in float16 has 48"),
-        (f"latents_4_data in {folder}", f"latents_4_data is missing in {folder}"),
+        (f"latents_4_data in {folder}", "latents_4_data is missing"),
     ]
     rows = LatentRows(folder)
     assert rows.read(5)[1] is not None and rows.read(6)[1] is None
@@ -183,12 +157,6 @@ def no_lmdb(folder):
     return make_args(dataset_lmdb=str(folder))
 
 
-def emptied(folder):
-    args = several(folder)
-    os.remove(folder / "all" / "b" / "data.mdb")
-    return args
-
-
 BAD = {  # name: (arguments, part of the message)
     "no folder": (lambda f: make_args(dataset_lmdb=str(f / "gone")), "data.mdb must be there"),
     "a file": (file_as_folder, "data.mdb must be there"),
@@ -202,10 +170,6 @@ BAD = {  # name: (arguments, part of the message)
     "float32 latents": (lambda f: lmdb_args(f, latents_3_data=bytes(96)), "96 bytes, (4, 2, 3) in float16 has 48"),
     "prompt missing": (lambda f: lmdb_args(f, prompts_3_data=None), "prompts_3_data is missing"),
     "binary prompt": (lambda f: lmdb_args(f, prompts_3_data=b"\xff"), "row 3 cannot be read"),
-    "shapes": (lambda f: several(f, shape=(4, 2, 2)), "different shapes, [(4, 2, 2), (4, 2, 3)]"),
-    "one of several without a shape": (lambda f: several(f, latents_shape=None), "all/b is cut or no LMDB"),
-    "one of several is none": (emptied, "all/b is cut or no LMDB"),
-    "a row of one of several": (lambda f: several(f, latents_3_data=None), "latents_3_data is missing in "),
 }
 
 

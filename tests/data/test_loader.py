@@ -1,13 +1,11 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """The loader: order of samples, transform, unreadable images, workers."""
 
-import gc
 import logging
 import multiprocessing
 import os
 import re
 import signal
-import threading
 
 import numpy as np
 import pytest
@@ -227,38 +225,24 @@ def kill_worker():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def never_answer():
-    threading.Event().wait()
-
-
-def worker_error(before_read, workers):
-    """Return the one line with which the loader ends if a worker runs `before_read`."""
-    args = make_args(dataset_json="x", dataloader_num_workers=workers)
-    rows = OneImage(Image.new("RGB", (16, 16)), 8, before_read)
-    fix = "--dataset_json x: .* give fewer --dataloader_num_workers, or more memory"
-    with pytest.raises(UserError, match=fix) as caught:
+def test_a_worker_that_dies_is_one_line():
+    args = make_args(dataset_json="x", dataloader_num_workers=2)
+    rows = OneImage(Image.new("RGB", (16, 16)), 8, kill_worker)
+    message = r"--dataset_json x: .*DataLoader worker \(pid.* give fewer --dataloader_num_workers, or more memory"
+    with pytest.raises(UserError, match=message) as caught:
         take(make_dataloader(args, rows, 0, 1, 0, 0, always), 1)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_worker_that_dies_or_stalls_is_one_line(monkeypatch):
-    assert "DataLoader worker (pid" in worker_error(kill_worker, workers=2)
-    monkeypatch.setattr(loader_module, "WORKER_TIMEOUT", 0.2)
-    # How long it then waits for the worker to leave.
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
-    assert "timed out after 0.2 seconds" in worker_error(never_answer, workers=1)
-    gc.collect()
 
 
 def test_a_worker_that_dies_is_reported_between_two_iterations(tmp_path):
     args = make_args(dataset_json=write_json(tmp_path), dataloader_num_workers=1)
     batches = iter(make_dataloader(args, load_rows(args), 0, 1, 0, 0, always))
+    before = set(multiprocessing.active_children())
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - before
     os.kill(worker.pid, signal.SIGKILL)
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # inside an iteration: nothing is raised
-    with pytest.raises(UserError, match="Killed"):
+    with pytest.raises(UserError, match="exited unexpectedly"):
         take(batches, 10)
 
 

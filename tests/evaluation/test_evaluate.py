@@ -141,8 +141,8 @@ def network_flags(tmp_path_factory, vision):
     flags += ["--hpsv2", path / "hps.pt", "--imagereward", path / "imagereward.pt"]
     flags += ["--imagereward_tokenizer", path / "clip", "--feature_model", path / "dinov2", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scorers, "HPSV2_CONFIG", hpsv2_config(len(tokenizer)))
-        patch.setattr(scorers, "IMAGEREWARD_CONFIG", imagereward_config(len(tokenizer)))
+        patch.setattr(converters, "HPSV2_CONFIG", hpsv2_config(len(tokenizer)))
+        patch.setattr(converters, "IMAGEREWARD_CONFIG", imagereward_config(len(tokenizer)))
         yield [str(word) for word in flags]
 
 
@@ -279,7 +279,7 @@ REFUSED = {
     "batch size": ("--batch_size 0", "--batch_size 0: must be a whole number, 1 or more"),
     "no checkpoints": ("--checkpoints {root}/empty --prompts_file x", "{root}/empty: has no checkpoint-N"),
     "no prompts file": ("--checkpoints {root}/empty", "{root}/empty: give --prompts_file"),
-    "captions": ("--reference {root}/cut/metadata.jsonl --metrics fd", "cannot read images and captions"),
+    "captions": ("--reference {root}/cut/metadata.jsonl --metrics fd", "cannot be read (JSONDecodeError"),
 }
 
 
