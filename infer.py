@@ -5,6 +5,7 @@
     python infer.py --model OUTPUT_DIR/checkpoint-3000 --prompt "a red fox in the snow"
     python infer.py --model FLUX.1-dev --transformer domiso/SenseFlow --transformer_subfolder FOLDER --released flux
 
+The defaults of the sampling flags are those in the model's senseflow.json or of --released, else the pipeline's own.
 An image depends on model, settings, prompt, seed and index only, not on batch size or start index. Several processes,
 started by `accelerate launch infer.py` or torchrun, share the prompts. A rerun generates the missing images.
 """
@@ -65,6 +66,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     network.add_argument(
         "--transformer_subfolder", "--unet_subfolder", metavar="FOLDER", help="Folder of it in there."
     )
+    network.add_argument(
+        "--transformer_config",
+        "--unet_config",
+        metavar="FILE",
+        help="Configuration of --checkpoint, if not --model's.",
+    )
     add("--released", choices=RELEASED, help="Use the preset of these published weights, not senseflow.json.")
     add("--dtype", type=dtype, choices=DTYPES, help="Precision of the weights; default: bf16 on a GPU, fp32 on a CPU.")
     add("--device", help="Torch device; default: cuda if there is one, else cpu.")
@@ -102,7 +109,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import distributed
 from tqdm import tqdm
 
-from senseflow.inference import Model, find_model, hash_model, load_model_pipeline
+from senseflow.inference import Model, find_model, hash_model, load_model_pipeline, pixel_multiple
 from senseflow.models.hub import ModelSource
 from senseflow.models.schedulers import bind_generator
 
@@ -110,12 +117,12 @@ from senseflow.models.schedulers import bind_generator
 logger = logging.getLogger("infer")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
-    """Return the device and a key of DTYPES; each process has its own GPU."""
-    name = args.device
-    if name in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = torch_device(name)
+    """Return the device and a key of DTYPES; each process has its own GPU. UserError (2) for an absent device."""
+    device = torch_device(args.device)
     return device, args.dtype or ("fp32" if device.type == "cpu" else "bf16")
 
 
@@ -126,20 +133,23 @@ def read_prompts(args: argparse.Namespace) -> tuple[dict[int, str], list[int]]:
         All prompts by index, which is the place in --prompt or the line number; blank lines are left out.
         The indices that --start_idx and --num_prompts select.
     """
-    lines = args.prompt or read_prompts_file(args.prompts_file)
+    lines = read_prompts_file(args.prompts_file) if args.prompt is None else args.prompt
     prompts = {idx: line.strip() for idx, line in enumerate(lines) if line.strip()}
-    stop = args.start_idx + (args.num_prompts or len(lines))
+    if not prompts:
+        raise UserError("--prompt: has no text; give at least one prompt", exit_code=2)
+    stop = max(prompts) + 1 if args.num_prompts is None else args.start_idx + args.num_prompts
     selected = [idx for idx in prompts if args.start_idx <= idx < stop]
     if not selected:
-        last = max(prompts, default="none")
-        raise UserError(f"--start_idx {args.start_idx}: no prompt from there; the last has index {last}", 2)
+        raise UserError(f"--start_idx {args.start_idx}: no prompt from there; the last has index {max(prompts)}", 2)
     return prompts, selected
 
 
 def choose_network(args: argparse.Namespace) -> Optional[ModelSource]:
     """Return the network that replaces the model's own, if any."""
-    paths = {f"--{name}": getattr(args, name) for name in ("transformer", "unet", "checkpoint")}
-    return next((ModelSource(flag, path) for flag, path in paths.items() if path is not None), None)
+    for name in ("transformer", "unet", "checkpoint"):
+        if getattr(args, name) is not None:
+            return ModelSource(f"--{name}", getattr(args, name))
+    return None
 
 
 def choose_sampler(sampler: Optional[str], model: Model) -> Optional[str]:
@@ -157,7 +167,8 @@ def choose_sampler(sampler: Optional[str], model: Model) -> Optional[str]:
 def choose_pipeline_kwargs(args: argparse.Namespace, model: Model) -> dict[str, Any]:
     """Return the pipeline's arguments besides prompt and generator: those of the training, replaced by flags.
 
-    UserError (2) for an argument that the pipeline does not take, or a size that does not suit the student.
+    Raises:
+        UserError: exit code 2; an argument that the pipeline does not take, or a size that does not divide.
     """
     parameters, trained = model.call_parameters, model.student_config.get("pipeline_call", {})
     flags = {name: getattr(args, name) for name in CALL_FLAGS if getattr(args, name) is not None}
@@ -176,7 +187,7 @@ def choose_pipeline_kwargs(args: argparse.Namespace, model: Model) -> dict[str, 
         if model.config("transformer").get("guidance_embeds") is False:
             fix = "see --pipeline_kwargs true_cfg_scale=..."
             logger.info("--guidance_scale: no effect, since this network has no guidance embedder; %s", fix)
-    kwargs, multiple = trained | flags, model.student_config.get("pixel_multiple", 1)
+    kwargs, multiple = trained | flags, pixel_multiple(model)
     for name in ("height", "width"):
         excess = (kwargs.get(name) or 0) % multiple
         if excess:
@@ -196,10 +207,13 @@ def fit_scheduler(model: Model, steps: Optional[int]) -> None:
         model.scheduler_changes["shift_terminal"] = None  # to stretch a single level divides 0 by 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
 def generate(
     pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], kwargs: dict[str, Any]
 ) -> list[Image.Image]:
-    """Generate a batch of images, each with the noise of a CPU generator of its own."""
+    """Generate a batch of images, each with noise from its own seed: one CPU generator per image."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     bind_generator(pipeline.scheduler, generators)  # the pipelines of FLUX and SD 3 call `step` without a generator
     for name, value in kwargs.items():  # not every pipeline repeats a second or negative prompt
@@ -208,8 +222,9 @@ def generate(
     try:
         return pipeline(prompt=prompts, generator=generators, **kwargs).images
     except torch.OutOfMemoryError as error:
-        problem = "out of memory; give a smaller one, or smaller images"
-        raise UserError(f"--batch_size {len(prompts)}: {problem}") from error
+        raise UserError(
+            f"--batch_size {len(prompts)}: out of memory; give a smaller one, or smaller images"
+        ) from error
 
 
 def open_folder(folder: Path) -> list[dict[str, Any]]:
@@ -290,7 +305,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     network, subfolder = choose_network(args), args.transformer_subfolder or ""
     if subfolder and (network is None or args.checkpoint):
         logger.warning("--transformer_subfolder %s: no effect without --transformer or --unet", subfolder)
-    model = find_model(args.model, args.revision, args.variant, network, subfolder, args.released)
+    if args.transformer_config and not args.checkpoint:
+        logger.warning("--transformer_config %s: no effect without --checkpoint", args.transformer_config)
+    model = find_model(
+        args.model, args.revision, args.variant, network, subfolder, args.transformer_config, args.released
+    )
     sampler, kwargs = choose_sampler(args.sampler, model), choose_pipeline_kwargs(args, model)
     defaults = {name: parameter.default for name, parameter in model.call_parameters.items()}
     settings = {name: kwargs.get(name, defaults.get(name)) for name in CALL_FLAGS}

@@ -9,8 +9,10 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import pickle
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Mapping, Optional
@@ -25,8 +27,9 @@ from safetensors.torch import load_file
 
 from senseflow.errors import UserError, require_package
 from senseflow.models.hub import ModelSource, load_network, load_pipeline, saved_components
-from senseflow.models.lora import ADAPTER, FILE, fuse_lora
+from senseflow.models.lora import ADAPTER, FILE, fuse_lora, stored_name
 from senseflow.models.quantization import BACKENDS, quantize_network
+from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import fingerprint, state_dict_problems
 from senseflow.released import RELEASED
 from senseflow.student_config import STUDENT_CONFIG, read_student_config
@@ -38,9 +41,13 @@ NETWORKS = ("transformer", "unet")
 # Parts of names in a state dict that DDP, FSDP, torch.compile and activation checkpointing insert.
 WRAPPERS = {"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 # Entries of a network's configuration that must be those of the network it replaces: class, latents and prompts.
-COMPATIBLE = ("_class_name", "in_channels", "joint_attention_dim", "cross_attention_dim", "pooled_projection_dim")
+PROMPT_ENTRIES = ("joint_attention_dim", "cross_attention_dim", "pooled_projection_dim", "caption_channels")
+COMPATIBLE = ("_class_name", "in_channels", *PROMPT_ENTRIES)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and checking
+# ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Model:
     """A pipeline to sample from, none of whose weights is loaded.
@@ -52,7 +59,8 @@ class Model:
         student_config: senseflow.json, or what --released replaces it with; empty for a pipeline without either.
         replaced: {component: (source, folder in it)} of the components that are not the base's.
         scheduler_changes: replace entries of the scheduler's configuration.
-        state_dict: a file with the network's weights; its configuration is the base's.
+        state_dict: a file with the network's weights.
+        state_dict_config: its configuration, if it is not the base's.
         adapter: a file with a LoRA for the base's network.
     """
 
@@ -63,6 +71,7 @@ class Model:
     replaced: dict[str, tuple[ModelSource, str]] = field(default_factory=dict)
     scheduler_changes: dict[str, Any] = field(default_factory=dict)
     state_dict: Optional[Path] = None
+    state_dict_config: Optional[dict[str, Any]] = None
     adapter: Optional[Path] = None
 
     @property
@@ -91,6 +100,8 @@ class Model:
         """Read the configuration of a component; return {} if the pipeline has no such component."""
         if component not in self.index:
             return {}
+        if component == self.network and self.state_dict_config is not None:
+            return dict(self.state_dict_config)
         source, folder = self.location(component)
         file = "scheduler_config.json" if component == "scheduler" else "config.json"
         config = source.read_json(str(PurePosixPath(folder, file))) or {}
@@ -103,6 +114,7 @@ def find_model(
     variant: Optional[str] = None,
     network: Optional[ModelSource] = None,
     subfolder: str = "",
+    config_file: Optional[str] = None,
     released: Optional[str] = None,
 ) -> Model:
     """Find and check a pipeline to sample from, without loading weights.
@@ -112,17 +124,18 @@ def find_model(
         revision, variant: of the pipeline, or of a checkpoint's teacher in place of those in its senseflow.json.
         network: replaces the pipeline's own; its flag is --transformer, --unet or, for a state dict, --checkpoint.
         subfolder: folder of that network in its source.
+        config_file: configuration of a state dict, if it is not the base's.
         released: key of RELEASED.
     Raises:
         UserError: exit code 2; unknown, damaged, incomplete, or parts that do not fit together.
     """
     model = find_pipeline(ModelSource("--model", path, revision, variant))
     if network is not None:
-        replace_network(model, replace(network, variant=model.base.variant), subfolder)
+        replace_network(model, replace(network, variant=model.base.variant), subfolder, config_file)
     if released is not None:
         apply_released(model, released)
     elif network is not None:
-        logger.info("%s: no --released; sampling as %s does", network, model.source)
+        find_student_config(model, network, subfolder)
     check_components(model)
     return model
 
@@ -139,7 +152,9 @@ def find_pipeline(source: ModelSource) -> Model:
         replaced = {name: (source, name) for name in saved_components(index) if source.files(name)}
     model = Model(source, replace(base, revision=base.commit), index, student_config, replaced)
     if "prompt" not in model.call_parameters:
-        raise source.error(f"{model.class_name} is no text-to-image pipeline of diffusers {diffusers.__version__}")
+        problem = f"{model.class_name} is no text-to-image pipeline of diffusers {diffusers.__version__}"
+        raise source.error(problem)
+    check_pipeline_kwargs(model, source)
     if base is not source and "rank" in student_config:
         model.adapter = find_adapter(model)
         model.replaced.pop(model.network, None)  # in a checkpoint, the folder of the adapter
@@ -169,8 +184,12 @@ def find_adapter(model: Model) -> Path:
     return file
 
 
-def replace_network(model: Model, network: ModelSource, subfolder: str) -> None:
-    """Replace the network, or for --checkpoint its weights. UserError (2) if it is absent or does not fit."""
+def replace_network(model: Model, network: ModelSource, subfolder: str, config_file: Optional[str]) -> None:
+    """Replace the pipeline's network, or for --checkpoint its weights. UserError (2) if it is absent or does not fit.
+
+    Args:
+        network, subfolder, config_file: as in find_model.
+    """
     name = model.network
     if name is None or network.flag not in (f"--{name}", "--checkpoint"):
         fix = "drop it" if name is None else f"give --{name}"
@@ -182,29 +201,60 @@ def replace_network(model: Model, network: ModelSource, subfolder: str) -> None:
         if not model.state_dict.is_file():
             raise network.error("no such file; give the path of one")
         model.replaced.setdefault(name, (model.base, name))
-        return
+        if config_file is None:
+            return
     own_config = {"_class_name": model.index[name][1], **model.config(name)}
-    model.replaced[name] = (network, subfolder)
-    config = model.config(name)
+    if config_file is not None and model.state_dict:
+        file, flag = Path(config_file), f"--{name}_config"
+        model.state_dict_config = config = ModelSource(flag, str(file.parent)).read_json(file.name)
+    else:
+        file, flag = PurePosixPath(network.path, subfolder, "config.json"), f"--{name}_subfolder"
+        model.replaced[name] = (network, subfolder)
+        config = model.config(name)
     if not config:
-        file = PurePosixPath(network.path, subfolder, "config.json")
-        raise network.error(f"no {file}; name the folder that has one with --{name}_subfolder")
+        raise network.error(f"no {file}; name the folder or file that has one with {flag}")
     for key in COMPATIBLE:
         if key in own_config and config.get(key, own_config[key]) != own_config[key]:
             problem = f"{key} is {config[key]}, but {own_config[key]} in {model.source.path}"
             raise network.error(f"{problem}; give the --model that it was distilled from")
 
 
+def find_student_config(model: Model, network: ModelSource, subfolder: str) -> None:
+    """Take senseflow.json and the scheduler beside a replaced network, if they are there."""
+    source, folder = network, PurePosixPath(subfolder).parent
+    if os.path.exists(network.path):
+        path = Path(network.path, subfolder).resolve()
+        source, folder = replace(network, path=str(path.parent)), PurePosixPath()
+    student_config = read_student_config(source, str(folder))
+    if student_config is None:
+        problem = f"no {STUDENT_CONFIG} beside it and no --released"
+        logger.info("%s: %s; sampling as %s does", network, problem, model.source)
+        return
+    model.student_config = student_config
+    check_pipeline_kwargs(model, network)
+    if source.has_file(str(folder / "scheduler/scheduler_config.json")):
+        model.replaced["scheduler"] = (source, str(folder / "scheduler"))
+
+
 def apply_released(model: Model, name: str) -> None:
     """Sample with the preset of published weights. UserError (2) if it is for another pipeline."""
     preset = RELEASED[name]
     if model.class_name != preset.pipeline:
-        raise UserError(f"--released {name}: is for a {preset.pipeline}; {model.source} is a {model.class_name}", 2)
+        problem = f"is for a {preset.pipeline}; {model.source} is a {model.class_name}"
+        raise UserError(f"--released {name}: {problem}", exit_code=2)
     if model.student_config:
         logger.info("--released %s overrides the %s of %s", name, STUDENT_CONFIG, model.source.path)
     pipeline_kwargs = {"num_inference_steps": 4, "height": 1024, "width": 1024, **preset.pipeline_kwargs}
     model.student_config = {"sampler": "stochastic", "pipeline_call": pipeline_kwargs}
     model.scheduler_changes = dict(preset.scheduler)
+
+
+def check_pipeline_kwargs(model: Model, source: ModelSource) -> None:
+    """Refuse (exit code 2) the senseflow.json of a source if the pipeline's call does not take its arguments."""
+    unknown = model.student_config.get("pipeline_call", {}).keys() - model.call_parameters.keys()
+    if unknown:
+        problem = f"pipeline_call in {STUDENT_CONFIG} has {', '.join(sorted(unknown))}, which {model.class_name} lacks"
+        raise source.error(f"{problem}; copy the file again")
 
 
 def check_components(model: Model) -> None:
@@ -227,7 +277,7 @@ def hash_model(model: Model) -> str:
 
     Of a file, its size and 64 blocks are hashed; of a component on the Hub, its commit.
     """
-    settings = [model.student_config, model.scheduler_changes, model.base.variant]
+    settings = [model.student_config, model.scheduler_changes, model.state_dict_config, model.base.variant]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     files = [file for file in (model.state_dict, model.adapter) if file is not None]
     for name in saved_components(model.index):
@@ -246,6 +296,24 @@ def hash_model(model: Model) -> str:
     return digest.hexdigest()[:12]
 
 
+def pixel_multiple(model: Model) -> int:
+    """Return what divides height and width: as in senseflow.json, else the VAE's factor times the network's patch."""
+    if "pixel_multiple" in model.student_config:
+        return model.student_config["pixel_multiple"]
+    vae, network = model.config("vae"), model.config("transformer") or model.config("unet")
+    try:
+        scale, channels = vae_scale_of(vae), latent_shape_of(vae, 0)[0]
+    except KeyError:  # no VAE, or one that no script here trains with
+        scale, channels = 1, network.get("in_channels", 1)
+    # FLUX and its like fold 2 x 2 latents into channels before the network, whose own patch_size does not count then.
+    packed = math.isqrt(network.get("in_channels", 1) // channels)
+    patch = network.get("patch_size") or network.get("all_patch_size") or 1
+    return scale * (packed if packed > 1 else max(patch) if isinstance(patch, list) else patch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
 def load_model_pipeline(
     model: Model, sampler: Optional[str], device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
@@ -262,8 +330,9 @@ def load_model_pipeline(
     try:
         pipeline.to(device)
     except torch.OutOfMemoryError as error:
-        problem = "too small for this pipeline; give --dtype bf16 or another device"
-        raise UserError(f"--device {device}: {problem}") from error
+        raise UserError(
+            f"--device {device}: too small for this pipeline; give --dtype bf16 or another device"
+        ) from error
     changes = dict(model.scheduler_changes)
     cls = getattr(diffusers, changes.pop("_class_name", ""), type(pipeline.scheduler))
     if cls is FlowMatchEulerDiscreteScheduler:
@@ -296,8 +365,9 @@ def read_state_dict(source: ModelSource) -> dict[str, torch.Tensor]:
             state = load_file(source.path)
         else:
             try:
-                # Mapped instead of read: a network in float32 may be larger than the memory.
-                state = torch.load(source.path, map_location="cpu", weights_only=True, mmap=True)
+                # If possible mapped instead of read: a network in float32 may be larger than the memory.
+                mmap = zipfile.is_zipfile(source.path)
+                state = torch.load(source.path, map_location="cpu", weights_only=True, mmap=mmap)
             except pickle.UnpicklingError as error:
                 problem = "damaged, or holds more than tensors; save the state dict alone"
                 raise source.error(problem, exit_code=1) from error
@@ -313,13 +383,15 @@ def load_state_dict(model: Model, cls: type, dtype: torch.dtype) -> torch.nn.Mod
     """Make the network with the weights of --checkpoint. UserError (1) if names or shapes are not the network's."""
     source = ModelSource("--checkpoint", str(model.state_dict))
     state, config = read_state_dict(source), model.config(model.network)
-    if "guidance_embeds" in config:  # a student of FLUX has no guidance embedder, unlike its teacher
+    if (
+        "guidance_embeds" in config and model.state_dict_config is None
+    ):  # a FLUX student has no embedder, its teacher has
         config["guidance_embeds"] = any("guidance_embedder" in name for name in state)
     with init_empty_weights(include_buffers=False):
         network = cls.from_config(config)
     problems = state_dict_problems(network.state_dict(), state)
     if problems:
-        fix = "give the --model that it was distilled from"
+        fix = f"give the --model that it was distilled from, or --{model.network}_config"
         raise source.error(f"not the weights of this {cls.__name__}: {problems}; {fix}", exit_code=1)
     for name, tensor in state.items():  # one by one, so that the memory holds only one of them twice
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -355,12 +427,16 @@ def prepare_adapter_base(model: Model, pipeline: DiffusionPipeline, device: torc
 
 
 def load_adapter(model: Model, network: torch.nn.Module) -> None:
-    """Add the adapter to the network. UserError (1) if it is damaged, or without the alpha in its metadata."""
+    """Add the adapter to the network. UserError (1) if it is damaged or for other layers."""
     with model.source.loading():
         with safe_open(model.adapter, "pt") as file:
-            prefix = model.network if all(name.startswith(f"{model.network}.") for name in file.keys()) else None
+            names = set(file.keys())
+        prefix = model.network if all(name.startswith(f"{model.network}.") for name in names) else None
         folder, file_name = model.adapter.parent, model.adapter.name
         network.load_lora_adapter(str(folder), weight_name=file_name, prefix=prefix, adapter_name=ADAPTER)
+        loaded = {stored_name(name) for name, _ in network.named_parameters() if ".lora_" in name}
+        if loaded != {name.removeprefix(f"{prefix}.") for name in names}:
+            raise ValueError(f"{file_name} has layers that this network lacks")
     config = network.peft_config[ADAPTER]
     rank, alpha = model.student_config["rank"], model.student_config["lora_alpha"]
     if (config.r, config.lora_alpha) != (rank, alpha):

@@ -6,8 +6,10 @@ It lies beside an exported student and in each checkpoint. `infer.py` takes its 
 
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Optional
+
+from senseflow.arguments import SAMPLERS
 
 
 STUDENT_CONFIG = "senseflow.json"
@@ -31,11 +33,12 @@ def make_student_config(
     """Make the content of senseflow.json.
 
     Args:
+        args: parsed arguments of a training script.
         revision: commit of the teacher on the Hub; None for a folder.
         sigmas, timesteps: the trained noise levels, from pure noise on.
         pixel_multiple: what height and width of an image must be divisible by.
         pipeline_kwargs: keyword arguments with which the stock pipeline visits these levels.
-        teacher_fingerprint: identifies the weights that an adapter was trained over.
+        teacher_fingerprint: identifies the weights that an adapter was trained over; unused without --rank.
     """
     config = {
         "sigmas": sigmas,
@@ -65,6 +68,24 @@ def write_student_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / STUDENT_CONFIG).write_text(json.dumps(config, indent=1))
 
 
-def read_student_config(source) -> Optional[dict[str, Any]]:
-    """Read senseflow.json of a senseflow.models.hub.ModelSource; None if there is none. UserError (2) if damaged."""
-    return source.read_json(STUDENT_CONFIG)
+def read_student_config(source, folder: str = "") -> Optional[dict[str, Any]]:
+    """Read and check senseflow.json; return None if there is none.
+
+    Args:
+        source: a senseflow.models.hub.ModelSource.
+        folder: the folder of the file in the source.
+    Raises:
+        UserError: exit code 2; a damaged file.
+    """
+    config = source.read_json(str(PurePosixPath(folder, STUDENT_CONFIG)))
+    if config is None:
+        return None
+    pixel_multiple = config.get("pixel_multiple", 1)
+    for name, valid, wanted in (
+        ("pipeline_call", isinstance(config.get("pipeline_call", {}), dict), "an object"),
+        ("sampler", config.get("sampler", SAMPLERS[0]) in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+        ("pixel_multiple", isinstance(pixel_multiple, int) and pixel_multiple >= 1, "a whole number of pixels"),
+    ):
+        if not valid:
+            raise source.error(f"{name} in {STUDENT_CONFIG} must be {wanted}; copy the file again")
+    return config

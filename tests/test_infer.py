@@ -10,6 +10,7 @@ import subprocess
 import sys
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ PROMPTS = ["a red circle", "", "a blue square", "two green triangles", "an empty
 LINES = [0, 2, 3, 4, 5]
 
 
-# The student's transformer as state dicts: by itself, in other formats, and under wrappers.
-STATE_DICT_FILES = ("bare.pth", "ema.pth", "model.pth", "bare.safetensors")
+# The student's transformer as state dicts: by itself, in older and other formats, and under wrappers.
+STATE_DICT_FILES = ("bare.pth", "old.pth", "ema.pth", "model.pth", "bare.safetensors")
 
 
 def write_senseflow(folder: Path, **changes) -> None:
@@ -43,7 +44,6 @@ def write_senseflow(folder: Path, **changes) -> None:
         "timesteps": [1000.0, 900.0, 750.0, 500.0],
         "sampler": "stochastic",
         "num_inference_steps": 4,
-        "pixel_multiple": 16,
         "guidance_scale": 3.5,
         "teacher": "unused",
         "iteration": 7,
@@ -86,16 +86,12 @@ def models(tmp_path_factory):
 def networks(models):
     """Write networks by themselves.
 
-    base/ is the teacher, whose transformer has a configuration and no weights; sampled/ is the same with the student's
-    senseflow.json and scheduler. files/ has the student's transformer as state dicts. hub/ is a cache of the Hub with a
-    repository of networks.
+    base/ is the teacher, whose transformer has a configuration and no weights. files/ has the student's transformer as
+    state dicts, with its senseflow.json and scheduler. hub/ is a cache of the Hub with a repository of networks.
     """
     shutil.copytree(models / "teacher", models / "base")
     next((models / "base/transformer").glob("*.safetensors")).unlink()
-    shutil.copytree(models / "base", models / "sampled")
-    ignore = shutil.ignore_patterns("transformer")
-    shutil.copytree(models / "checkpoint-7", models / "sampled", ignore=ignore, dirs_exist_ok=True)
-    (models / "files").mkdir()
+    shutil.copytree(models / "checkpoint-7", models / "files", ignore=shutil.ignore_patterns("transformer"))
     state = load_file(models / "checkpoint-7/transformer/diffusion_pytorch_model.safetensors")
     first = next(iter(state))
 
@@ -110,6 +106,7 @@ def networks(models):
     model = {f"module._fsdp_wrapped_module.{name}": tensor for name, tensor in inside.items()}
     write("model.pth", {"model": model, "ema_model": {first: state[first]}})
     save_file(state, models / "files/bare.safetensors")
+    torch.save(state, models / "files/old.pth", _use_new_zipfile_serialization=False)
 
     write("missing.pth", {name: tensor for name, tensor in state.items() if not name.startswith("proj_out")})
     write("unexpected.pth", {"model": state | {"alien.weight": torch.ones(2)}})
@@ -442,6 +439,31 @@ def test_the_pixel_multiple_is_that_of_the_training(models, tmp_path):
         infer.choose_pipeline_kwargs(infer.parse_args(argv), inference.find_model(argv[1]))
 
 
+MULTIPLES = {  # (pixels, entries of the VAE's configuration, of the network's)
+    "FLUX.1": (16, {"block_out_channels": [1] * 4, "latent_channels": 16}, {"in_channels": 64, "patch_size": 1}),
+    "FLUX.2": (
+        16,
+        {"block_out_channels": [1] * 4, "latent_channels": 32, "patch_size": [2, 2], "batch_norm_eps": 1e-4},
+        {"in_channels": 128, "patch_size": 1},
+    ),
+    "Qwen-Image": (16, {"dim_mult": [1] * 4, "z_dim": 16}, {"in_channels": 64, "patch_size": 2}),
+    "Z-Image": (
+        16,
+        {"block_out_channels": [1] * 4, "latent_channels": 16},
+        {"in_channels": 16, "all_patch_size": [2]},
+    ),
+    "Sana": (32, {"encoder_block_out_channels": [1] * 6, "latent_channels": 32}, {"in_channels": 32, "patch_size": 1}),
+    "in pixels": (1, {}, {"in_channels": 3}),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_the_pixel_multiple_is_read_from_the_configurations(name):
+    multiple, vae, network = MULTIPLES[name]
+    model = SimpleNamespace(student_config={}, config={"vae": vae, "transformer": network}.get)
+    assert inference.pixel_multiple(model) == multiple
+
+
 def test_a_checkpoint_finds_the_variant_of_its_teacher(models, student_samples, tmp_path):
     shutil.copytree(models / "teacher", tmp_path / "teacher")
     only_variant(tmp_path / "teacher")
@@ -499,26 +521,30 @@ FOLDER = ["--transformer", "{root}/checkpoint-7", "--transformer_subfolder", "tr
 STATE_DICTS = [["--checkpoint", f"{{root}}/files/{name}"] for name in STATE_DICT_FILES]
 ON_HUB = ["--transformer", "someone/networks", "--transformer_subfolder", "distilled/transformer"]
 BASE_WITHOUT_NETWORK = ["--model", "{root}/nothing", *FOLDER]
-NETWORKS = [FOLDER, BASE_WITHOUT_NETWORK, ON_HUB, *STATE_DICTS]
+WITH_CONFIG = ["--transformer_config", "{root}/checkpoint-7/transformer/config.json", *STATE_DICTS[0]]
+NETWORKS = [FOLDER, BASE_WITHOUT_NETWORK, ON_HUB, *STATE_DICTS, WITH_CONFIG]
 
 
 @pytest.mark.parametrize("flags", NETWORKS, ids=lambda flags: " ".join(flags[-2:]))
 def test_a_replaced_network_gives_the_images_of_the_pipeline_saved_with_it(
     networks, student_samples, tmp_path, monkeypatch, flags
 ):
-    """The base has no weights, and a guidance embedder that the student lacks."""
+    """Without further flags: senseflow.json and the scheduler are beside the network.
+
+    The base has other weights or none, and a guidance embedder that the student lacks.
+    """
     if flags is BASE_WITHOUT_NETWORK:
-        shutil.copytree(networks / "sampled", networks / "nothing", ignore=shutil.ignore_patterns("transformer"))
+        shutil.copytree(networks / "base", networks / "nothing", ignore=shutil.ignore_patterns("transformer"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(networks / "hub"))
     flags = [flag.format(root=networks) for flag in flags]
-    run(networks, tmp_path, *flags, "--num_prompts", 1, model="sampled")
+    run(networks, tmp_path, *flags, "--num_prompts", 1, model="base")
     assert_same_image(pixels(tmp_path / "0000.png"), pixels(student_samples / "0000.png"))
     record = records(tmp_path)[0]
     assert (record["num_inference_steps"], record["sampler"]) == (4, "stochastic")
     assert record["network"] == f"{flags[-2]} {flags[-1]}" or record["network"].endswith("/transformer")
 
 
-def test_a_replaced_network_is_called_as_the_base_is(networks, tmp_path, caplog):
+def test_a_replaced_network_without_senseflow_json_is_called_as_the_base_is(networks, tmp_path, caplog):
     (tmp_path / "a/b").mkdir(parents=True)
     teacher = load_file(networks / "teacher/transformer/diffusion_pytorch_model.safetensors")
     torch.save(teacher, tmp_path / "a/b/teacher.pth")
@@ -529,7 +555,9 @@ def test_a_replaced_network_is_called_as_the_base_is(networks, tmp_path, caplog)
         run(networks, tmp_path / "other", *flags, "--checkpoint", tmp_path / "a/b/teacher.pth", model="base")
     (record,) = caplog.records
     origin = f"--checkpoint {tmp_path}/a/b/teacher.pth"
-    assert record.message == f"{origin}: no --released; sampling as --model {networks}/base does"
+    assert record.message == (
+        f"{origin}: no senseflow.json beside it and no --released; sampling as --model {networks}/base does"
+    )
     assert_same_image(pixels(tmp_path / "own/0000.png"), pixels(tmp_path / "other/0000.png"))
     # Other weights, or the same ones with other settings, do not go into the same folder.
     torch.save({name: tensor + 1e-3 for name, tensor in teacher.items()}, tmp_path / "a/b/other.pth")
@@ -682,9 +710,10 @@ BAD = {
     "--model {root}/sdxl --transformer {root}/student/transformer": "has no transformer; give --unet",
     "--transformer {root}/student/transformer --checkpoint x": "--checkpoint: not allowed with .*--transformer",
     f"--transformer {{root}}/student/transformer/{SHARD_INDEX}": "no such folder",
-    f"--transformer {{root}}/shards/{SHARD_INDEX}": "sharded network; .* folder, .*/shards$",
+    f"--transformer {{root}}/shards/{SHARD_INDEX}": "is a single file; give",
     "--transformer {root}/shards": r"--transformer .*/shards: it holds only \*.fp16.safetensors: give --variant fp16",
     "--transformer {root}/wide": "--transformer .*/wide: joint_attention_dim is 64, but 32",
+    "--transformer {root}/call/transformer": "--transformer .*call/transformer: pipeline_call in senseflow.json",
     "--checkpoint {root}/none.pth": "--checkpoint .*none.pth: no such file",
     "--checkpoint {root}/student": "--checkpoint .*student: no such file",
     "--model {root}/files/bare.safetensors": "--model .*bare.safetensors: is a single file; give a folder",
@@ -695,6 +724,10 @@ BAD = {
     "--model {root}/student/vae": "neither model_index.json nor a senseflow.json",
     "--model {root}/cut": "senseflow.json is damaged",
     "--model {root}/list": "senseflow.json is damaged",
+    "--model {root}/call": "pipeline_call in senseflow.json has steps, which FluxPipeline lacks",
+    "--model {root}/text": "pipeline_call in senseflow.json must be an object",
+    "--model {root}/sampler": "sampler in senseflow.json must be one of stochastic, euler",
+    "--model {root}/multiple": "pixel_multiple in senseflow.json must be a whole number",
     "--model {root}/class": "NoSuchPipeline is no text-to-image pipeline",
     "--model {root}/models": "models: lacks .*, which its model_index.json names",
     "--model {root}/lost": "teacher in its senseflow.json, ./moved: no such folder",
@@ -721,6 +754,7 @@ BAD = {
     "--height 72": "--height 72: must be divisible by 16; give 80",
     "--width 8": "--width 8: must be divisible by 16",
     "--prompt a": "--prompt",
+    "--checkpoint {root}/student/model_index.json --transformer_config {root}/none.json": "no .*none.json",
     "--prompts_file {root}/none.txt": "--prompts_file .*none.txt: cannot be read",
     "--prompts_file {root}/blank.txt": "--prompts_file .*it is empty",
     "--prompts_file {root}/student/transformer/diffusion_pytorch_model.safetensors": "--prompts_file .*UTF-8",
@@ -733,14 +767,19 @@ BAD = {
 def bad_models(networks):
     """Write models that are damaged or do not fit, beside the good ones."""
     root, student = networks, networks / "student"
-    for name in ("cut", "list", "models", "class", "lost"):
+    for name in ("cut", "list", "call", "text", "sampler", "models", "class", "lost", "multiple"):
         (root / name).mkdir()
         if name != "lost":
             shutil.copy(student / "model_index.json", root / name)
     (root / "cut/senseflow.json").write_text((student / "senseflow.json").read_text()[:-9])
     (root / "list/senseflow.json").write_text("[1, 2]")
+    write_senseflow(root / "sampler", sampler="ddim")
+    write_senseflow(root / "multiple", pixel_multiple="16")
+    write_senseflow(root / "text", pipeline_call="steps=4")
+    write_senseflow(root / "call", pipeline_call={"steps": 4})
     write_senseflow(root / "lost", teacher="./moved")
     (root / "class/model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    shutil.copytree(student / "transformer", root / "call/transformer")
     shutil.copytree(student / "transformer", root / "shards")
     only_variant(root / "shards")
     (root / "shards" / SHARD_INDEX).write_text("{}")

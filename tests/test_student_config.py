@@ -39,9 +39,10 @@ def test_a_config_is_read_as_it_was_made(tmp_path):
         "pipeline_call": {"guidance_scale": 3.5},
         "guidance_scale": 3.5,
     }
+    (tmp_path / "a").mkdir()
+    write_student_config(tmp_path / "a", config)
+    assert read_student_config(ModelSource("--model", str(tmp_path)), "a") == config
     assert read_student_config(ModelSource("--model", str(tmp_path))) is None
-    write_student_config(tmp_path, config)
-    assert read_student_config(ModelSource("--model", str(tmp_path))) == config
 
 
 def test_an_adapter_has_what_its_base_is_made_of(tmp_path):

@@ -364,6 +364,13 @@ def other_weights(folder):
     save_file({**weights, "proj_out.weight": weights["proj_out.weight"] + 1}, path)
 
 
+def unknown_layers(folder):
+    weights = load_file(folder / "out" / FILE)
+    save_file(
+        {key.replace("0.attn.to_q", "7.attn.to_q"): tensor for key, tensor in weights.items()}, folder / "out" / FILE
+    )
+
+
 def without_alpha(folder):
     """Remove alpha, which only the file's metadata holds; without it peft assumes the rank."""
     record = json.loads((folder / "out/senseflow.json").read_text())
@@ -374,6 +381,7 @@ def without_alpha(folder):
     "damage, more, code, needle",
     [
         (other_weights, (), 1, "its adapter was trained over other weights than those of "),
+        (unknown_layers, (), 1, f"{FILE} has layers that this network lacks"),
         (without_alpha, (), 1, "has rank 2 and alpha 2, senseflow.json 2 and 4;"),
         (lambda folder: (folder / "out" / FILE).unlink(), (), 2, f"there is no {FILE}"),
         (lambda folder: None, ("--transformer", "x"), 2, "is an adapter for its teacher's own transformer"),
