@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
 import torch
 from diffusers import SchedulerMixin
-from huggingface_hub import constants, errors, hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub import constants, errors, hf_hub_download, list_repo_files, resolve_revision, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from senseflow.errors import UserError, loading
@@ -25,7 +25,6 @@ WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?"
     r"(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
-
 
 RETRY = "try again later, or set HF_HUB_OFFLINE=1 if all of it is in the cache"
 NOT_CACHED = "the cache ({cache}) lacks it or a part of it: unset HF_HUB_OFFLINE, or try again when the Hub answers"
@@ -39,7 +38,7 @@ HUB_REASONS = {  # the most specific first
     HfHubHTTPError: f"the Hub answers {{cause.response.status_code}}: {RETRY}",
     HTTPError: f"the Hub cannot be reached ({{cause}}): {RETRY}",
     HFValidationError: "it is no Hub id: give a folder or a Hub id",
-    (errors.OfflineModeIsEnabled, LocalEntryNotFoundError): NOT_CACHED,
+    (errors.OfflineModeIsEnabled, LocalEntryNotFoundError, errors.RevisionResolutionError): NOT_CACHED,
 }
 
 
@@ -59,16 +58,16 @@ def resolve_repo(name: str, revision: Optional[str] = None) -> Repository:
     """Resolve a Hub id to a commit, once: a process keeps to it, whatever is pushed meanwhile.
 
     Raises:
-        HTTPError: the Hub's answer, if the cache lacks the repository, too.
-        LocalEntryNotFoundError: the Hub does not serve, and the cache lacks the repository.
+        LocalEntryNotFoundError: the Hub does not serve (`hub_error` finds why), and the cache lacks the repository.
         HFValidationError: the name is no Hub id.
     """
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[]))  # stores the commit for offline use
     try:
-        return Repository(folder.name, False, frozenset(list_repo_files(name, revision=folder.name)))
-    except (HTTPError, errors.OfflineModeIsEnabled):
-        files = frozenset(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-        return Repository(folder.name, True, files)
+        commit = resolve_revision(name, revision=revision).resolved  # also stored in the cache, for offline use
+        return Repository(commit, False, frozenset(list_repo_files(name, revision=commit)))
+    except (HTTPError, errors.RevisionResolutionError, errors.OfflineModeIsEnabled):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[], local_files_only=True))
+    files = frozenset(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    return Repository(folder.name, True, files)
 
 
 def hub_error(error: Optional[BaseException]) -> Optional[BaseException]:

@@ -108,7 +108,7 @@ def test_errors_give_the_hubs_reason(case, hub, tmp_path, monkeypatch):
         reason, hub_module.hub_reason(passed_on.value)
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_module, "snapshot_download", refuses)
+    monkeypatch.setattr(hub_module, "resolve_revision", refuses)
     with pytest.raises(UserError, match=f"^--flag some/model: no such folder, and .*{reason}") as caught:
         ModelSource("--flag", "some/model").read_json("model_index.json")
     assert caught.value.exit_code == 2
@@ -127,7 +127,7 @@ def test_every_flag_with_a_hub_id_gives_the_hubs_reason(teacher, vision, data, h
     write_sdxl(tmp_path / "sdxl")
     capsys.readouterr()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_module, "snapshot_download", lambda *args, **kwargs: (_ for _ in ()).throw(GATED))
+    monkeypatch.setattr(hub_module, "resolve_revision", lambda *args, **kwargs: (_ for _ in ()).throw(GATED))
     common = ["--dataset_json", str(data), "--resolution", "64", "--output_dir", str(tmp_path / "out")]
     frozen = ["--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")]
     flags = (TEACHER, "--student_model_name_or_path", "--discriminator_backbone", "--discriminator_text_encoder")
