@@ -65,22 +65,17 @@ def fake_from_pretrained(
         network = cls.from_config(cls.load_config(path, subfolder=subfolder, revision=revision))
     else:
         network = cls(cls.config_class.from_pretrained(path, subfolder=subfolder or "", revision=revision or "main"))
-    network = fake_buffers(network).to(dtype or torch_dtype or torch.float32).eval()
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not isinstance(buffer, FakeTensor):  # such as a position table made by numpy
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    network = network.to(dtype or torch_dtype or torch.float32).eval()
     return (network, {"missing_keys": [], "unexpected_keys": []}) if output_loading_info else network
 
 
 def fake_network(source, cls, subfolder, dtype=torch.float32):
     """Replace `from_pretrained_meta`: build the network from its configuration."""
     return source.load(cls.from_pretrained, subfolder=source.network_subfolder(subfolder), dtype=dtype)
-
-
-def fake_buffers(network: torch.nn.Module) -> torch.nn.Module:
-    """Replace real buffers, such as position tables that were computed by numpy."""
-    for module in network.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not isinstance(buffer, FakeTensor):
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return network
 
 
 def apply_in_place(module: torch.nn.Module, function: Callable, recurse: bool = True) -> torch.nn.Module:
@@ -347,10 +342,10 @@ def module_tensors(*modules) -> Iterator[torch.Tensor]:
 
 def label_networks(counter: Counter, models, encoders: str) -> None:
     """Label the weights and buffers of the roles, of the text encoders and of other frozen networks."""
-    owners = [(name, [role.module]) for name, role in roles_of(models).items()]
-    owners.append((encoders, text_encoders_of(models.pipeline).values()))
-    owners.append((FROZEN, [*models.pipeline.components.values(), models.vision_features, models.text_features]))
-    for owner, modules in owners:
+    owners = {name: [role.module] for name, role in roles_of(models).items()}
+    owners[encoders] = text_encoders_of(models.pipeline).values()
+    owners[FROZEN] = [*models.pipeline.components.values(), models.vision_features, models.text_features]
+    for owner, modules in owners.items():
         for tensor in module_tensors(*modules):
             counter.label(tensor, owner, WEIGHTS)
 
