@@ -5,7 +5,6 @@
     python infer.py --model OUTPUT_DIR/checkpoint-3000 --prompt "a red fox in the snow"
     python infer.py --model FLUX.1-dev --transformer domiso/SenseFlow --transformer_subfolder FOLDER --released flux
 
-The defaults of the sampling flags are those in the model's senseflow.json or of --released, else the pipeline's own.
 An image depends on model, settings, prompt, seed and index only, not on batch size or start index. Several processes,
 started by `accelerate launch infer.py` or torchrun, share the prompts. A rerun generates the missing images.
 """
@@ -117,12 +116,12 @@ from senseflow.models.schedulers import bind_generator
 logger = logging.getLogger("infer")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
     """Return the device and a key of DTYPES; each process has its own GPU. UserError (2) for an absent device."""
-    device = torch_device(args.device)
+    name = args.device
+    if name in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = torch_device(name)
     return device, args.dtype or ("fp32" if device.type == "cpu" else "bf16")
 
 
@@ -207,9 +206,6 @@ def fit_scheduler(model: Model, steps: Optional[int]) -> None:
         model.scheduler_changes["shift_terminal"] = None  # to stretch a single level divides 0 by 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
 def generate(
     pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], kwargs: dict[str, Any]
 ) -> list[Image.Image]:
@@ -222,9 +218,8 @@ def generate(
     try:
         return pipeline(prompt=prompts, generator=generators, **kwargs).images
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--batch_size {len(prompts)}: out of memory; give a smaller one, or smaller images"
-        ) from error
+        problem = "out of memory; give a smaller one, or smaller images"
+        raise UserError(f"--batch_size {len(prompts)}: {problem}") from error
 
 
 def open_folder(folder: Path) -> list[dict[str, Any]]:

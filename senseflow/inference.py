@@ -45,9 +45,6 @@ PROMPT_ENTRIES = ("joint_attention_dim", "cross_attention_dim", "pooled_projecti
 COMPATIBLE = ("_class_name", "in_channels", *PROMPT_ENTRIES)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding and checking
-# ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Model:
     """A pipeline to sample from, none of whose weights is loaded.
@@ -185,11 +182,7 @@ def find_adapter(model: Model) -> Path:
 
 
 def replace_network(model: Model, network: ModelSource, subfolder: str, config_file: Optional[str]) -> None:
-    """Replace the pipeline's network, or for --checkpoint its weights. UserError (2) if it is absent or does not fit.
-
-    Args:
-        network, subfolder, config_file: as in find_model.
-    """
+    """Replace the network, or for --checkpoint its weights. UserError (2) if it is absent or does not fit."""
     name = model.network
     if name is None or network.flag not in (f"--{name}", "--checkpoint"):
         fix = "drop it" if name is None else f"give --{name}"
@@ -311,9 +304,6 @@ def pixel_multiple(model: Model) -> int:
     return scale * (packed if packed > 1 else max(patch) if isinstance(patch, list) else patch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
 def load_model_pipeline(
     model: Model, sampler: Optional[str], device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
@@ -330,9 +320,8 @@ def load_model_pipeline(
     try:
         pipeline.to(device)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--device {device}: too small for this pipeline; give --dtype bf16 or another device"
-        ) from error
+        problem = "too small for this pipeline; give --dtype bf16 or another device"
+        raise UserError(f"--device {device}: {problem}") from error
     changes = dict(model.scheduler_changes)
     cls = getattr(diffusers, changes.pop("_class_name", ""), type(pipeline.scheduler))
     if cls is FlowMatchEulerDiscreteScheduler:
@@ -383,9 +372,8 @@ def load_state_dict(model: Model, cls: type, dtype: torch.dtype) -> torch.nn.Mod
     """Make the network with the weights of --checkpoint. UserError (1) if names or shapes are not the network's."""
     source = ModelSource("--checkpoint", str(model.state_dict))
     state, config = read_state_dict(source), model.config(model.network)
-    if (
-        "guidance_embeds" in config and model.state_dict_config is None
-    ):  # a FLUX student has no embedder, its teacher has
+    # A FLUX student has no embedder, its teacher has.
+    if "guidance_embeds" in config and model.state_dict_config is None:
         config["guidance_embeds"] = any("guidance_embedder" in name for name in state)
     with init_empty_weights(include_buffers=False):
         network = cls.from_config(config)

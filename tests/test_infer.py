@@ -271,6 +271,14 @@ def test_processes_share_the_prompts(models, student_samples, tmp_path):
     assert (out / "grid.png").exists()
 
 
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(infer, "torch_device", torch.device)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for flags, device in ([], "cuda:3"), (["--device", "cuda"], "cuda:3"), (["--device", "cuda:1"], "cuda:1"):
+        assert str(infer.choose_device(infer.parse_args(["--model", "m", *flags]))[0]) == device
+
+
 def test_a_failed_batch_keeps_the_images_before_it(models, tmp_path, monkeypatch):
     generate, calls = infer.generate, []
 
