@@ -152,7 +152,7 @@ def add_data_arguments(parser: Parser) -> None:
         help="Text file with one prompt per line, for runs without images: --gan_weight 0 "
         "--backward_simulation_prob 1.")
     add("--dataset_lmdb",
-        help="Folder with DMD2's LMDB of VAE latents and prompts, or a folder of such folders. Needs lmdb.")
+        help="Folder with DMD2's LMDB of VAE latents and prompts. Needs lmdb.")
     add("--dataset_config_name", help="Configuration of --dataset_name.")
     add("--image_column", default="image", help="Name of the image column.")
     add("--caption_column", default="text",

@@ -32,7 +32,7 @@ from helpers import (
     without_gan,
 )
 from senseflow.errors import UserError
-from senseflow.models import hub as hub_module
+from senseflow.models.weights import fingerprint
 from senseflow.training import checkpoints
 from stock_call import assert_called_as_stock
 from tiny_pipelines import write_discriminator, write_flux
@@ -418,9 +418,9 @@ def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
 
 def test_a_fingerprint_is_the_networks_and_not_its_precisions():
     network = torch.nn.Linear(4, 4)
-    print_ = hub_module.fingerprint(network)
-    assert hub_module.fingerprint(copy.deepcopy(network).bfloat16()) == print_
-    assert hub_module.fingerprint(torch.nn.Linear(4, 4)) != print_
+    print_ = fingerprint(network)
+    assert fingerprint(copy.deepcopy(network).bfloat16()) == print_
+    assert fingerprint(torch.nn.Linear(4, 4)) != print_
 
 
 def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from senseflow_utils import StatelessRNG
 logger = logging.getLogger(__name__)
 
 FIELDS = ("pixel_values", "latents")  # a batch has one of them
+WORKER_TIMEOUT = 1800  # seconds without an answer of a worker that end a run; a stream may skip rows for longer
 MIN_ROWS = 1000  # the share of unreadable rows is checked from so many rows on
 Key = tuple[int, int, int]  # what a sample is a function of: row, iteration (from 0), sample index
 
@@ -63,6 +64,7 @@ def make_dataloader(
         batch_sampler=GlobalBatchSampler(len(rows), *order, samples_seen),
         collate_fn=collate,
         num_workers=workers,
+        timeout=WORKER_TIMEOUT if workers > 0 else 0,
     )
 
 
@@ -239,7 +241,7 @@ class PromptImageLoader(DataLoader):
         failure: the error that should end the run once its checkpoint is saved (exit code 1): more than 1 % of the
             rows were unreadable. Valid micro-batches still follow.
     Raises:
-        UserError: exit code 1, while iterating: no micro-batch can be made, or a worker has died.
+        UserError: exit code 1, while iterating: no micro-batch can be made, or a worker has died or does not answer.
     """
 
     failure: Optional[UserError] = None
@@ -260,7 +262,7 @@ class PromptImageLoader(DataLoader):
         except RuntimeError as error:
             if not str(error).startswith("DataLoader "):  # from inside a worker
                 raise
-            problem = f"the data workers have died or cannot start ({str(error).rstrip('. ')})"
+            problem = f"the data workers have died, cannot start or do not answer ({str(error).rstrip('. ')})"
             fix = "give fewer --dataloader_num_workers, or more memory (docker run --memory)"
             raise data_error(origin, problem, fix, 1) from error
 

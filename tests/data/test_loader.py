@@ -1,11 +1,13 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """The loader: order of samples, transform, unreadable images, workers."""
 
+import gc
 import logging
 import multiprocessing
 import os
 import re
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -225,13 +227,25 @@ def kill_worker():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_is_one_line():
-    args = make_args(dataset_json="x", dataloader_num_workers=2)
-    rows = OneImage(Image.new("RGB", (16, 16)), 8, kill_worker)
-    message = r"--dataset_json x: .*DataLoader worker \(pid.* give fewer --dataloader_num_workers, or more memory"
+def never_answer():
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    "before_read, reason",
+    [(kill_worker, r"DataLoader worker \(pid"), (never_answer, "timed out after 0.2 seconds")],
+)
+def test_a_worker_that_dies_or_stalls_is_one_line(before_read, reason, monkeypatch):
+    monkeypatch.setattr(loader_module, "WORKER_TIMEOUT", 0.2 if before_read is never_answer else 60)
+    # How long the loader then waits for the worker to leave.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    args = make_args(dataset_json="x", dataloader_num_workers=1)
+    rows = OneImage(Image.new("RGB", (16, 16)), 8, before_read)
+    message = f"--dataset_json x: .*{reason}.* give fewer --dataloader_num_workers, or more memory"
     with pytest.raises(UserError, match=message) as caught:
         take(make_dataloader(args, rows, 0, 1, 0, 0, always), 1)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    gc.collect()
 
 
 def test_a_worker_that_dies_is_reported_between_two_iterations(tmp_path):
