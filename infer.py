@@ -258,10 +258,14 @@ def check_records(folder: Path, records: list[dict], settings: dict[str, Any], p
 
 def save_image(folder: Path, image: Image.Image, record: dict[str, Any]) -> None:
     """Write an image, then its line: after a kill in between, the next run generates the image again."""
-    write_atomically(folder / record["file_name"], lambda temporary: image.save(temporary, format="PNG"))
-    # In one unbuffered write, so that processes that share the folder do not mix their lines.
-    with open(folder / "metadata.jsonl", "ab", buffering=0) as stream:
-        stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    try:
+        write_atomically(folder / record["file_name"], lambda temporary: image.save(temporary, format="PNG"))
+        # In one unbuffered write, so that processes that share the folder do not mix their lines.
+        with open(folder / "metadata.jsonl", "ab", buffering=0) as stream:
+            stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror}); make room or give another"
+        raise UserError(f"--output_dir {folder}: {problem}") from error
 
 
 def write_grid(folder: Path, indices: Sequence[int]) -> None:

@@ -213,20 +213,26 @@ def replace_network(model: Model, network: ModelSource, subfolder: str, config_f
 
 
 def find_student_config(model: Model, network: ModelSource, subfolder: str) -> None:
-    """Take senseflow.json and the scheduler beside a replaced network, if they are there."""
-    source, folder = network, PurePosixPath(subfolder).parent
+    """Take senseflow.json and the scheduler in a replaced network's folder or the one above it, if they are there."""
+    source, folder = network, PurePosixPath(subfolder)
     if os.path.exists(network.path):
-        path = Path(network.path, subfolder).resolve()
-        source, folder = replace(network, path=str(path.parent)), PurePosixPath()
-    student_config = read_student_config(source, str(folder))
-    if student_config is None:
-        problem = f"no {STUDENT_CONFIG} beside it and no --released"
-        logger.info("%s: %s; sampling as %s does", network, problem, model.source)
+        path = os.path.abspath(os.path.join(network.path, subfolder))
+        parent, name = os.path.split(os.path.dirname(path) if os.path.isfile(path) else path)
+        source, folder = replace(network, path=parent), PurePosixPath(name)
+    for place in dict.fromkeys((folder, folder.parent)):
+        student_config = read_student_config(source, str(place))
+        if student_config is None:
+            continue
+        model.student_config = student_config
+        check_pipeline_kwargs(model, network)
+        if source.has_file(str(place / "scheduler/scheduler_config.json")):
+            model.replaced["scheduler"] = (source, str(place / "scheduler"))
+        else:
+            problem = f"no scheduler beside its {STUDENT_CONFIG}"
+            logger.info("%s: %s; the noise levels are those of %s", network, problem, model.source)
         return
-    model.student_config = student_config
-    check_pipeline_kwargs(model, network)
-    if source.has_file(str(folder / "scheduler/scheduler_config.json")):
-        model.replaced["scheduler"] = (source, str(folder / "scheduler"))
+    problem = f"no {STUDENT_CONFIG} beside it and no --released"
+    logger.info("%s: %s; sampling as %s does", network, problem, model.source)
 
 
 def apply_released(model: Model, name: str) -> None:

@@ -86,12 +86,16 @@ def models(tmp_path_factory):
 def networks(models):
     """Write networks by themselves.
 
+    flat/ is the student's transformer with its senseflow.json and scheduler in the same folder.
+
     base/ is the teacher, whose transformer has a configuration and no weights. files/ has the student's transformer as
     state dicts, with its senseflow.json and scheduler. hub/ is a cache of the Hub with a repository of networks.
     """
     shutil.copytree(models / "teacher", models / "base")
     next((models / "base/transformer").glob("*.safetensors")).unlink()
     shutil.copytree(models / "checkpoint-7", models / "files", ignore=shutil.ignore_patterns("transformer"))
+    shutil.copytree(models / "files", models / "flat")
+    shutil.copytree(models / "checkpoint-7/transformer", models / "flat", dirs_exist_ok=True)
     state = load_file(models / "checkpoint-7/transformer/diffusion_pytorch_model.safetensors")
     first = next(iter(state))
 
@@ -254,6 +258,12 @@ def test_rerun_generates_the_missing_images(models, student_samples, tmp_path, m
     # If nothing is missing, no weights load.
     monkeypatch.setattr(infer, "load_model_pipeline", None)
     run(models, out)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=f"^--output_dir {tmp_path}/gone: cannot be written .*; make room") as caught:
+        infer.save_image(tmp_path / "gone", Image.new("RGB", (8, 8)), {"file_name": "0000.png"})
+    assert caught.value.exit_code == 1
 
 
 def test_processes_share_the_prompts(models, student_samples, tmp_path):
@@ -530,7 +540,8 @@ STATE_DICTS = [["--checkpoint", f"{{root}}/files/{name}"] for name in STATE_DICT
 ON_HUB = ["--transformer", "someone/networks", "--transformer_subfolder", "distilled/transformer"]
 BASE_WITHOUT_NETWORK = ["--model", "{root}/nothing", *FOLDER]
 WITH_CONFIG = ["--transformer_config", "{root}/checkpoint-7/transformer/config.json", *STATE_DICTS[0]]
-NETWORKS = [FOLDER, BASE_WITHOUT_NETWORK, ON_HUB, *STATE_DICTS, WITH_CONFIG]
+FLAT = ["--transformer", "{root}/flat"]
+NETWORKS = [FOLDER, FLAT, BASE_WITHOUT_NETWORK, ON_HUB, *STATE_DICTS, WITH_CONFIG]
 
 
 @pytest.mark.parametrize("flags", NETWORKS, ids=lambda flags: " ".join(flags[-2:]))

@@ -316,6 +316,7 @@ BAD = {
     "clipping": ([], ["--max_grad_norm", "0"], "--max_grad_norm 0"),
     "sequence": ([], ["--max_sequence_length", "600"], "--max_sequence_length 600"),
     "output file": ([], ["--output_dir", __file__], f"--output_dir {__file__}"),
+    "output below a file": ([], ["--output_dir", f"{__file__}/out"], "Not a directory); give another folder"),
     "unknown flag": ([], ["--gan_wait", "1"], "--gan_wait"),
     "student": ([], ["--student_model_name_or_path", "/no/such/student"], "--student_model_name_or_path /no/such"),
 }

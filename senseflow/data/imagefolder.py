@@ -9,6 +9,7 @@ import csv
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ def read_imagefolder(args) -> ImageRows:
 
     UserError (2) if there are no images or captions, a file cannot be read, or an image is not there.
     """
-    origin, files = f"--train_data_dir {args.train_data_dir}", []
+    origin, files, seen = f"--train_data_dir {args.train_data_dir}", [], set()
     for parent, folders, names in os.walk(os.path.normpath(args.train_data_dir), followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # such as __MACOSX
+        if os.path.realpath(parent) in seen:  # by a link, which may lead back to a folder above it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # such as __MACOSX
         files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
     images = sorted(file for file in files if os.path.splitext(file)[1].lower() in ImageFolder.EXTENSIONS)
     metadata = sorted(file for file in files if os.path.basename(file) in ImageFolder.METADATA_FILENAMES)
@@ -69,12 +74,18 @@ def _read_metadata(file: str, caption_column: str) -> list[Row]:
                 entries = [json.loads(line) for line in lines if line.strip()]
     rows = []
     for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"row {number} is {str(entry)[:60]}, not an object")
         if None in entry:
             raise ValueError(f"row {number} has more cells than there are columns: quote captions with commas")
         for column in ("file_name", caption_column):
             if entry.get(column) in (None, ""):
                 raise ValueError(f"row {number} has no {column}, its columns are {', '.join(entry)}")
+        if not isinstance(entry["file_name"], str):
+            raise ValueError(f"the file_name of row {number} is {entry['file_name']}, not a path")
         rows.append((os.path.normpath(os.path.join(os.path.dirname(file), entry["file_name"])), entry[caption_column]))
+    if rows and file.endswith(".csv") and all(re.fullmatch(r"[\d.eE+-]+", caption) for _, caption in rows):
+        raise ValueError(f"the column {caption_column} holds numbers, not captions")
     return rows
 
 

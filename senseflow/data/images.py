@@ -50,7 +50,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale a mode that `convert` would clip at 255 to gray (L).
+    """Scale a mode that `convert` would clip at 255 to gray (L, or LA if the file has a transparent value).
 
     Integers span 16 bits and floats [0, 1]; if values lie outside, their extremes. ValueError if one is not finite.
     """
@@ -60,4 +60,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     low, high, white = values.min(), values.max(), 1 if image.mode == "F" else 65535
     if low >= 0 and high <= white:
         low, high = 0, white
-    return Image.fromarray(np.round((values - low) * (255 / ((high - low) or 1))).astype(np.uint8))
+    gray = Image.fromarray(np.round((values - low) * (255 / ((high - low) or 1))).astype(np.uint8))
+    if "transparency" in image.info:  # the one value of a PNG file that is transparent
+        gray.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return gray

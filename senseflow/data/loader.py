@@ -12,6 +12,7 @@ have 64 MB. The main process converts the arrays to floats.
 
 import logging
 import signal
+import threading
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Callable, Iterator, Optional, Sequence, Union
@@ -19,6 +20,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence, Union
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from senseflow.data.rows import data_error
@@ -232,6 +234,15 @@ class UnreadableCounter:
         return data_error(self.origin, f"{share}, one is {min(self.warned)}", "repair or drop them", 1)
 
 
+_waiting = False  # whether the main process waits for a worker
+
+
+def _on_worker_exit(*_) -> None:
+    # torch's own handler raises wherever the main process is: inside an iteration, or a checkpoint.
+    if _waiting:
+        _error_if_any_worker_fails()
+
+
 class PromptImageLoader(DataLoader):
     """A DataLoader over `PromptImageDataset` or `StreamedBatches`. Yields what `collate` makes, as tensors.
 
@@ -247,24 +258,40 @@ class PromptImageLoader(DataLoader):
     failure: Optional[UserError] = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        origin = self.dataset.rows.origin
-        counter = UnreadableCounter(origin)
+        counter = UnreadableCounter(self.dataset.rows.origin)
+        for batch in self._fetch():  # without a name: an error's traceback would keep the workers
+            if isinstance(batch, UserError):
+                raise batch
+            if batch is not None:
+                self.failure = self.failure or counter.add(batch)
+                yield {name: _to_tensor(value) for name, value in batch.items()}
+
+    def _fetch(self) -> Iterator[Union[dict[str, Any], UserError, None]]:
+        """Yield what the workers send. Report a dead worker here, between two iterations, in one line."""
+        global _waiting
         try:
-            for batch in super().__iter__():  # without a name: an error's traceback would keep the workers
-                if self.num_workers > 0:
-                    # torch's handler would raise anywhere in the main process: inside an iteration, or a checkpoint.
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                if isinstance(batch, UserError):
-                    raise batch
-                if batch is not None:
-                    self.failure = self.failure or counter.add(batch)
-                    yield {name: _to_tensor(value) for name, value in batch.items()}
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader "):  # from inside a worker
+            batches = super().__iter__()
+        except (OSError, RuntimeError) as error:  # no room for a semaphore or a process
+            raise self._worker_error(error) from error
+        if self.num_workers > 0 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, _on_worker_exit)
+        while True:
+            _waiting = True
+            try:
+                _error_if_any_worker_fails()  # that died since the last batch
+                batch = next(batches)
+            except RuntimeError as error:
+                if str(error).startswith("DataLoader "):  # not from inside a worker
+                    raise self._worker_error(error) from error
                 raise
-            problem = f"the data workers have died, cannot start or do not answer ({str(error).rstrip('. ')})"
-            fix = "give fewer --dataloader_num_workers, or more memory (docker run --memory)"
-            raise data_error(origin, problem, fix, 1) from error
+            finally:
+                _waiting = False
+            yield batch
+
+    def _worker_error(self, error: Exception) -> UserError:
+        problem = f"the data workers have died, cannot start or do not answer ({str(error).rstrip('. ')})"
+        fix = "give fewer --dataloader_num_workers, or more memory (docker run --memory, --shm-size)"
+        return data_error(self.dataset.rows.origin, problem, fix, 1)
 
 
 def _to_tensor(value: Any) -> Any:

@@ -53,13 +53,17 @@ class StreamedRows:
 
 
 def make_streamed_rows(args, origin: str, dataset: datasets.IterableDataset) -> StreamedRows:
-    """Make the rows of a stream. UserError (2) for more workers in a process than it has files."""
+    """Make the rows of a stream. UserError (2) for more workers in a process than it has files, or than rows."""
     # Every launcher sets the variable; accelerate's process group is made after the checks.
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     files = split_dataset_by_node(dataset, rank=0, world_size=world_size).num_shards
     if args.dataloader_num_workers > files:
         problem = f"{origin} has {files} files for a process, and a worker needs one of its own"
         raise data_error(f"--dataloader_num_workers {args.dataloader_num_workers}", problem, f"give {files} or fewer")
+    readers = max(args.dataloader_num_workers, 1) * world_size
+    if args.max_train_samples is not None and args.max_train_samples < readers:
+        problem = f"fewer than the {readers} workers of all processes, each of which needs a row"
+        raise data_error(f"--max_train_samples {args.max_train_samples}", problem, f"give {readers} or more")
     return StreamedRows(origin, dataset, args.caption_column, args.image_column)
 
 

@@ -59,11 +59,14 @@ def resolve_repo(name: str, revision: Optional[str] = None) -> Repository:
 
     Raises:
         LocalEntryNotFoundError: the Hub does not serve (`hub_error` finds why), and the cache lacks the repository.
+        RevisionNotFoundError: the Hub has no such revision.
         HFValidationError: the name is no Hub id.
     """
     try:
         commit = resolve_revision(name, revision=revision).resolved  # also stored in the cache, for offline use
         return Repository(commit, False, frozenset(list_repo_files(name, revision=commit)))
+    except errors.RevisionNotFoundError:  # the Hub's answer: an older copy in the cache would hide a typo
+        raise
     except (HTTPError, errors.RevisionResolutionError, errors.OfflineModeIsEnabled):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[], local_files_only=True))
     files = frozenset(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())

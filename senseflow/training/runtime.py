@@ -216,11 +216,16 @@ class Runtime:
 
     # Trackers --------------------------------------------------------------------------------------------------------
     def start_trackers(self, project: str) -> None:
-        """Start --report_to with the run's arguments as its configuration, before any weights load.
+        """Make --output_dir and start --report_to with the run's arguments, before any weights load.
 
         Raises:
-            UserError: exit code 2; the tracker does not start: no key, no server, or a folder that cannot be written.
+            UserError: exit code 2; the folder cannot be made, or the tracker does not start: no key or no server.
         """
+        try:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"cannot be made ({error.strerror}); give another folder"
+            raise UserError(f"--output_dir {self.args.output_dir}: {problem}", exit_code=2) from error
         config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(self.args).items()}
         try:
             self.accelerator.init_trackers(project, config=config)

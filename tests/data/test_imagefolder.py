@@ -80,6 +80,7 @@ def test_links_are_followed(tmp_path):
     args = make_args(train_data_dir=write(tmp_path / "d", captioned("a/a.png")))
     write(tmp_path / "elsewhere", captioned("b.png"))
     (tmp_path / "d" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "a" / "up").symlink_to(tmp_path / "d")  # each image is read once
     assert all_captions(load_rows(args)) == [["a/a.png"], ["b.png"]]
 
 
@@ -159,6 +160,13 @@ BAD = {  # name: (files, changed arguments, parts of the message)
     "no file_name": (csv_file("x,y", head="name,text"), {}, ["has no file_name, its columns are name, text"]),
     "uneven": (csv_file("a.png,a red, cube"), {}, ["metadata.csv", "row 0 has more cells", "quote captions"]),
     "no JSON": (json_file("a") | {"metadata.jsonl": '{"file_name": '}, {}, ["metadata.jsonl cannot be read"]),
+    "a path as number": (
+        json_file("a") | {"metadata.jsonl": [{"file_name": 7, "text": "a"}]},
+        {},
+        ["row 0 is 7, not"],
+    ),
+    "no object": (json_file("a") | {"metadata.jsonl": "[1]"}, {}, ["row 0 is [1], not an object"]),
+    "numbers in CSV": (csv_file("a.png,0.5", "b.png,2e-3"), {}, ["the column text holds numbers, not captions"]),
     "gone": (csv_file("a.png,x", "c.png,y"), {}, ["1 of 2 images are missing", "d/c.png"]),
     "empty table": (csv_file(), {}, ["metadata files are empty"]),
     "no caption file": ({"a.png": (0, 0, 0)}, {}, ["a.png cannot be read", "or a UTF-8 .txt beside each image"]),

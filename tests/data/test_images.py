@@ -102,6 +102,7 @@ KEYS = {  # name: (image, its transparency, the positions that become white)
     "an entry": (palette, 1, {1}),
     "the entries' alpha": (palette, bytes([0, 255, 0, 255]), {0, 2}),
     "a gray": (lambda: Image.fromarray(np.array([[7, 8, 9, 7]], np.uint8)), 7, {0, 3}),
+    "a gray of 16 bits": (lambda: Image.fromarray(np.array([[7, 8, 9, 7]], np.uint16)), 7, {0, 3}),
     "a color": (
         lambda: Image.fromarray(np.array([[[1, 2, 3], [1, 2, 4], [3, 2, 1], [1, 2, 3]]], np.uint8)),
         (1, 2, 3),

@@ -254,6 +254,7 @@ BAD = {  # name: (arguments, part of the message, the flag it names, the number 
     "no parquet": (lambda f: dict(dataset_name=not_parquet(f / "d")), "cannot be loaded", "dataset_name"),
     "workers": (lambda f: table(f, dataloader_num_workers=5), "give 4 or fewer", "dataloader_num_workers"),
     "workers of two": (lambda f: table(f, dataloader_num_workers=3), "give 2 or fewer", "dataloader_num_workers", "2"),
+    "rows of two": (lambda f: table(f, max_train_samples=1), "give 2 or more", "max_train_samples", "2"),
 }
 
 

@@ -123,6 +123,18 @@ def test_errors_give_the_hubs_reason(case, hub, tmp_path, monkeypatch):
     assert caught.value.exit_code == 1 and "download or copy" not in str(caught.value)
 
 
+def test_a_revision_that_the_hub_lacks_is_not_taken_from_the_cache(hub, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    cache_repository(hub, "some/model", tmp_path / "model", FIRST)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        hub_module, "resolve_revision", lambda *a, **k: (_ for _ in ()).throw(ANSWERS["no revision"][0])
+    )
+    with pytest.raises(UserError, match="the Hub has no such revision"):
+        ModelSource("--flag", "some/model").read_json("config.json")
+
+
 def test_every_flag_with_a_hub_id_gives_the_hubs_reason(teacher, vision, data, hub, tmp_path, monkeypatch, capsys):
     write_sdxl(tmp_path / "sdxl")
     capsys.readouterr()
