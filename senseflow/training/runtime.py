@@ -90,7 +90,7 @@ class Runtime:
         self.base: Optional[torch.nn.Module] = None  # under FSDP2, the frozen network whose shards adapted copies take
         if self.launch.mode == "fsdp2":
             self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
-        # cuDNN's attention has gradients that are not finite for some shapes (RESULTS.md); torch has other kernels.
+        # cuDNN's attention has gradients that are not finite for some shapes; torch has other kernels.
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32  # convolutions keep torch's default, which is TF32
         set_seed(args.seed)  # initial weights of the discriminator; all random numbers of training are stateless
