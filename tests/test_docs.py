@@ -48,7 +48,7 @@ NOT_RUN = {
 OTHER_FLAGS = {
     "accelerate launch": {"config_file", "num_processes", "machine_rank", "main_process_ip", "multi_gpu"},
     "networks/convert_flux_lora.py of sd-scripts": {"src", "dst"},
-    "docker, Slurm": {"shm-size", "signal"},
+    "docker, Slurm": {"memory", "shm-size", "signal"},
 }
 OTHER_PATHS = {"networks/convert_flux_lora.py"}  # of sd-scripts
 
