@@ -156,9 +156,10 @@ def compute_metric(args, name: str, images: ImageSet, reference: Optional[ImageS
     else:
         prefix = args.clip_prefix if name == "clip" else ""
         prompts = compute_prompt_features(args, scorer, [prefix + prompt for prompt in images.prompts])
-        scores = metrics.clip_score(features, prompts)
         if name == "pickscore":
             scores = metrics.pickscore(features, prompts, scorer.logit_scale)
+        else:
+            scores = metrics.clip_score(features, prompts)
     return result | {"value": scores.double().mean().item(), "standard_error": metrics.standard_error(scores, groups)}
 
 

@@ -91,4 +91,4 @@ def _read_metadata(file: str, caption_column: str) -> list[Row]:
 
 def _read_text(image: str) -> Row:
     text = Path(image).with_suffix(".txt").read_text("utf-8-sig")
-    return image, [line.strip() for line in text.splitlines() if line.strip()]
+    return image, [line.strip() for line in text.split("\n") if line.strip()]

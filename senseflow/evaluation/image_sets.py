@@ -67,7 +67,9 @@ def read_image_set(flag: str, path: str, prompts_file: Optional[str] = None) -> 
 def read_metadata(flag: str, folder: Path, files: list[Path]) -> list[str]:
     """Return the prompts of images from infer.py's metadata.jsonl."""
     try:
-        records = map(json.loads, (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+        # Not `splitlines`: a prompt may hold other line separators of Unicode.
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines if line]
         prompts = {record["file_name"]: record["prompt"] for record in records}
         return [prompts[file.name] for file in files]
     except (ValueError, TypeError, KeyError) as error:  # a killed run may leave an incomplete line

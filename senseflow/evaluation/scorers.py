@@ -98,7 +98,7 @@ def load_clip(args, metric: str) -> Scorer:
         else:
             model = source.load(CLIPModel.from_pretrained).eval()
             prepare = partial(process_image, source.load(AutoImageProcessor.from_pretrained))
-    name = f"clip-{fingerprint(model)}-{args.dtype}"
+    name, logit_scale = f"clip-{fingerprint(model)}-{args.dtype}", model.logit_scale.item()  # bf16 would round it
     model = model.to(args.device, dtype)
     length = model.config.text_config.max_position_embeddings
 
@@ -109,7 +109,7 @@ def load_clip(args, metric: str) -> Scorer:
         tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return model.text_projection(model.text_model(**tokens.to(args.device)).pooler_output)
 
-    return Scorer(name, prepare, encode_images, encode_prompts, model.logit_scale.item())
+    return Scorer(name, prepare, encode_images, encode_prompts, logit_scale)
 
 
 def load_imagereward(args) -> Scorer:

@@ -102,7 +102,7 @@ CAPTIONS = {
     ),
     "lists": (json_file(["a", "b"], ["c"]), [["a", "b"], ["c"]]),
     "a list among strings": (json_file("a", ["b", "c"]), [["a"], ["b", "c"]]),
-    "lines": ({"a.png": (0, 0, 0), "a.txt": "\ufeffred\r\n\n green \n"}, [["red", "green"]]),
+    "lines": ({"a.png": (0, 0, 0), "a.txt": "\ufeffred\r\n\n gre\u2028en \n"}, [["red", "gre\u2028en"]]),
 }
 
 

@@ -102,7 +102,7 @@ class Inception(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(x.float(), [4, 4]).flatten(1)
 
 
-PROMPTS = ["a red circle", "a red circle", "a blue square", "a blue square", "a cat", "a cat"]
+PROMPTS = ["a red circle", "a red circle", "a blue square", "a blue square", "a\u2028cat", "a\u2028cat"]
 
 
 def generate(folder, seed, size=300, prompts=PROMPTS):
@@ -112,7 +112,9 @@ def generate(folder, seed, size=300, prompts=PROMPTS):
         for idx, prompt in enumerate(prompts):
             coarse = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((size + 3, size), Image.Resampling.BICUBIC).save(folder / f"{idx:04d}.png")
-            lines.write(json.dumps({"file_name": f"{idx:04d}.png", "idx": idx, "prompt": prompt}) + "\n")
+            lines.write(
+                json.dumps({"file_name": f"{idx:04d}.png", "idx": idx, "prompt": prompt}, ensure_ascii=False) + "\n"
+            )
     return folder
 
 
