@@ -29,7 +29,7 @@ class Counter(TorchDispatchMode):
         live, peak: bytes now, and at most since `reset`, without the owner HOST.
         by_label, at_peak: {(owner, one of KINDS): bytes} now, and at the peak.
         phase, peak_phase: (owner, activity) now, and at the peak.
-        flops: {phase: FLOPs} since `reset`.
+        flops: {phase: FLOPs} since it was last cleared.
     """
 
     def __init__(self):

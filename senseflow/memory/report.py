@@ -35,7 +35,8 @@ def apply_zero(traced: Trace, mode: str, processes: int, bf16: bool) -> Trace:
             at_peak[name, GRADIENTS] = size * num_params / processes
             at_peak[name, STATES] = (traced.optimizer_bytes[name] + 4 * num_params) / processes
     peak = sum(size for (owner, _), size in at_peak.items() if owner != HOST)
-    return replace(traced, at_peak=at_peak, peak=peak)
+    masters = sum(4 * num_params for name, num_params in traced.num_params.items() if name != "teacher")
+    return replace(traced, at_peak=at_peak, peak=peak, checkpoint_bytes=traced.checkpoint_bytes + masters)
 
 
 def gib(size: float) -> str:
@@ -90,24 +91,28 @@ def candidates(args, mode: str) -> list[list[str]]:
     return [candidate for possible, candidate in flags if possible]
 
 
-def trace_command(command: list[str], processes: int) -> Optional[float]:
+def trace_command(command: list[str], environment: dict[str, str], processes: int) -> Optional[float]:
     """Return the peak (bytes) that a command prints with `--dry_run` in its own process; None if it fails."""
-    environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
+    environment = environment | {"WORLD_SIZE": str(processes), "RANK": "0"}
     command = [sys.executable, *command, "--dry_run"]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     peak = re.search(r"^peak ([\d.]+) GiB", result.stdout, re.MULTILINE)
     return float(peak[1]) * GIB if peak and result.returncode == 0 else None
 
 
-def suggest(args, command: list[str], mode: str, processes: int, peak: float, card: float) -> None:
-    """Add flags to the command until it fits the card, and print the peak with each; the last line has the result."""
+def suggest(args, command: list[str], environment: dict, mode: str, processes: int, peak: float, card: float) -> None:
+    """Add flags to the command until it fits the card, and print the peak with each; the last line has the result.
+
+    Args:
+        environment: as the launcher left it, with the launch mode, which `launch_config` removes.
+    """
     added: list[str] = []
     for flags in candidates(args, mode):
         if peak <= USABLE * card * GIB:
             break
         more = flags == [MORE_PROCESSES]
         new_command, new_processes = (command, 2 * processes) if more else (command + flags, processes)
-        new_peak = trace_command(new_command, new_processes)
+        new_peak = trace_command(new_command, environment, new_processes)
         name = f"{new_processes} processes" if more else " ".join(flags)
         helps = new_peak is not None and new_peak < 0.99 * peak
         verdict = (
@@ -132,6 +137,7 @@ def report(args, source, models_class, make_models, train_iteration) -> None:
     from senseflow.training.roles import launch_config
 
     os.environ["ACCELERATE_USE_CPU"] = "true"  # also on a machine with a GPU
+    environment = dict(os.environ)
     launch = launch_config()
     mode = launch.mode if launch.mode != "replicated" else "ddp" if launch.world_size > 1 else "single"
     if mode.startswith("zero"):
@@ -146,4 +152,4 @@ def report(args, source, models_class, make_models, train_iteration) -> None:
     print(fit(traced.peak))
     if args.dry_run and traced.peak > USABLE * args.dry_run * GIB:
         command = [make_models.__code__.co_filename, *sys.argv[1:]]
-        suggest(args, command, mode, launch.world_size, traced.peak, args.dry_run)
+        suggest(args, command, environment, mode, launch.world_size, traced.peak, args.dry_run)

@@ -143,6 +143,9 @@ def dry_run_in(environment: dict, arguments: list[str]) -> list[str]:
     code += "def print_trace(traced, mode, processes):\n"
     code += "    at_peak = [[*key, size] for key, size in traced.at_peak.items()]\n"
     code += "    print(json.dumps([mode, processes, traced.num_params, at_peak]))\n"
+    code += "def suggest(args, command, environment, *more):\n"
+    code += "    print('FSDP in the next trace:', environment.get('ACCELERATE_USE_FSDP'))\n"
+    code += "report.suggest = suggest\n"
     command = [sys.executable, "-c", code + "report.print_trace = print_trace\nscript.main(sys.argv[1:])", *arguments]
     environment = {**os.environ, **environment}
     return subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()
@@ -151,8 +154,9 @@ def dry_run_in(environment: dict, arguments: list[str]) -> list[str]:
 @pytest.mark.parametrize("mode, environment, processes", [("fsdp2", FSDP2, 8), ("ddp", {}, 2)])
 def test_one_process_of_many(mode, environment, processes, flags):
     """Under FSDP2 it has its part of weights, gradients and states; under DDP always the gradients of all networks."""
-    arguments = flags("flux", "--gan_weight", "0", "--dry_run")
+    arguments = flags("flux", "--gan_weight", "0", "--dry_run", "0.00001")
     lines = dry_run_in({**environment, "WORLD_SIZE": str(processes)}, arguments)
+    assert lines[-1] == f"FSDP in the next trace: {environment.get('ACCELERATE_USE_FSDP')}"
     printed_mode, printed_processes, num_params, at_peak = json.loads(lines[0])
     at_peak = {(owner, kind): size for owner, kind, size in at_peak}
     assert (printed_mode, printed_processes) == (mode, processes)
@@ -192,7 +196,7 @@ def test_configurations_suffice_and_the_cards_are_printed(flags, teacher, tmp_pa
 def test_flags_are_added_until_the_command_fits(flags, capsys, monkeypatch):
     peaks, commands = {"--gradient_checkpointing": 60, "--offload_text_encoders": 60, "--use_8bit_adam": 30}, []
 
-    def trace_command(command, processes):
+    def trace_command(command, environment, processes):
         commands.append(command)
         if "--train_batch_size" in command[-4:]:
             return None
@@ -201,7 +205,7 @@ def test_flags_are_added_until_the_command_fits(flags, capsys, monkeypatch):
     monkeypatch.setattr(report, "trace_command", trace_command)
     command = flags("flux", "--dry_run", "40")
     args = train_senseflow_flux.parse_args(command)
-    report.suggest(args, command, "single", 1, 90 * GIB, 40)
+    report.suggest(args, command, {}, "single", 1, 90 * GIB, 40)
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines == [
         "with --gradient_checkpointing: 60.00 GiB",
@@ -222,8 +226,8 @@ def test_flags_are_added_until_the_command_fits(flags, capsys, monkeypatch):
 
 def test_the_command_that_is_traced_again_prints_its_peak(flags):
     command = [str(ROOT / "train_senseflow_flux.py"), *flags("flux", "--gan_weight", "0", "--dry_run", "0.001")]
-    assert 0 < report.trace_command(command, 1) < 0.1 * GIB
-    assert report.trace_command([*command, "--rank", "-1"], 1) is None
+    assert 0 < report.trace_command(command, dict(os.environ), 1) < 0.1 * GIB
+    assert report.trace_command([*command, "--rank", "-1"], dict(os.environ), 1) is None
 
 
 def test_zero_by_arithmetic():
@@ -246,3 +250,4 @@ def test_zero_by_arithmetic():
     assert [zero3.at_peak["student", kind] for kind in kinds] == [50, 50, 300]
     assert (zero2.at_peak["teacher", WEIGHTS], zero3.at_peak["teacher", WEIGHTS]) == (200, 50)
     assert zero2.peak == 750
+    assert zero2.checkpoint_bytes == zero3.checkpoint_bytes == 400  # the masters, besides what the trace counts
