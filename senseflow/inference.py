@@ -197,7 +197,7 @@ def replace_network(model: Model, network: ModelSource, subfolder: str, config_f
         if config_file is None:
             return
     own_config = {"_class_name": model.index[name][1], **model.config(name)}
-    if config_file is not None and model.state_dict:
+    if model.state_dict is not None:
         file, flag = Path(config_file), f"--{name}_config"
         model.state_dict_config = config = ModelSource(flag, str(file.parent)).read_json(file.name)
     else:

@@ -18,7 +18,7 @@ def read_captions_json(flag: str, path: str) -> tuple[list[Any], list[str]]:
         if not len(captions) == len(images) > 0:
             raise ValueError(f"{len(captions)} prompts, {len(images)} image_paths")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fix = 'give {"keys": [...], "image_paths": [...], "prompts": [...]}, lists of one length'
+        fix = 'give {"image_paths": [...], "prompts": [...]}, lists of one length'
         raise data_error(f"{flag} {path}", f"cannot be read ({type(error).__name__}: {error})", fix) from error
     return captions, images
 

@@ -246,7 +246,8 @@ def find_checkpoint(args) -> Optional[Path]:
         if not (checkpoint / "state.json").is_file():
             problem = "not a complete checkpoint (no state.json), neither as a folder nor as a name in --output_dir"
             raise UserError(f"--resume_from_checkpoint {wanted}: {problem}", exit_code=2)
-        later = [path.name for path in existing if iteration_of(path) > read_state(checkpoint)["iteration"]]
+        start = read_state(checkpoint)["iteration"]
+        later = [path.name for path in existing if iteration_of(path) > start]
         if later:
             # They would be "latest" before this run's own, and --checkpoints_total_limit would keep them instead.
             problem = f"--output_dir {output_dir} holds later ones ({', '.join(later)})"

@@ -28,8 +28,9 @@ class Metrics:
     """Log the scalars of the iterations to the trackers and the progress bar.
 
     Values are read one iteration late, so that the device never waits for the host. Added to what `train_iteration`
-    returns are `{role}_skipped_steps` (steps with a gradient norm that was not finite) and `signal/fake_lag` (the fake
-    score's loss over its mean of about FAKE_LOSS_WINDOW iterations), both since this start of the run.
+    returns are `lr`, `samples_per_second` and, since this start of the run, `{role}_skipped_steps` (steps with a
+    gradient norm that was not finite) and `signal/fake_lag` (the fake score's loss over its mean of about
+    FAKE_LOSS_WINDOW iterations).
 
     Args:
         samples: per iteration, over all processes.

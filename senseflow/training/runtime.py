@@ -55,8 +55,7 @@ class Runtime:
     """The processes, devices and trackers of a run. It makes roles to fit the way the processes were launched.
 
     Args:
-        args: read are output_dir, logging_dir, report_to, mixed_precision, allow_tf32, gradient_accumulation_steps,
-            seed, rank, validation_prompts and the flags of the optimizer.
+        args: the command line.
     Attributes:
         accelerator, device, launch: of this process.
         weight_dtype: the precision of the frozen networks.

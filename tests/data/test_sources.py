@@ -114,7 +114,7 @@ BAD = {  # name: (arguments, part of the message, the flag it names if not the d
     "no json": (lambda f: dict(dataset_json=str(f / "none.json")), "No such file"),
     "cut json": (lambda f: dict(dataset_json=text(f, '{"keys": [1,\n 2')), "JSONDecodeError"),
     "binary json": (lambda f: dict(dataset_json=text(f, b"\xff\xfe\x00")), "UnicodeDecodeError"),
-    "list json": (lambda f: dict(dataset_json=text(f, "[1]")), 'give {"keys": [...], '),
+    "list json": (lambda f: dict(dataset_json=text(f, "[1]")), 'give {"image_paths": [...], '),
     "missing key": (lambda f: dict(dataset_json=text(f, '{"keys": [1], "image_paths": ["a"]}')), "'prompts'"),
     "lengths": (lambda f: dict(dataset_json=write_json(f, prompts=["a"] * 5)), "5 prompts, 6 image_paths"),
     "no rows": (lambda f: dict(dataset_json=write_json(f, 0)), "0 prompts, 0 image_paths"),
