@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Callable, Optional
 
 import torch
@@ -24,7 +25,6 @@ from senseflow.evaluation import converters
 from senseflow.evaluation.image_sets import ImageSet
 from senseflow.evaluation.metrics import center_patch
 from senseflow.models.hub import ModelSource
-from senseflow.models.weights import fingerprint
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Scorer:
     """A network that computes features of images, and perhaps of prompts.
 
     Attributes:
-        name: of the network, its weights and its precision; part of the names of cached files.
+        name: of the kind of network, and a hash of what its features depend on; part of the names of cached files.
         prepare: image -> the network's input, without the batch dimension.
         encode_images: (inputs (B, 3, H, W) on the device; with `needs_prompts`, also B prompts) -> features (B, D).
         encode_prompts: prompts -> features (B, D).
@@ -58,6 +58,20 @@ def load_scorer(args, metric: str) -> Scorer:
     if metric in ("clip", "hpsv2", "pickscore"):
         return load_clip(args, metric)
     return load_imagereward(args) if metric == "imagereward" else load_vision_model(args)
+
+
+def hash_scorer(network: torch.nn.Module, *saved) -> str:
+    """Hash the weights of a network, and what `saved` (configuration, image processor, tokenizer) write to files."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for part in saved:
+        digest.update(type(part).__name__.encode())  # of Pillow or of torchvision, which scale images differently
+        with TemporaryDirectory() as folder:
+            part.save_pretrained(folder)
+            for file in sorted(Path(folder).iterdir()):
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def load_inception(args, metric: str) -> Scorer:
@@ -83,7 +97,8 @@ def load_vision_model(args) -> Scorer:
     def encode_images(pixels: torch.Tensor) -> torch.Tensor:
         return model(pixel_values=pixels.to(dtype)).pooler_output
 
-    return Scorer(f"vision-{fingerprint(model)}-{args.dtype}", partial(process_image, processor), encode_images)
+    name = f"vision-{hash_scorer(model, model.config, processor)}-{args.dtype}"
+    return Scorer(name, partial(process_image, processor), encode_images)
 
 
 def load_clip(args, metric: str) -> Scorer:
@@ -94,11 +109,14 @@ def load_clip(args, metric: str) -> Scorer:
         tokenizer = source.load(AutoTokenizer.from_pretrained)
         if metric == "hpsv2":
             model = converters.load_published("--hpsv2", Path(args.hpsv2), CLIPModel(converters.HPSV2_CONFIG))
-            prepare = partial(converters.hpsv2_pixels, converters.HPSV2_CONFIG.vision_config.image_size)
+            saved, prepare = (), partial(converters.hpsv2_pixels, model.config.vision_config.image_size)
         else:
             model = source.load(CLIPModel.from_pretrained).eval()
-            prepare = partial(process_image, source.load(AutoImageProcessor.from_pretrained))
-    name, logit_scale = f"clip-{fingerprint(model)}-{args.dtype}", model.logit_scale.item()  # bf16 would round it
+            saved = (source.load(AutoImageProcessor.from_pretrained),)
+            prepare = partial(process_image, *saved)
+    # The features of prompts are not cached: the tokenizer is not a part of the name.
+    name = f"{'hpsv2' if metric == 'hpsv2' else 'clip'}-{hash_scorer(model, model.config, *saved)}-{args.dtype}"
+    logit_scale = model.logit_scale.item()  # bf16 would round it
     model = model.to(args.device, dtype)
     length = model.config.text_config.max_position_embeddings
 
@@ -119,7 +137,7 @@ def load_imagereward(args) -> Scorer:
         tokenizer = source.load(AutoTokenizer.from_pretrained)
     network, config = converters.ImageReward(converters.IMAGEREWARD_CONFIG), converters.IMAGEREWARD_CONFIG
     model = converters.load_published("--imagereward", Path(args.imagereward), network)
-    name = f"imagereward-{fingerprint(model)}-{args.dtype}"
+    name = f"imagereward-{hash_scorer(model, config, tokenizer)}-{args.dtype}"
     model = model.to(args.device, dtype)
 
     def encode_images(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from published_files import hpsv2_config, hpsv2_weights, imagereward_config, imagereward_weights
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Model
 
 import evaluate
@@ -245,6 +247,45 @@ def test_features_are_cached_until_an_image_changes(folders, network_flags, tmp_
     Image.open(folders[1] / "0001.png").save(folders[0] / "0003.png")
     os.utime(folders[0] / "0003.png", ns=(0, 0))
     assert run(folders, network_flags, tmp_path, "--metrics", "fid") != first and len(encoded) == 2
+
+
+def other_image_processor(folder):
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False).save_pretrained(folder)
+
+
+def other_configuration(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+
+
+def other_last_values(folder):
+    weights = load_file(folder / "model.safetensors")
+    for tensor in weights.values():
+        tensor.view(-1)[8:] *= 1.5
+    save_file(weights, folder / "model.safetensors")
+
+
+def other_tokenizer(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["red</w>"], ids["blue</w>"] = ids["blue</w>"], ids["red</w>"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("change", [other_image_processor, other_configuration, other_last_values, other_tokenizer])
+def test_features_are_cached_by_all_that_they_depend_on(change, folders, network_flags, tmp_path):
+    metric, flag = "diversity", "--feature_model"
+    if change is other_tokenizer:
+        metric, flag = "imagereward", "--imagereward_tokenizer"
+    other, flags = tmp_path / "other", ["--metrics", metric]
+    shutil.copytree(network_flags[network_flags.index(flag) + 1], other)
+    change(other)
+    first = run(folders, network_flags, tmp_path, *flags)
+    second = run(folders, network_flags, tmp_path, *flags, flag, other)
+    assert second[metric]["value"] != first[metric]["value"]
+    shutil.rmtree(folders[0] / ".features")
+    assert run(folders, network_flags, tmp_path, *flags, flag, other) == second
+    assert run(folders, network_flags, tmp_path, *flags) == first
 
 
 def test_real_images_and_a_file_of_prompts(folders, network_flags, tmp_path):
