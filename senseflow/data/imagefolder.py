@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from senseflow.data.images import count_by_ending, split_images
 from senseflow.data.rows import ImageRows, data_error, uses_images
 
 
@@ -34,11 +35,12 @@ def read_imagefolder(args) -> ImageRows:
             continue
         seen.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # such as __MACOSX
-        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    images = sorted(file for file in files if os.path.splitext(file)[1].lower() in ImageFolder.EXTENSIONS)
-    metadata = sorted(file for file in files if os.path.basename(file) in ImageFolder.METADATA_FILENAMES)
+        files += [os.path.join(parent, name) for name in names]
+    images, others = split_images(files)
+    metadata = [file for file in others if os.path.basename(file) in ImageFolder.METADATA_FILENAMES]
     if not images:
-        raise data_error(origin, "there are no images", "give a folder of images with captions, archives unpacked")
+        problem = "there are no images" + (f" that Pillow opens, but {count_by_ending(others)}" if others else "")
+        raise data_error(origin, problem, "give a folder of images with captions, archives unpacked")
     for first, second in itertools.pairwise(sorted(metadata, key=os.path.split)):
         if os.path.dirname(first) == os.path.dirname(second):
             raise data_error(origin, f"{first} and {second} are both there", "keep one metadata file in a folder")
@@ -51,16 +53,30 @@ def read_imagefolder(args) -> ImageRows:
             raise data_error(origin, f"the captions of {file} cannot be read ({error})", fix) from error
     if not rows:
         raise data_error(origin, "the metadata files are empty", "write a row for each image")
-    unused = sorted(set(images) - {path for path, _ in rows})
+    unused = _describe_unused(images, others, metadata, {path for path, _ in rows})
     paths, captions = map(list, zip(*rows[: args.max_train_samples]))
     missing = [path for path in set(paths).difference(images) if not os.path.isfile(path)]
     if missing and uses_images(args):
         problem = f"{len(missing)} of {len(paths)} images are missing, one is {min(missing)}"
         raise data_error(origin, problem, "give paths relative to the metadata file, and drop what is gone")
     image_rows = ImageRows(origin, captions, paths if uses_images(args) else None, paths.__getitem__)
-    if unused:
-        image_rows.summary += f" (images in no metadata file are not used: {len(unused)}, one is {unused[0]})"
+    image_rows.summary += unused
     return image_rows
+
+
+def _describe_unused(images: list[str], others: list[str], metadata: list[str], used: set[str]) -> str:
+    """Describe for the log, in one line, the files that are neither rows nor the captions of rows."""
+    captions = set(metadata or map(_text_file, images))
+    unlisted = [image for image in images if image not in used]
+    others = [file for file in others if file not in captions and file not in used]
+    description = f"; not used: {count_by_ending(unlisted + others)}" if unlisted or others else ""
+    if unlisted:
+        description += f"; images in no metadata file: {len(unlisted)}, one is {unlisted[0]}"
+    texts = set() if metadata else {file for file in others if file.endswith(".txt")}
+    captioned = [file for file in others if file not in texts and _text_file(file) in texts]
+    if captioned:
+        description += f"; files with captions that Pillow cannot open: {len(captioned)}, one is {captioned[0]}"
+    return description
 
 
 def _read_metadata(file: str, caption_column: str) -> list[Row]:
@@ -89,6 +105,10 @@ def _read_metadata(file: str, caption_column: str) -> list[Row]:
     return rows
 
 
+def _text_file(image: str) -> str:
+    return os.path.splitext(image)[0] + ".txt"
+
+
 def _read_text(image: str) -> Row:
-    text = Path(image).with_suffix(".txt").read_text("utf-8-sig")
+    text = Path(_text_file(image)).read_text("utf-8-sig")
     return image, [line.strip() for line in text.split("\n") if line.strip()]

@@ -1,12 +1,44 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Decode image files: upright, RGB, transparent pixels on white, 16 bits and floats scaled to 8 bits."""
+"""Find and decode image files: upright, RGB, transparent pixels on white, 16 bits and floats scaled to 8 bits."""
 
 import io
-from typing import Optional
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Iterable, Optional, TypeVar
 
 import numpy as np
 from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+
+AnyPath = TypeVar("AnyPath", str, Path)
+NOT_DECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow identifies and cannot decode
+
+
+def split_images(files: Iterable[AnyPath]) -> tuple[list[AnyPath], list[AnyPath]]:
+    """Return (image files, other files), sorted: by the endings of the formats that the installed Pillow decodes.
+
+    Hidden files, such as `._0000.png` of macOS, are in neither.
+    """
+    formats = Image.registered_extensions()
+    endings = {end for end, name in formats.items() if name in Image.OPEN and name not in NOT_DECODED}
+    shown = sorted(file for file in files if not os.path.basename(file).startswith("."))
+    images = [file for file in shown if _ending(file) in endings]
+    return images, [file for file in shown if _ending(file) not in endings]
+
+
+def count_by_ending(files: Iterable[AnyPath]) -> str:
+    """Describe files that are not used: "3 .heic, 1 .txt"."""
+    counts = Counter(_ending(file) or "without an ending" for file in files).most_common()
+    shown = [f"{count} {ending}" for ending, count in counts[:10]]
+    if counts[10:]:
+        shown.append(f"{sum(count for _, count in counts[10:])} others")
+    return ", ".join(shown)
+
+
+def _ending(file: AnyPath) -> str:
+    return os.path.splitext(file)[1].lower()
 
 
 def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Optional[Image.Image], str]:

@@ -2,19 +2,21 @@
 """Read sets of images and their prompts: folders, of infer.py or others, and captions JSONs as for training."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Hashable, Optional, Sequence
 
 from PIL import Image
 
+from senseflow.data.images import count_by_ending, split_images
 from senseflow.data.json_file import read_captions_json
 from senseflow.data.prompts import read_prompts_file
 from senseflow.data.rows import parse_captions
 from senseflow.errors import UserError
 
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,9 +55,14 @@ def read_image_set(flag: str, path: str, prompts_file: Optional[str] = None) -> 
         return ImageSet(path, files, read_sizes(flag, path, files), prompts, location.parent / ".features")
     if not location.is_dir():
         raise UserError(f"{flag} {path}: no such folder; give a folder of images, or a JSON of images and captions", 2)
-    files = sorted(f for f in location.iterdir() if f.suffix.lower() in SUFFIXES and f.name != "grid.png")
+    entries = [entry for entry in location.iterdir() if entry.name not in ("grid.png", "metadata.jsonl")]
+    files, others = split_images(entry for entry in entries if not entry.is_dir())
+    folders = sum(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+    unused = ", ".join(filter(None, [count_by_ending(others), f"{folders} folder" + "s" * (folders > 1) if folders else ""]))
     if not files:
-        raise UserError(f"{flag} {path}: has no image ({', '.join(SUFFIXES)}); generate some with infer.py", 2)
+        problem = "has no image that Pillow opens" + (f", but {unused}" if unused else "")
+        raise UserError(f"{flag} {path}: {problem}; generate some with infer.py", 2)
+    logger.info("%s %s: %d images%s", flag, path, len(files), f"; not used: {unused}" if unused else "")
     prompts = None
     if prompts_file:
         prompts = read_numbered_prompts(prompts_file, files)

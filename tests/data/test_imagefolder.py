@@ -38,6 +38,7 @@ def captioned(*paths):
     return {path: (10, 20, 30) for path in paths} | {path.rsplit(".", 1)[0] + ".txt": path for path in paths}
 
 
+FORMATS = ("a.avif", "b.bmp", "c.gif", "d.jp2", "e.jpeg", "f.JPG", "g.PNG", "h.qoi", "i.tiff", "j.webp")
 FOUR = ("a.png", "b.png", "c.png", "d.png")
 FOLDERS = {  # name: (files, captions used, what the log adds to the number of rows)
     "folders called like splits": (
@@ -50,9 +51,20 @@ FOLDERS = {  # name: (files, captions used, what the log adds to the number of r
     "not listed": (
         listed("", *FOUR) | {"e.png": (0, 0, 0)},
         list(FOUR),
-        "in no metadata file are not used: 1, one is ",
+        "; not used: 1 .png; images in no metadata file: 1, one is ",
     ),
-    "hidden": (captioned("a.png") | {".b.png": (0, 0, 0), "__MACOSX/c.png": (0, 0, 0)}, ["a.png"], ""),
+    "hidden": (
+        captioned("a.png") | {".b.png": (0, 0, 0), "._a.png": "x", ".DS_Store": "x", "__MACOSX/c.png": (0, 0, 0)},
+        ["a.png"],
+        "",
+    ),
+    "every format": (captioned(*FORMATS), list(FORMATS), ""),
+    "no format": (
+        captioned("a.png") | {name: "x" for name in ("b.heic", "b.txt", "c.MP4", "d.mp4", "e.txt", "f.h5", "LICENSE")},
+        ["a.png"],
+        "; not used: 2 .txt, 2 .mp4, 1 without an ending, 1 .heic, 1 .h5; files with captions that Pillow cannot "
+        "open: 1, one is ",
+    ),
     "two images, two captions": (captioned("a.jpg", "a.b.webp"), ["a.b.webp", "a.jpg"], ""),
     "names like globs": (captioned("[x]/a::b.png", "what?/*.png"), ["[x]/a::b.png", "what?/*.png"], ""),
 }
@@ -171,7 +183,7 @@ BAD = {  # name: (files, changed arguments, parts of the message)
     "empty table": (csv_file(), {}, ["metadata files are empty"]),
     "no caption file": ({"a.png": (0, 0, 0)}, {}, ["a.png cannot be read", "or a UTF-8 .txt beside each image"]),
     "empty .txt": (captioned("a.png", "b.png") | {"b.txt": " \n"}, {}, ["b.png holds [], not a caption"]),
-    "no images": ({"a.txt": "a"}, {}, ["there are no images"]),
+    "no images": ({"a.txt": "a", "a.heic": "a"}, {}, ["there are no images that Pillow opens, but 1 .heic, 1 .txt"]),
 }
 
 

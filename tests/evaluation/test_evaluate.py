@@ -23,6 +23,7 @@ from helpers import ROOT, refused
 from senseflow.errors import UserError
 from senseflow.evaluation import converters, scorers
 from senseflow.evaluation.converters import ImageReward, load_published, transformer_sizes
+from senseflow.evaluation.image_sets import read_image_set
 from senseflow.evaluation.metrics import (
     bootstrap_error,
     center_patch,
@@ -301,9 +302,22 @@ def test_real_images_and_a_file_of_prompts(folders, network_flags, tmp_path):
     assert real["fid"]["value"] == pytest.approx(plain["fid"]["value"], rel=1e-6) and plain["clip"]["n"] == 6
 
 
+def test_every_image_of_a_folder_is_measured_or_counted(tmp_path, caplog):
+    names = ["0.png", "1.AVIF", "2.bmp", "3.jpeg", "4.tiff", "5.webp"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for name in ("._0.png", ".DS_Store", "grid.png", "6.heic", "7.mp4", "8.mp4"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "more").mkdir()
+    with caplog.at_level(logging.INFO):
+        images = read_image_set("--images", str(tmp_path))
+    assert [file.name for file in images.files] == names
+    assert f"--images {tmp_path}: 6 images; not used: 2 .mp4, 1 .heic, 1 folder" in caplog.text
+
+
 REFUSED = {
     "no folder": ("--images {root}/none", "--images {root}/none: no such folder"),
-    "no images": ("--images {root}/empty", "--images {root}/empty: has no image"),
+    "no images": ("--images {root}/empty", "--images {root}/empty: has no image that Pillow opens"),
     "unreadable": ("--images {root}/broken", "1 images cannot be read, such as 0001.png"),
     "no reference": ("--metrics fd", "--metrics fd: compares with other images; give --reference"),
     "no prompts": ("--images {root}/bare --metrics clip", "--metrics clip: {root}/bare has no prompts"),
