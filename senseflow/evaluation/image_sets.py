@@ -58,7 +58,8 @@ def read_image_set(flag: str, path: str, prompts_file: Optional[str] = None) -> 
     entries = [entry for entry in location.iterdir() if entry.name not in ("grid.png", "metadata.jsonl")]
     files, others = split_images(entry for entry in entries if not entry.is_dir())
     folders = sum(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
-    unused = ", ".join(filter(None, [count_by_ending(others), f"{folders} folder" + "s" * (folders > 1) if folders else ""]))
+    counts = [count_by_ending(others), f"{folders} folder{'s' * (folders > 1)}" * bool(folders)]
+    unused = ", ".join(filter(None, counts))
     if not files:
         problem = "has no image that Pillow opens" + (f", but {unused}" if unused else "")
         raise UserError(f"{flag} {path}: {problem}; generate some with infer.py", 2)
