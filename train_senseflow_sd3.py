@@ -443,7 +443,8 @@ def main(argv=None):
 
     # The loop.
     validation = Validation(runtime, args, models, scheduler, pipeline_kwargs)
-    validation.run(models.teacher, iteration)
+    if iteration == 0:
+        validation.run(iteration)
     is_local_main = runtime.accelerator.is_local_main_process
     progress = tqdm(total=args.max_train_steps, initial=iteration, disable=not is_local_main)
     metrics = Metrics(runtime, models.student, global_batch_size, progress)
@@ -453,8 +454,8 @@ def main(argv=None):
         debug_latents = new_debug_latents or debug_latents
         iteration, samples_seen = iteration + 1, samples_seen + global_batch_size
         metrics.push(iteration, scalars)
-        if iteration % args.validation_steps == 0:
-            validation.run(models.student, iteration, debug_latents)
+        if iteration % args.validation_steps == 0 or iteration == args.max_train_steps:
+            validation.run(iteration, debug_latents)
         if iteration % args.checkpointing_steps == 0:
             metrics.flush()  # raises if the run has diverged, before its checkpoint counts as the latest
             checkpointer.save(iteration, samples_seen, validation.signals)

@@ -263,7 +263,8 @@ def add_validation_arguments(parser: Parser):
     add("--report_to", default="tensorboard", choices=("none", *TRACKERS), help="Tracker of accelerate.")
     add("--logging_dir", default="logs", help="Folder of the logs, in --output_dir.")
     add("--validation_prompts", nargs="+",
-        help="Prompts for validation images, by the teacher once and by the student every --validation_steps.")
+        help="Prompts for validation images, of the teacher once, and of the student before the first iteration, "
+        "every --validation_steps and after the last. They are in --output_dir, too.")
     add("--validation_steps", type=number(int, 1), default=500, help="Iterations between validations.")
     add("--num_validation_images", type=number(int, 1), default=1, help="Validation images per prompt.")
     add("--teacher_num_inference_steps", type=number(int, 1), help="Steps of the teacher for its validation images.")

@@ -88,9 +88,8 @@ def resume_is_the_same_run(script, flags, folder: Path, *validation) -> Path:
     whole, halves = folder / "whole", folder / "halves"
     script.main([*flags, *validation, "--output_dir", str(whole)])
     script.main([*flags, "--output_dir", str(halves), "--max_train_steps", "2"])
-    script.main(
-        [*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"]
-    )
+    resume = ["--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"]
+    script.main([*flags, *validation, "--output_dir", str(halves), *resume])
     end = states(whole / "checkpoint-4")
     assert_same(end, states(halves / "checkpoint-4"))
     assert any(not torch.equal(tensor, states(whole / "checkpoint-2")[name]) for name, tensor in end.items())

@@ -1,6 +1,7 @@
 """The real FLUX script on a tiny pipeline: everything on, resume, export, DDP, prompts only, warm start, bad input."""
 
 import copy
+import io
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_senseflow_flux as script
@@ -72,7 +74,7 @@ def flags(teacher, vision, data):
 
 
 def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypatch):
-    validation = ["--validation_prompts", "a red square", "a blue square", "--validation_steps", "2"]
+    validation = ["--validation_prompts", "a red square", "a blue square", "--validation_steps", "3"]
     validation += ["--num_validation_images", "2"]
     whole = resume_is_the_same_run(script, flags, tmp_path, *validation)
     halves = tmp_path / "halves"
@@ -104,10 +106,16 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     found = json.loads((whole / "checkpoint-4" / "validation.json").read_text())
     assert found.pop("iteration") == 4
     assert found == {name: pytest.approx(events.Scalars(name)[-1].value, rel=1e-6) for name in seen}
-    images = events.Tags()["images"]
-    assert {"validation/teacher", "validation/student"} <= set(images) and any(
-        name.startswith("panel/") for name in images
-    )
+    # Images before the first iteration, at --validation_steps and after the last; a resumed run has no first one. Each
+    # is the same on the disk and in the tracker: the teacher's two and the student's two of each prompt. A panel shows
+    # the last student update since the start.
+    for folder, steps, panels in ((whole, [0, 3, 4], [3, 4]), (halves, [3, 4], [4])):
+        expected = {f"images-{step}.png" for step in steps} | {f"panel-{step}.png" for step in panels}
+        assert {path.name for path in (folder / "validation").iterdir()} == expected
+        assert [e.step for e in logged(folder).Images("validation/images")] == steps
+    tracked = Image.open(io.BytesIO(events.Images("validation/images")[1].encoded_image_string))
+    stored = Image.open(whole / "validation" / "images-3.png")
+    assert stored.width == 4 * 64 and stored.height > 2 * 64 and np.array_equal(tracked, stored)
 
     # The pipeline: a fresh process, the stock call of the card, the levels of training, the image of infer.py.
     record = json.loads((whole / "senseflow.json").read_text())

@@ -78,7 +78,7 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path):
     assert_same_image(image_of(whole / "checkpoint-4", tmp_path / "c"), image_of(whole, tmp_path / "images"))
     tags = logged(whole).Tags()
     assert {"isg_loss", "adversarial_loss", "dmd_loss", "discriminator_loss"} <= set(tags["scalars"])
-    assert {"validation/teacher", "validation/student"} <= set(tags["images"])
+    assert {"validation/images", "validation/panel"} <= set(tags["images"])
 
 
 def test_prompts_alone_euler_without_t5_a_warm_start_and_bf16(flags, tmp_path):

@@ -89,7 +89,7 @@ def test_each_method_resume_export_and_a_stock_call(method, flags, senseflow, tm
     tags = logged(whole).Tags()
     own = {"senseflow": {"isg_loss", "discriminator_loss"}, "dmd2": {"classifier_loss"}}
     assert {"dmd_loss", "adversarial_loss", "real_logits", "fake_logits"} | own[method] <= set(tags["scalars"])
-    assert {"validation/teacher", "validation/student"} <= set(tags["images"])
+    assert {"validation/images", "validation/panel"} <= set(tags["images"])
 
 
 def test_latents_another_vae_other_levels_and_bf16(senseflow, lmdb_of_latents, tmp_path):

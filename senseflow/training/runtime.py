@@ -234,11 +234,18 @@ class Runtime:
             raise UserError(f"--report_to {self.args.report_to}: {problem}: {fix}", exit_code=2) from error
         for tracker in self.accelerator.trackers:
             if self.args.validation_prompts and not hasattr(tracker, "log_images"):
-                problem = "shows no images: those of --validation_prompts are not logged"
+                problem = "shows no images: those of --validation_prompts are only in --output_dir"
                 logger.warning(f"--report_to {tracker.name} {problem}")
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
-        """Log an image to every tracker that shows images."""
+        """Write an image to --output_dir as NAME-STEP.png, and log it to every tracker that shows images."""
+        if self.accelerator.is_main_process:
+            file = Path(self.args.output_dir) / f"{name}-{step}.png"
+            try:
+                file.parent.mkdir(exist_ok=True)
+                image.save(file)
+            except OSError as error:  # an image is not worth a run
+                logger.warning(f"{file}: cannot be written ({error.strerror})")
         for tracker in self.accelerator.trackers:
             if not hasattr(tracker, "log_images"):
                 continue

@@ -1,7 +1,8 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Validation: images of --validation_prompts, grids of debug latents, and statistics of both as signals."""
+"""Validation: images of --validation_prompts, a panel of debug latents, and statistics of the images as signals."""
 
 import itertools
+import textwrap
 from contextlib import contextmanager
 from typing import Iterator, Optional, Sequence
 
@@ -10,8 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from senseflow.models.schedulers import bind_generator
 from senseflow.models.vae import decode
@@ -21,7 +21,8 @@ from senseflow.training.signals import SignalMonitor
 
 
 THUMBNAIL_SIZE = 16  # pixels a side; images of a prompt are compared as thumbnails
-NUM_DEBUG_LATENTS = 4  # columns of the grid of debug latents
+NUM_DEBUG_LATENTS = 4  # rows of the panel of debug latents
+MAX_LINES = 3  # of a prompt that is written above its images
 
 
 class Validation:
@@ -30,8 +31,8 @@ class Validation:
     Warn of signals that leave their bands (senseflow.training.signals).
 
     Args:
-        models: a script's TrainingModels. Read are pipeline (with the teacher's scheduler), network_name, vae and
-            teacher_pipeline_kwargs().
+        models: a script's TrainingModels. Read are pipeline (with the teacher's scheduler), network_name, vae, the
+            roles teacher and student, and teacher_pipeline_kwargs().
         scheduler: the student's.
         pipeline_kwargs: arguments of the student's pipeline call.
     Attributes:
@@ -42,41 +43,48 @@ class Validation:
         self.runtime, self.args, self.models, self.pipeline_kwargs = runtime, args, models, pipeline_kwargs
         self.scheduler, self.teacher_scheduler = scheduler, models.pipeline.scheduler
         self.signals: dict[str, float] = {}
+        self._teacher_images: list[list[Image.Image]] = []
         self._teacher_statistics: dict[str, float] = {}
         self._monitor = SignalMonitor(args.rank > 0)
 
-    def run(self, role: Role, iteration: int, debug_latents: Optional[dict[str, torch.Tensor]] = None) -> None:
-        """Log the images of the teacher or the student, its signals, and debug latents. All processes call it.
+    def run(self, iteration: int, debug_latents: Optional[dict[str, torch.Tensor]] = None) -> None:
+        """Log the student's images beside the teacher's, its signals, and debug latents. All processes call it.
 
-        Without --validation_prompts nothing is done.
+        The first call generates the teacher's images, too. Without --validation_prompts nothing is done.
 
         Args:
-            debug_latents: {name: latents (B, C, ...)} of the last student update; a row of the grid each.
+            debug_latents: {name: latents (B, C, ...)} of the last student update; a column of the panel each.
         """
         if not self.args.validation_prompts:
             return
-        scheduler, pipeline_kwargs = self.scheduler, self.pipeline_kwargs
-        if role.name == "teacher":
-            scheduler = self.teacher_scheduler
-            pipeline_kwargs = pipeline_kwargs | self.models.teacher_pipeline_kwargs()
-        pipeline = self.models.pipeline
-        scheduler = type(scheduler).from_config(scheduler.config)
-        pipeline.register_modules(scheduler=scheduler, **{self.models.network_name: role.module})
-        pipeline.set_progress_bar_config(disable=True)
-        images, latents = generate_images(self.runtime.accelerator, pipeline, self.args, pipeline_kwargs)
-        self.runtime.log_image(f"validation/{role.name}", grid(images), iteration)
+        teacher_kwargs = self.pipeline_kwargs | self.models.teacher_pipeline_kwargs()
+        if not self._teacher_images:
+            images, latents = self._generate(self.models.teacher, self.teacher_scheduler, teacher_kwargs)
+            self._teacher_images = images
+            self._teacher_statistics = image_statistics(images) | latent_statistics(latents)
+        images, latents = self._generate(self.models.student, self.scheduler, self.pipeline_kwargs)
+        columns = [f"teacher, {teacher_kwargs['num_inference_steps']} steps"] * len(images[0])
+        student = f"student, {self.pipeline_kwargs['num_inference_steps']} steps, iteration {iteration}"
+        columns += [student] * len(images[0])
+        rows = [of_teacher + of_student for of_teacher, of_student in zip(self._teacher_images, images)]
+        image = labeled_grid(rows, columns, self.args.validation_prompts)
+        self.runtime.log_image("validation/images", image, iteration)
         if debug_latents:
             rows = decode_debug_latents(self.models.vae, debug_latents)
-            self.runtime.log_image("panel/" + " ".join(debug_latents), grid(rows), iteration)
-        statistics = image_statistics(images) | latent_statistics(latents)
-        if role.name == "teacher":
-            self._teacher_statistics = statistics
-            return
-        teacher = self._teacher_statistics
+            self.runtime.log_image("validation/panel", labeled_grid(rows, list(debug_latents)), iteration)
+        statistics, teacher = image_statistics(images) | latent_statistics(latents), self._teacher_statistics
         signals = {f"signal/{name}": value / teacher[name] for name, value in statistics.items() if teacher[name] > 0}
         self.runtime.accelerator.log(signals, step=iteration)
-        self._monitor.update(iteration, signals)
+        if iteration > 0:  # the bands are those of students that have been trained
+            self._monitor.update(iteration, signals)
         self.signals = {"iteration": iteration, **signals}
+
+    def _generate(self, role: Role, scheduler, pipeline_kwargs: dict):
+        """Return the images and latents of `generate_images` with a role's network."""
+        pipeline, scheduler = self.models.pipeline, type(scheduler).from_config(scheduler.config)
+        pipeline.register_modules(scheduler=scheduler, **{self.models.network_name: role.module})
+        pipeline.set_progress_bar_config(disable=True)
+        return generate_images(self.runtime.accelerator, pipeline, self.args, pipeline_kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,14 +133,46 @@ def generate_images(
 
 @torch.no_grad()
 def decode_debug_latents(vae: ModelMixin, debug_latents: dict[str, torch.Tensor]) -> list[list[Image.Image]]:
-    """Decode the first NUM_DEBUG_LATENTS of each of the debug latents (B, C, ...) to a row of images."""
+    """Decode the first NUM_DEBUG_LATENTS samples of debug latents (B, C, ...): a row of images per sample."""
     images = [decode(vae, latents[:NUM_DEBUG_LATENTS]).cpu() for latents in debug_latents.values()]
-    return [VaeImageProcessor().postprocess(row, output_type="pil") for row in images]
+    columns = [VaeImageProcessor().postprocess(column, output_type="pil") for column in images]
+    return [list(row) for row in zip(*columns)]
 
 
-def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Paste rows of as many images each, all of one size, into one image."""
-    return make_image_grid(list(itertools.chain(*rows)), rows=len(rows), cols=len(rows[0]))
+def labeled_grid(
+    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], captions: Sequence[str] = ()
+) -> Image.Image:
+    """Paste rows of images, all of one size, under the names of the columns; each row under its caption, if any."""
+    width = rows[0][0].width
+    parts = [draw_text(columns, width)]
+    for number, row in enumerate(rows):
+        if captions:
+            parts.append(draw_text([f"{number + 1}. {captions[number]}"], width * len(row), font_width=width))
+        parts.append(np.hstack([np.asarray(image.convert("RGB")) for image in row]))
+    return Image.fromarray(np.vstack(parts))
+
+
+def draw_text(texts: Sequence[str], width: int, font_width: Optional[int] = None) -> np.ndarray:
+    """Draw texts side by side on white (H, W, 3), each wrapped to this width and cut after MAX_LINES lines.
+
+    Pillow's own font draws boxes in the place of letters that are not Latin.
+
+    Args:
+        font_width: the width of an image, to which the size of the letters is in proportion; default: the width.
+    """
+    size = max(12, (font_width or width) // 32)
+    font = ImageFont.load_default(size)
+    wrapped = []
+    for text in texts:
+        text = " ".join(text.encode(errors="replace").decode().split())  # a lone surrogate cannot be drawn
+        num_letters = int(len(text) * (width - size) / max(font.getlength(text), 1))  # in a line, on average
+        wrapped.append(textwrap.wrap(text, max(num_letters, 8), max_lines=MAX_LINES, placeholder=" ..."))
+    line_height = round(1.3 * size)
+    image = Image.new("RGB", (width * len(texts), max(map(len, wrapped)) * line_height + size // 2), "white")
+    for column, lines in enumerate(wrapped):
+        for number, line in enumerate(lines):
+            ImageDraw.Draw(image).text((column * width + size // 2, number * line_height), line, "black", font)
+    return np.asarray(image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -419,7 +419,7 @@ def test_logged_names_suit_every_tracker_and_missing_images_are_warned_of(flags,
     monkeypatch.setattr(TensorBoardTracker, "log_images", lambda _, values, step, **kwargs: names.update(values))
     arguments = [*flags, "--report_to", "tensorboard", "--validation_prompts", "a", "--validation_steps", "2"]
     script.main([*arguments, "--output_dir", str(tmp_path / "shown")])
-    assert {"dmd_loss", "real_logits", "student_skipped_steps", "validation/teacher"} <= names and len(names) > 15
+    assert {"dmd_loss", "real_logits", "student_skipped_steps", "validation/images"} <= names and len(names) > 15
     assert all(re.fullmatch(r"[\w\-. :/]+", name) and os.path.normpath(name) == name for name in names), names
     monkeypatch.delattr(TensorBoardTracker, "log_images")
     script.main([*arguments, "--output_dir", str(tmp_path / "missed")])
@@ -484,5 +484,5 @@ def test_text_encoders_leave_the_device(few, validate, flags, tmp_path, monkeypa
     (pipeline,) = pipelines
     freed = pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     assert freed == (few and not validate)
-    # Two training batches; the teacher's validation image, guided by the embedder, has no negative prompt.
-    assert len(calls) == (12 if few else 2) + validate
+    # Two training batches; validation images of the teacher once and of the student twice, without negative prompts.
+    assert len(calls) == (12 if few else 2) + 3 * validate

@@ -16,7 +16,7 @@ from senseflow.training import metrics as metrics_module
 from senseflow.training import roles
 from senseflow.training import runtime as runtime_module
 from senseflow.training.signals import BANDS, SignalMonitor
-from senseflow.training.validation import image_statistics, latent_statistics
+from senseflow.training.validation import image_statistics, labeled_grid, latent_statistics
 
 
 @pytest.fixture
@@ -51,6 +51,33 @@ def test_image_statistics():
     blurred = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((8, 8))) * 255
     statistics = image_statistics([[image(blurred)]])
     assert statistics["contrast"] == pytest.approx(0.5) and statistics["sharpness"] < 0.05
+
+
+def test_a_grid_names_its_columns_and_rows():
+    """The images are in it as they are; prompts of any script and length are written above them."""
+    gray = [[image(np.full((64, 64, 3), 60 * row + 20 * column)) for column in (1, 2)] for row in (0, 1)]
+
+    def grid(*captions, columns=("teacher", "student")):
+        return np.asarray(labeled_grid(gray, columns, captions))
+
+    def text_heights(pixels):
+        """(The height of the text, that of the image below it) of each row of images."""
+        is_image = (pixels[:, 0] != 255).any(1)
+        edges = [0, *np.flatnonzero(np.diff(is_image)) + 1, len(pixels)]
+        return np.diff(edges).reshape(-1, 2)
+
+    bare, labeled = grid(), grid("a red square", "a blue dog")
+    assert bare.shape[1] == 128 and bare.shape[0] > 128 and labeled.shape[0] > bare.shape[0]
+    assert (text_heights(labeled)[:, 1] == 64).all()
+    start = text_heights(labeled)[0, 0]
+    assert np.array_equal(labeled[start : start + 64], np.hstack([np.asarray(each) for each in gray[0]]))
+    assert not np.array_equal(labeled, grid("a red square", "a blue cat"))
+    assert not np.array_equal(bare, grid(columns=("teacher", "fake score")))
+    # A long prompt is cut; what the font cannot draw, or Unicode does not have, is no reason to stop.
+    long = text_heights(grid("a red square", "word " * 500))[1, 0]
+    assert text_heights(labeled)[1, 0] < long == text_heights(grid("a red square", "word " * 900))[1, 0]
+    grid("\u65e5\u672c\u8a9e \u0431 \U0001f98a", "\udcff\n\0")
+    grid("", "W" * 1000)
 
 
 def test_latent_statistics():
