@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from senseflow.arguments import DTYPES, SAMPLERS, Parser, dtype, number, torch_device, torch_dtype
-from senseflow.data.prompts import read_prompts_file
+from senseflow.data.prompts import read_lines, read_prompts_file
 from senseflow.errors import UserError, run_script, write_atomically
 from senseflow.released import RELEASED
 
@@ -232,17 +232,17 @@ def open_folder(folder: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be a folder ({error.strerror}); give another", 2) from error
     path, records = folder / "metadata.jsonl", []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n"):
+    lines = read_lines(path, errors="replace") if path.exists() else [""]
+    for line in lines:
         try:
             record = json.loads(line)
             if (folder / f"{record['idx']:04d}.png").is_file():
                 records.append(record)
         except (ValueError, TypeError, KeyError):
             continue
-    kept = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    if kept != text:
-        write_atomically(path, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
+    kept = [*(json.dumps(record, ensure_ascii=False) for record in records), ""]
+    if kept != lines:
+        write_atomically(path, lambda temporary: temporary.write_text("\n".join(kept), encoding="utf-8"))
     return records
 
 

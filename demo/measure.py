@@ -16,6 +16,7 @@ from PIL import Image
 from scenes import ATTRIBUTES, RESOLUTION, labels_of, parse_caption, sample_scenes
 from transformers import ResNetConfig, ResNetModel
 
+from senseflow.data.prompts import read_prompts_file
 from senseflow.evaluation import metrics
 
 
@@ -175,7 +176,7 @@ def main():
         "--classifier", type=Path, default=OUT / "classifier.pt", help="trained and stored here if it is missing"
     )
     args = parser.parse_args()
-    captions = args.prompts_file.read_text().splitlines()
+    captions = [prompt for prompt in read_prompts_file(args.prompts_file) if prompt]
     classifier = load_classifier(args.classifier)
     reference = load_images(args.reference, len(captions))
     for folder in args.images:

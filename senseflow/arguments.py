@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import sys
 from typing import Callable, Optional, Sequence
 
 from senseflow.errors import UserError, require_package
@@ -92,6 +93,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_args(self, argv: Optional[Sequence[str]] = None) -> Arguments:
+        words = sys.argv[1:] if argv is None else list(argv)
+        for index, word in enumerate(words):
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                flag = next((flag for flag in reversed(words[:index]) if flag.startswith("--")), "")
+                self.error(f"{flag} {ascii(word)}: is not UTF-8; rename the file or folder, or give the text in UTF-8")
         names = [action.dest for action in self._actions if action.default is not argparse.SUPPRESS]
         args = super().parse_args(argv, Arguments(**dict.fromkeys(names)))
         args.given = frozenset(name for name in names if getattr(args, name) is not None)

@@ -1,7 +1,11 @@
 """What was given on the command line, and what of it would change nothing."""
 
+import os
+
 import pytest
 
+import evaluate
+import infer
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
@@ -48,6 +52,15 @@ def test_a_flag_that_adds_to_a_list_is_known_to_be_given():
     parser.add_argument("--call", nargs="+", action="extend", default=[])
     args = parser.parse_args(["--call", "a", "--call", "b"])
     assert args.call == ["a", "b"] and args.given == {"call"} and not parser.parse_args([]).given
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS.values(), infer, evaluate], ids=lambda script: script.__name__)
+def test_arguments_that_are_not_utf8_are_refused(script):
+    """Trackers, tokenizers and Arrow would each fail on them in its own words."""
+    flags = ["--output_dir", "out", "--prompts_file", "a", os.fsdecode(b"caf\xe9.txt")]
+    with pytest.raises(UserError, match=r"^--prompts_file 'caf\\udce9.txt': is not UTF-8; rename ") as caught:
+        script.parse_args(flags)
+    assert caught.value.exit_code == 2
 
 
 INACTIVE = {

@@ -10,13 +10,13 @@ import itertools
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from senseflow.data.images import count_by_ending, split_images
+from senseflow.data.prompts import read_lines
 from senseflow.data.rows import ImageRows, data_error, uses_images
 
 
@@ -82,12 +82,11 @@ def _describe_unused(images: list[str], others: list[str], metadata: list[str], 
 def _read_metadata(file: str, caption_column: str) -> list[Row]:
     if file.endswith(".parquet"):
         entries = pq.read_table(file).to_pylist()
-    else:
+    elif file.endswith(".csv"):
         with open(file, encoding="utf-8-sig", newline="") as lines:
-            if file.endswith(".csv"):
-                entries = list(csv.DictReader(lines, strict=True, restval=""))
-            else:
-                entries = [json.loads(line) for line in lines if line.strip()]
+            entries = list(csv.DictReader(lines, strict=True, restval=""))
+    else:
+        entries = [json.loads(line) for line in read_lines(file) if line.strip()]
     rows = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict):
@@ -110,5 +109,4 @@ def _text_file(image: str) -> str:
 
 
 def _read_text(image: str) -> Row:
-    text = Path(_text_file(image)).read_text("utf-8-sig")
-    return image, [line.strip() for line in text.split("\n") if line.strip()]
+    return image, [line.strip() for line in read_lines(_text_file(image)) if line.strip()]

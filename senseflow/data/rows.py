@@ -11,6 +11,7 @@ from senseflow.errors import UserError
 
 
 NUM_CHECKED = 512  # rows that must be readable before a run starts
+PATH_ERRORS = "surrogatepass"  # Python reads bytes of file names that are not UTF-8 as lone surrogates
 
 
 def data_error(origin: str, problem: str, fix: str, exit_code: int = 2) -> UserError:
@@ -33,6 +34,10 @@ def parse_captions(cell: Any) -> list[str]:
     captions = cell if isinstance(cell, list) else [cell]
     if not captions or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"holds {str(cell)[:60]}, not a caption or a list of captions")
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON may hold and no tokenizer takes
+        raise ValueError(f"holds {ascii(cell)[:60]}, which is no valid Unicode: {error.reason}") from error
     return captions
 
 
@@ -68,9 +73,8 @@ class ImageRows:
                 raise data_error(origin, f"{row_name(row)} {error}", "caption every row with text") from error
         if listed:
             captions = datasets.Dataset.from_dict({"captions": [parse_captions(cell) for cell in captions]})
-        if isinstance(images, list):
-            images = datasets.Dataset.from_dict({"images": images})
-            images = images.cast_column("images", datasets.Image(decode=False))
+        if isinstance(images, list):  # as bytes, since the names of files need not be UTF-8
+            images = datasets.Dataset.from_dict({"images": [path.encode("utf-8", PATH_ERRORS) for path in images]})
         self.origin, self._captions, self._images = origin, captions, images
         self.summary = f"{len(captions)} rows"
 
@@ -83,6 +87,8 @@ class ImageRows:
     def read(self, row: int) -> tuple[str, Optional[Image.Image], str]:
         """Read a row's image: (name for messages, upright RGB image, ""), or (name, None, why it cannot be read)."""
         cell = next(iter(self._images[row].values())) or {"path": None, "bytes": None}
+        if isinstance(cell, bytes):
+            cell = {"path": cell.decode("utf-8", PATH_ERRORS), "bytes": None}
         path, content = cell["path"], cell["bytes"]
         # An image inside a table has a file name at best.
         name = path if path and content is None else f"{path or 'image'} (row {row} of {self.origin})"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from senseflow.data.images import count_by_ending, split_images
 from senseflow.data.json_file import read_captions_json
-from senseflow.data.prompts import read_prompts_file
+from senseflow.data.prompts import read_lines, read_prompts_file
 from senseflow.data.rows import parse_captions
 from senseflow.errors import UserError
 
@@ -47,11 +47,16 @@ def read_image_set(flag: str, path: str, prompts_file: Optional[str] = None) -> 
     """Read the images of a folder or a captions JSON; of several prompts, the first. UserError (2) if one is bad."""
     location = Path(path)
     if location.is_file():
+        if prompts_file:
+            problem = f"{flag} {path} is a JSON with captions of its own"
+            raise UserError(f"--prompts_file {prompts_file}: {problem}; give one of both", 2)
         captions, images = read_captions_json(flag, path)
-        try:
-            files, prompts = list(map(Path, images)), [parse_captions(cell)[0] for cell in captions]
-        except ValueError as error:
-            raise UserError(f"{flag} {path}: a row {error}; caption every row with text", 2) from error
+        files, prompts = list(map(Path, images)), []
+        for row, cell in enumerate(captions):
+            try:
+                prompts.append(parse_captions(cell)[0])
+            except ValueError as error:
+                raise UserError(f"{flag} {path}: row {row} {error}; caption every row with text", 2) from error
         return ImageSet(path, files, read_sizes(flag, path, files), prompts, location.parent / ".features")
     if not location.is_dir():
         raise UserError(f"{flag} {path}: no such folder; give a folder of images, or a JSON of images and captions", 2)
@@ -75,10 +80,8 @@ def read_image_set(flag: str, path: str, prompts_file: Optional[str] = None) -> 
 def read_metadata(flag: str, folder: Path, files: list[Path]) -> list[str]:
     """Return the prompts of images from infer.py's metadata.jsonl."""
     try:
-        # Not `splitlines`: a prompt may hold other line separators of Unicode.
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
-        records = [json.loads(line) for line in lines if line]
-        prompts = {record["file_name"]: record["prompt"] for record in records}
+        records = [json.loads(line) for line in read_lines(folder / "metadata.jsonl") if line]
+        prompts = {record["file_name"]: parse_captions(record["prompt"])[0] for record in records}
         return [prompts[file.name] for file in files]
     except (ValueError, TypeError, KeyError) as error:  # a killed run may leave an incomplete line
         problem = f"metadata.jsonl lacks the prompt of an image ({error})"

@@ -3,6 +3,8 @@
 
 import json
 import logging
+import os
+import pickle
 from collections import Counter
 
 import datasets
@@ -96,6 +98,18 @@ def test_links_are_followed(tmp_path):
     assert all_captions(load_rows(args)) == [["a/a.png"], ["b.png"]]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_names_that_are_not_utf8_are_read(workers, tmp_path):
+    folder, name = tmp_path / "d", os.fsdecode(b"caf\xe9")
+    args = make_args(train_data_dir=write(folder, captioned("a.png")), dataloader_num_workers=workers)
+    (folder / "a.png").rename(folder / f"{name}.png")
+    (folder / "a.txt").rename(folder / f"{name}.txt")
+    write(folder, captioned("b.png") | {"b.png": "x"})
+    rows = pickle.loads(pickle.dumps(load_rows(args)))
+    batch = next(iter(make_dataloader(args, rows, 0, 1, 0, 0, always)))
+    assert batch["prompts"] == ("a.png", "a.png") and [len(rows), batch["num_replaced"]] == [2, 1]
+
+
 # Captions ------------------------------------------------------------------------------------------------------------
 def csv_file(*rows, head="file_name,text"):
     return {"a.png": (0, 0, 0), "b.png": (0, 0, 0), "metadata.csv": "\n".join([head, *rows])}
@@ -114,7 +128,11 @@ CAPTIONS = {
     ),
     "lists": (json_file(["a", "b"], ["c"]), [["a", "b"], ["c"]]),
     "a list among strings": (json_file("a", ["b", "c"]), [["a"], ["b", "c"]]),
-    "lines": ({"a.png": (0, 0, 0), "a.txt": "\ufeffred\r\n\n gre\u2028en \n"}, [["red", "gre\u2028en"]]),
+    "lines": ({"a.png": (0, 0, 0), "a.txt": "\ufeffred\r\n\n gre\u2028e\rn \n"}, [["red", "gre\u2028e\rn"]]),
+    "lines of JSON": (
+        {"a.png": (0, 0, 0), "metadata.jsonl": '{"file_name": "a.png",\r "text": "a\u2028\x85b"}\r\n\r\n'},
+        [["a\u2028\x85b"]],
+    ),
 }
 
 
@@ -166,6 +184,7 @@ BAD = {  # name: (files, changed arguments, parts of the message)
     "two tables": (csv_file("a.png,x") | json_file("a"), {}, ["metadata.csv and ", "metadata.jsonl are both there"]),
     "empty list": (json_file(["a"], []), {}, ["d/b.png holds []"]),
     "gap in a list": (json_file(["a"], ["b", None]), {}, ["d/b.png holds ['b', None]"]),
+    "half a character": (json_file("a", "\ud83d"), {}, ["d/b.png holds '\\ud83d', which is no valid Unicode"]),
     "numbers": (json_file("a", 7), {}, ["d/b.png holds 7, not a caption or a list of captions"]),
     "lists of numbers": (json_file([1, 2]), {}, ["d/a.png holds [1, 2]"]),
     "no such column": (csv_file("a.png,x"), {"caption_column": "c"}, ["has no c, its columns are file_name, text"]),

@@ -54,13 +54,17 @@ def test_sources_have_the_same_rows(source, tmp_path):
     assert load_rows(changed(args, image_column="nowhere", **PROMPTS_ONLY)).captions(5) == ["prompt 5"]
 
 
+GREEN = "ein grüner\u2028Würfel"
+
+
 def test_prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("\ufeffa red cube \r\n\n   \n\tein grüner\u2028Würfel\nlast\n", encoding="utf-8")
-    assert read_prompts_file(str(path)) == ["a red cube", "", "", "ein grüner\u2028Würfel", "last", ""]
+    # A line ends at a line feed, with or without a carriage return before it, and at no other separator.
+    path.write_bytes("\ufeffa red cube \r\n\n   \n\tein grüner\u2028Würfel\na\rb\x0cc\x85d\u2029e\n".encode())
+    assert read_prompts_file(str(path)) == ["a red cube", "", "", GREEN, "a\rb\x0cc\x85d\u2029e", ""]
     args = make_args(prompts_file=str(path), **PROMPTS_ONLY)
     rows = load_rows(args)
-    assert all_captions(rows) == [["a red cube"], ["ein grüner\u2028Würfel"], ["last"]]
+    assert all_captions(rows) == [["a red cube"], [GREEN], ["a\rb\x0cc\x85d\u2029e"]]
     assert len(load_rows(changed(args, max_train_samples=2))) == 2
     (batch,) = take(make_dataloader(args, rows, 0, 1, 0, 0, never), 1)
     assert batch["pixel_values"] is None and batch["unreadable"] == [] and batch["sample_indices"] == [0, 1]
@@ -121,6 +125,7 @@ BAD = {  # name: (arguments, part of the message, the flag it names if not the d
     "number as prompt": (lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", 3])), "row 1 holds 3, not a"),
     "null as prompt": (lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", None])), "row 1 holds None, not a"),
     "number as path": (lambda f: dict(dataset_json=write_json(f, 2, image_paths=["a", 3])), "cannot be read"),
+    "half a character": (lambda f: dict(dataset_json=write_json(f, 2, prompts=["a", "\ud83d"])), "row 1 holds '\\ud8"),
     "missing image": (lambda f: dict(dataset_json=without_image(f, 9)), "1 of 12 images looked at are missing"),
     "no prompts file": (lambda f: dict(prompts_file=str(f / "p.txt"), **PROMPTS_ONLY), "No such file"),
     "empty prompts": (lambda f: dict(prompts_file=text(f, " \n\n"), **PROMPTS_ONLY), "empty"),

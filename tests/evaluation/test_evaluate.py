@@ -336,6 +336,11 @@ REFUSED = {
     "batch size": ("--batch_size 0", "--batch_size 0: must be a whole number, 1 or more"),
     "no checkpoints": ("--checkpoints {root}/empty --prompts_file x", "{root}/empty: has no checkpoint-N"),
     "no prompts file": ("--checkpoints {root}/empty", "{root}/empty: give --prompts_file"),
+    "prompts twice": (
+        "--images {root}/two.json --prompts_file {root}/one.txt",
+        "{root}/two.json is a JSON with captions",
+    ),
+    "half a character": ("--images {root}/half.json", "--images {root}/half.json: row 1 holds '\\ud83d', which is no"),
     "captions": ("--reference {root}/cut/metadata.jsonl --metrics fd", "cannot be read (JSONDecodeError"),
 }
 
@@ -349,6 +354,9 @@ def bad_input(tmp_path_factory):
     generate(root / "small", 0, size=64, prompts=["a", "b"])
     (root / "empty").mkdir()
     (root / "one.txt").write_text("a\n")
+    for name, prompts in {"two": ["a", "b"], "half": ["a", "\ud83d"]}.items():
+        captions = {"image_paths": ["bare/0000.png", "bare/0001.png"], "prompts": prompts}
+        (root / f"{name}.json").write_text(json.dumps(captions))
     (root / "broken/0001.png").write_bytes(b"no image")
     (root / "bare/metadata.jsonl").unlink()
     lines = (root / "cut/metadata.jsonl").read_text().splitlines()
