@@ -120,7 +120,7 @@ from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import fingerprint
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
-from senseflow.training.models import TrainingModels, check_models, resolve_teacher
+from senseflow.training.models import TrainingModels, check_models, max_guidance, resolve_teacher
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation
@@ -312,10 +312,11 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 # The teacher: SDXL
 # ---------------------------------------------------------------------------------------------------------------------
 class SDXLModels(TrainingModels):
-    """SDXL: CLIP embeddings, pooled embeddings and time ids; guidance with zeros as the unconditional embeddings."""
+    """SDXL: CLIP embeddings, pooled embeddings and time ids; guidance with zeros or the empty prompt."""
 
     pipeline_class, network_class, vae_class = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
     network_name = "unet"
+    pipeline_entries = ("force_zeros_for_empty_prompt", "add_watermarker")  # the latter is about finished images
     compatible_config = (
         "in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim",
         "time_cond_proj_dim", "mid_block_type",
@@ -326,6 +327,9 @@ class SDXLModels(TrainingModels):
         super().__init__(args, source, schedule, runtime)
         size = (args.resolution, args.resolution)  # whole images, as in a stock call
         self.time_ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=runtime.weight_dtype)
+        self.empty_condition = self.encode_prompts([""]) if max_guidance(args) > 1 else None
+        if self.empty_condition is not None and self.pipeline.config.force_zeros_for_empty_prompt:
+            self.empty_condition = *map(torch.zeros_like, self.empty_condition[:2]), self.time_ids
         if args.pretrained_vae_model_name_or_path:
             self.extra_components["vae"] = load_network(self.vae_source(args, source), self.vae_class, "vae")
 
@@ -390,10 +394,8 @@ class SDXLModels(TrainingModels):
         latents, timesteps = x_t, t
         if two_passes:
             latents, timesteps = torch.cat([x_t, x_t]), torch.cat([t, t])
-            embeds, pooled, time_ids = condition
-            embeds = torch.cat([torch.zeros_like(embeds), embeds])
-            pooled = torch.cat([torch.zeros_like(pooled), pooled])
-            condition = embeds, pooled, torch.cat([time_ids, time_ids])
+            pairs = zip(self.empty_condition, condition)
+            condition = [torch.cat([empty.expand_as(tensor), tensor]) for empty, tensor in pairs]
         output = role(**unet_inputs(role, latents, timesteps, condition), return_dict=False)[0]
         if two_passes:
             output = guide(*output.float().chunk(2), guidance.scale)

@@ -146,6 +146,7 @@ def find_pipeline(source: ModelSource) -> Model:
         index = base.read_json("model_index.json")
         if index is None:
             raise base.error("has no model_index.json")
+        index["_class_name"] = student_config.get("pipeline_class", index.get("_class_name"))
         replaced = {name: (source, name) for name in saved_components(index) if source.files(name)}
     model = Model(source, replace(base, revision=base.commit), index, student_config, replaced)
     if "prompt" not in model.call_parameters:

@@ -26,6 +26,7 @@ def make_student_config(
     sigmas: list[float],
     timesteps: list[float],
     pixel_multiple: int,
+    pipeline_class: str,
     pipeline_kwargs: dict[str, Any],
     iteration: int,
     teacher_fingerprint: str,
@@ -37,6 +38,7 @@ def make_student_config(
         revision: commit of the teacher on the Hub; None for a folder.
         sigmas, timesteps: the trained noise levels, from pure noise on.
         pixel_multiple: what height and width of an image must be divisible by.
+        pipeline_class: class of the stock pipeline; the teacher's model_index.json may name another that fits.
         pipeline_kwargs: keyword arguments with which the stock pipeline visits these levels.
         teacher_fingerprint: identifies the weights that an adapter was trained over; unused without --rank.
     """
@@ -50,6 +52,7 @@ def make_student_config(
         "teacher_revision": revision,
         "teacher_variant": args.variant,
         "iteration": iteration,
+        "pipeline_class": pipeline_class,
         "pipeline_call": pipeline_kwargs,
     }
     if args.rank:

@@ -21,6 +21,7 @@ def make(rank: int, **changes) -> dict:
     vars(args).update(changes)
     levels = {"sigmas": [1.0, 0.5], "timesteps": [1000.0, 500.0], "pixel_multiple": 16}
     kwargs = {"pipeline_kwargs": {"guidance_scale": 3.5}, "teacher_fingerprint": "abc"}
+    kwargs["pipeline_class"] = "FluxPipeline"
     return make_student_config(args, revision="0123", iteration=7, **levels, **kwargs)
 
 
@@ -36,6 +37,7 @@ def test_a_config_is_read_as_it_was_made(tmp_path):
         "teacher_revision": "0123",
         "teacher_variant": None,
         "iteration": 7,
+        "pipeline_class": "FluxPipeline",
         "pipeline_call": {"guidance_scale": 3.5},
         "guidance_scale": 3.5,
     }

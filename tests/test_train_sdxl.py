@@ -172,6 +172,32 @@ def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
     assert_starts_as_the_teacher(run.models)
 
 
+@pytest.fixture(scope="module")
+def unlike_base(sdxl, tmp_path_factory):
+    """A teacher whose unconditional prompt is "" instead of zeros, saved as an image-to-image pipeline."""
+    path = tmp_path_factory.mktemp("unlike") / "sdxl"
+    shutil.copytree(sdxl, path)
+    changes = {"force_zeros_for_empty_prompt": False, "_class_name": "StableDiffusionXLImg2ImgPipeline"}
+    index = json.loads((path / "model_index.json").read_text()) | changes
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
+def test_entries_of_the_teachers_model_index_are_those_of_the_student(flags, unlike_base, tmp_path):
+    flags = [*flags, "--pretrained_model_name_or_path", str(unlike_base), "--report_to", "none", "--gan_weight", "0"]
+    run = built(script, [*flags, "--output_dir", str(tmp_path / "built")])
+    assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 8.0}, scale=8.0)
+    flags += ["--max_train_steps", "1", "--ttur_ratio", "1"]
+    for kind, add in (("full", []), ("adapter", ["--rank", "2"])):
+        script.main([*flags, *add, "--output_dir", str(tmp_path / kind)])
+    index = json.loads((tmp_path / "full/model_index.json").read_text())
+    assert index["force_zeros_for_empty_prompt"] is False and index["_class_name"] == "StableDiffusionXLPipeline"
+    (tmp_path / "full/model_index.json").write_text(json.dumps(index | {"layers": [2, 5, 8]}))
+    for kind in ("full", "adapter"):
+        image_of(tmp_path / kind, tmp_path / "images" / kind)
+        run_card(tmp_path / kind)
+
+
 def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(build):
     assert_guided_where_asked(lambda *add: build("--method", "senseflow", "--gan_weight", "0", *add))
 
@@ -291,6 +317,7 @@ BAD = {
     "a classifier that never learns": (["--classifier_weight", "0"], "--classifier_weight 0"),
     "levels of EDM": (["--pretrained_model_name_or_path", "{v}"], "levels of EDMEulerScheduler"),
     "zero snr": (["--pretrained_model_name_or_path", "{v}"], "rescale_betas_zero_snr"),
+    "inpainting": (["--pretrained_model_name_or_path", "{v}"], "takes 9 channels for latents of 4"),
     "v prediction": (["--pretrained_model_name_or_path", "{v}"], "v_prediction"),
 }
 
@@ -306,6 +333,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "zero snr": {"rescale_betas_zero_snr": True},
         "levels of EDM": {"_class_name": "EDMEulerScheduler", "beta_schedule": None},
     }
+    if case == "inpainting":
+        shutil.copytree(sdxl, tmp_path / "v")
+        config = tmp_path / "v" / "unet" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
     if case in changes:
         shutil.copytree(sdxl, tmp_path / "v")
         config = tmp_path / "v" / "scheduler" / "scheduler_config.json"

@@ -1,6 +1,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Check and load pipelines and networks from a folder or the Hub. Nothing here depends on a family of pipelines."""
 
+import inspect
 import json
 import logging
 import os
@@ -255,9 +256,21 @@ def abbreviate(names: Iterable[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks before any weights load
 # ---------------------------------------------------------------------------------------------------------------------
+def components_of(index: dict) -> dict[str, list]:
+    """Return the components in a model_index.json: {name: [library, class]}, or [None, None] for an absent one.
+
+    Other entries may be lists, too: arguments of the pipeline.
+    """
+    return {
+        name: entry
+        for name, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and all(part is None or isinstance(part, str) for part in entry)
+    }
+
+
 def saved_components(index: dict) -> list[str]:
     """List the components with which a pipeline was saved, from its model_index.json."""
-    return sorted(name for name, entry in index.items() if isinstance(entry, list) and entry[0])
+    return sorted(name for name, (library, _) in components_of(index).items() if library)
 
 
 def missing_components(pipeline_class, index: dict) -> dict[str, None]:
@@ -265,21 +278,34 @@ def missing_components(pipeline_class, index: dict) -> dict[str, None]:
 
     They are arguments of from_pretrained, which otherwise fails.
     """
-    absent = {name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
+    absent = components_of(index).keys() - set(saved_components(index))
     return dict.fromkeys(sorted(absent - set(pipeline_class._optional_components)))
 
 
-def check_pipeline(source: ModelSource, pipeline_class) -> ModelSource:
-    """Check that a source is a pipeline of this class, with weights in its variant; return it with its commit.
+def check_pipeline(source: ModelSource, pipeline_class, supported_entries: Sequence[str] = ()) -> ModelSource:
+    """Check that a source loads as a pipeline of this class, with weights in its variant; return it with its commit.
 
+    The name of the class may be another, such as that of an image-to-image pipeline with the same components.
+
+    Args:
+        supported_entries: entries of model_index.json besides components that may differ from the class's defaults.
     Raises:
-        UserError: exit code 2; unknown, of another class, or without such weights.
+        UserError: exit code 2; unknown, of another class, with other entries, or without such weights.
     """
     index = source.read_json("model_index.json")
     if index is None:
         raise source.error("has no model_index.json; give a diffusers pipeline folder or a Hub id")
-    if index.get("_class_name") != pipeline_class.__name__:
-        raise source.error(f"holds a {index.get('_class_name')}, this script trains a {pipeline_class.__name__}")
+    name, parameters = index.get("_class_name"), dict(inspect.signature(pipeline_class).parameters)
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    required -= set(pipeline_class._optional_components)
+    loads = required <= components_of(index).keys() and parameters.keys() >= set(saved_components(index))
+    if name != pipeline_class.__name__ and not loads:
+        raise source.error(f"holds a {name}, this script trains a {pipeline_class.__name__}")
+    for name in index.keys() - components_of(index).keys() - set(supported_entries):
+        default = parameters[name].default if name in parameters else None
+        if not name.startswith("_") and index[name] != default and (index[name] or name in parameters):
+            problem = f"has {name} {json.dumps(index[name])} in its model_index.json"
+            raise source.error(f"{problem}, which changes a call in a way that this script does not train")
     source, variant = replace(source, revision=source.commit), source.variant
     if variant not in {None, *map(source.weight_variant, saved_components(index))}:
         problem = f"{source.path} holds no weights *.{variant}.safetensors; drop --variant"

@@ -144,6 +144,7 @@ class Checkpointer:
             sigmas=schedule.levels(schedule.anchors)[1].tolist(),
             timesteps=schedule.anchors.tolist(),
             pixel_multiple=self.models.pixel_multiple(source),
+            pipeline_class=self.models.pipeline_class.__name__,
             pipeline_kwargs=self.pipeline_kwargs,
             iteration=iteration,
             teacher_fingerprint=self.models.teacher_fingerprint,

@@ -2,6 +2,7 @@
 """The networks of a run, and the methods by which the training loop calls them; a script's subclass adds its own."""
 
 import copy
+import math
 import os
 from typing import Any, Optional, Sequence
 
@@ -56,6 +57,7 @@ class TrainingModels:
     network_class: type
     vae_class: type
     network_name = "transformer"  # the pipeline's component that is distilled
+    pipeline_entries: Sequence[str] = ()  # entries of model_index.json, besides components, that the methods read
     vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
     compatible_config: Sequence[str] = ()  # entries of the network's configuration in which student and teacher agree
     has_classifier = False  # whether DMD2's classifier takes the place of the discriminator
@@ -194,13 +196,20 @@ def resolve_teacher(args, cls: type[TrainingModels]) -> ModelSource:
     """Return the teacher's source at one commit. UserError (exit code 2) if it is missing or another pipeline."""
     path = args.pretrained_model_name_or_path
     source = ModelSource("--pretrained_model_name_or_path", path, args.revision, args.variant)
-    return check_pipeline(source, cls.pipeline_class)
+    return check_pipeline(source, cls.pipeline_class, cls.pipeline_entries)
 
 
 def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:
-    """Refuse (UserError, exit code 2) flags that do not fit the teacher: of adapters, start, resolution, anchors."""
-    source.config(cls.vae_class, "vae")
+    """Refuse (UserError, exit code 2) a teacher of more than text, and flags that do not fit it.
+
+    These are flags of adapters, start, resolution and anchors.
+    """
     config = source.config(cls.network_class, cls.network_name)
+    channels = latent_shape_of(source.config(cls.vae_class, "vae"), args.resolution)[0]
+    taken = config.get("in_channels") or channels
+    if channels * math.isqrt(taken // channels) ** 2 != taken:  # networks may fold squares of latents into channels
+        problem = f"takes {taken} channels for latents of {channels}, as for inpainting or control images"
+        raise source.error(f"its {cls.network_name} {problem}; give a text-to-image teacher")
     check_lora_args(args, cls.network_class, config)
     if args.student_model_name_or_path and not args.rank:
         start = student_source(args, source)

@@ -9,7 +9,14 @@ from types import SimpleNamespace
 import httpx2
 import numpy as np
 import pytest
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    Krea2Pipeline,
+    StableDiffusionXLPipeline,
+)
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import hf_raise_for_status
 from safetensors.torch import load_file
@@ -21,7 +28,7 @@ from helpers import assert_same_image, image_of, refused, without
 from senseflow.errors import UserError
 from senseflow.models import discriminator
 from senseflow.models import hub as hub_module
-from senseflow.models.hub import ModelSource, load_network, load_pipeline
+from senseflow.models.hub import ModelSource, check_pipeline, load_network, load_pipeline, saved_components
 from tiny_pipelines import cache_repository, only_variant, write_flux, write_sdxl
 
 
@@ -365,6 +372,52 @@ def test_files_and_missing_variants_are_refused(teacher, vision, data, tmp_path,
     bad("student: it holds only *.fp16.safetensors: give --variant fp16", student, tmp_path / "student")
     bad(f"--variant fp16: {teacher} holds no weights *.fp16.safetensors", "--variant", "fp16")
     bad(f"--revision main: {teacher} is a folder", "--revision", "main")
+
+
+FLUX, XL = (
+    {name: ["somewhere", "Some"] for name in names.split()}
+    for names in (
+        "scheduler vae text_encoder tokenizer text_encoder_2 tokenizer_2 transformer",
+        "scheduler vae text_encoder tokenizer text_encoder_2 tokenizer_2 unet",
+    )
+)
+KREA = {name: ["somewhere", "Some"] for name in "scheduler vae text_encoder tokenizer transformer".split()}
+LAYERS = "text_encoder_select_layers"
+
+
+@pytest.mark.parametrize(
+    "cls, index, supported, problem",
+    [
+        (FluxPipeline, {"_class_name": "FluxPipeline", **FLUX}, (), None),
+        (FluxPipeline, {"_class_name": "FluxPipeline", **FLUX, "image_encoder": [None, None]}, (), None),
+        (FluxPipeline, {"_class_name": "FluxImg2ImgPipeline", **FLUX}, (), None),
+        (FluxPipeline, {"_class_name": "FluxControlNetPipeline", **FLUX, "controlnet": ["a", "b"]}, (), "holds a Fl"),
+        (FluxPipeline, {"_class_name": "ChromaPipeline", **KREA}, (), "holds a ChromaPipeline"),
+        (FluxPipeline, {"_class_name": "FluxPipeline", **FLUX, "_name_or_path": "a", "no_such": None}, (), None),
+        (FluxPipeline, {"_class_name": "FluxPipeline", **FLUX, "is_new": True}, (), "has is_new true in its model_in"),
+        (StableDiffusionXLPipeline, {**XL, "force_zeros_for_empty_prompt": True}, (), None),
+        (StableDiffusionXLPipeline, {**XL, "force_zeros_for_empty_prompt": False}, (), "has force_zeros_for_empty_pr"),
+        (StableDiffusionXLPipeline, {**XL, "add_watermarker": False}, ("add_watermarker",), None),
+        (StableDiffusionXLPipeline, {**XL, "requires_aesthetics_score": True}, (), "has requires_aesthetics_score t"),
+        (StableDiffusionXLPipeline, {**XL, "requires_aesthetics_score": False}, (), None),
+        (Krea2Pipeline, {**KREA, LAYERS: [2, 5, 8, 11, 14, 17], "patch_size": 2}, (LAYERS,), None),
+        (Krea2Pipeline, {**KREA, LAYERS: [2, 5]}, (), "has text_encoder_select_layers [2, 5] in its model_index"),
+        (Krea2Pipeline, {**KREA, "is_distilled": True}, (), "has is_distilled true"),
+    ],
+)
+def test_a_pipeline_is_what_loads_as_its_class_and_is_called_as_it_is_by_default(
+    cls, index, supported, problem, tmp_path
+):
+    """Entries of model_index.json besides components change the stock call; a list of them is no component."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": cls.__name__, **index}))
+    source = ModelSource("--flag", str(tmp_path))
+    if problem:
+        with pytest.raises(UserError, match=re.escape(problem)) as refusal:
+            check_pipeline(source, cls, supported)
+        assert refusal.value.exit_code == 2
+    else:
+        assert check_pipeline(source, cls, supported) == source
+    assert set(saved_components(index)) <= {*FLUX, *XL, "controlnet"}
 
 
 def test_a_network_is_found_by_itself_or_in_a_pipeline(hub, tmp_path):

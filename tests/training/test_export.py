@@ -43,6 +43,7 @@ def test_the_prompt_goes_by_its_name(tmp_path):
     args = SimpleNamespace(sampler="euler", export_dtype="fp32", rank=0, base_quantization="none", variant="fp16")
     args.pretrained_model_name_or_path = str(tmp_path)
     levels = {"sigmas": [1.0, 0.5], "timesteps": [1000.0, 500.0], "pixel_multiple": 32, "iteration": 7}
+    levels["pipeline_class"] = "EditsImages"
 
     def config(**pipeline_kwargs):
         return make_student_config(
