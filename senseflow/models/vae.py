@@ -2,14 +2,13 @@
 """Encode images to latents and decode them with any VAE: what differs between VAEs is read from their configurations.
 
 One x0 is what a stock pipeline starts to denoise, before it is packed into tokens: (C, H, W), standardized, without a
-frame axis, and folded if the VAE's statistics are those of folded latents.
+frame axis, and folded if the VAE's statistics are those of folded latents; in which order, the pipeline decides.
 """
 
 from functools import partial
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -103,7 +102,29 @@ def statistics_of(vae: ModelMixin) -> tuple[torch.Tensor, torch.Tensor]:
     return mean.view(-1, 1, 1).to(vae.device), std.view(-1, 1, 1).to(vae.device)
 
 
-def encode(vae: ModelMixin, images: torch.Tensor, rng: StatelessRNG, sample_indices: Sequence[int]) -> torch.Tensor:
+def repack(pipeline_class: type, vae: ModelMixin, latents: torch.Tensor, name: str) -> torch.Tensor:
+    """Fold squares of latents (B, C, H, W) into channels, or back, if the VAE's statistics are of folded latents.
+
+    The VAE's configuration has the size of the squares, but not the order of the channels: the pipeline has.
+
+    Args:
+        name: of the pipeline's method.
+    """
+    if fold_of(vae.config) == 1:
+        return latents
+    if not hasattr(pipeline_class, name):
+        message = f"{pipeline_class.__name__} has no {name}: define fold and unfold in the script's class"
+        raise NotImplementedError(message)
+    return getattr(pipeline_class, name)(latents)
+
+
+def encode(
+    vae: ModelMixin,
+    images: torch.Tensor,
+    rng: StatelessRNG,
+    sample_indices: Sequence[int],
+    fold: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
     """Encode images (B, 3, H, W) in [-1, 1] to x0, float32: a sample of the posterior if the VAE has one."""
     frames, (mean, std) = has_frames(vae.config), statistics_of(vae)
     encoded = vae.encode(images.unsqueeze(2) if frames else images)
@@ -113,12 +134,12 @@ def encode(vae: ModelMixin, images: torch.Tensor, rng: StatelessRNG, sample_indi
     else:
         sample = encoded.latent
     sample = sample.squeeze(2) if frames else sample
-    return (F.pixel_unshuffle(sample.float(), fold_of(vae.config)) - mean) / std
+    return (fold(sample.float()) - mean) / std
 
 
-def decode(vae: ModelMixin, x0: torch.Tensor) -> torch.Tensor:
+def decode(vae: ModelMixin, x0: torch.Tensor, unfold: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Decode x0 to images (B, 3, H, W), about in [-1, 1], float32; gradient flows."""
     frames, (mean, std) = has_frames(vae.config), statistics_of(vae)
-    latents = F.pixel_shuffle(x0 * std + mean, fold_of(vae.config))
+    latents = unfold(x0 * std + mean)
     images = vae.decode(latents.unsqueeze(2) if frames else latents, return_dict=False)[0].float()
     return images.squeeze(2) if frames else images

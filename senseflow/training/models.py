@@ -18,7 +18,7 @@ from senseflow.models.hub import (
 )
 from senseflow.models.lora import adapted_copies, adapter_settings, check_lora_args, fuse_or_quantize
 from senseflow.models.text_encoders import cache_conditions, place_text_encoders
-from senseflow.models.vae import decode, encode, latent_shape_of, load_vae
+from senseflow.models.vae import decode, encode, latent_shape_of, load_vae, repack
 from senseflow.models.weights import fingerprint, from_pretrained_meta, materialize
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
@@ -127,6 +127,14 @@ class TrainingModels:
         encodes = args.backward_simulation_prob < 1 and not args.dataset_lmdb
         return encodes, args.gan_weight > 0 or bool(args.validation_prompts)
 
+    def fold(self, latents: torch.Tensor) -> torch.Tensor:
+        """Fold the VAE's latents (B, C, H, W) into the channels of x0, before they are standardized."""
+        return repack(self.pipeline_class, self.vae, latents, "_patchify_latents")
+
+    def unfold(self, latents: torch.Tensor) -> torch.Tensor:
+        """Undo `fold`."""
+        return repack(self.pipeline_class, self.vae, latents, "_unpatchify_latents")
+
     def make_student(self) -> torch.nn.Module:
         """Return what student and fake score start as, in float32, on the meta device; not called with --rank."""
         source = student_source(self.args, self.source)
@@ -178,7 +186,7 @@ class TrainingModels:
         if "latents" in batch:
             return batch["latents"][rows]
         sample_indices = [batch["sample_indices"][row] for row in rows.tolist()]
-        return encode(self.vae, batch["pixel_values"][rows], rng, sample_indices)
+        return encode(self.vae, batch["pixel_values"][rows], rng, sample_indices, self.fold)
 
     def real_images(self, batch: dict) -> torch.Tensor:
         """Return the images (B, 3, H, W) of a batch in [-1, 1]; decoded if the data set holds latents."""
@@ -186,7 +194,7 @@ class TrainingModels:
 
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Decode x0 (B, C, H, W) to images (B, 3, H, W), about in [-1, 1], float32, with gradient."""
-        return decode(self.vae, x0)
+        return decode(self.vae, x0, self.unfold)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

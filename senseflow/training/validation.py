@@ -4,7 +4,7 @@
 import itertools
 import textwrap
 from contextlib import contextmanager
-from typing import Iterator, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFont
 
 from senseflow.models.schedulers import bind_generator
-from senseflow.models.vae import decode
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow.training.signals import SignalMonitor
@@ -70,7 +69,7 @@ class Validation:
         image = labeled_grid(rows, columns, self.args.validation_prompts)
         self.runtime.log_image("validation/images", image, iteration)
         if debug_latents:
-            rows = decode_debug_latents(self.models.vae, debug_latents)
+            rows = decode_debug_latents(self.models.decode, debug_latents)
             self.runtime.log_image("validation/panel", labeled_grid(rows, list(debug_latents)), iteration)
         statistics, teacher = image_statistics(images) | latent_statistics(latents), self._teacher_statistics
         signals = {f"signal/{name}": value / teacher[name] for name, value in statistics.items() if teacher[name] > 0}
@@ -132,9 +131,9 @@ def generate_images(
 
 
 @torch.no_grad()
-def decode_debug_latents(vae: ModelMixin, debug_latents: dict[str, torch.Tensor]) -> list[list[Image.Image]]:
+def decode_debug_latents(decode: Callable, debug_latents: dict[str, torch.Tensor]) -> list[list[Image.Image]]:
     """Decode the first NUM_DEBUG_LATENTS samples of debug latents (B, C, ...): a row of images per sample."""
-    images = [decode(vae, latents[:NUM_DEBUG_LATENTS]).cpu() for latents in debug_latents.values()]
+    images = [decode(latents[:NUM_DEBUG_LATENTS]).cpu() for latents in debug_latents.values()]
     columns = [VaeImageProcessor().postprocess(column, output_type="pil") for column in images]
     return [list(row) for row in zip(*columns)]
 

@@ -15,6 +15,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxImg2ImgPipeline,
     FluxPipeline,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
     QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -34,6 +36,7 @@ from senseflow.models import vae as vae_module
 from senseflow.models.hub import ModelSource
 from senseflow.models.schedulers import bind_generator
 from senseflow.training import validation
+from senseflow.training.models import TrainingModels
 from senseflow_utils import StatelessRNG
 from tiny_pipelines import tiny_vae, vivid, write_sd3, write_sdxl
 
@@ -95,13 +98,18 @@ def qwen(folder):
     )
 
 
-def flux2(folder):
-    """Fold latents 2 x 2 into channels and standardize them by the running statistics of a batch norm."""
+def folding_vae() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIDE
     )
     vae.bn.running_mean.uniform_(-1, 1)
     vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
+def flux2(folder):
+    """Fold latents 2 x 2 into channels and standardize them by the running statistics of a batch norm."""
+    vae = folding_vae()
     transformer = Flux2Transformer2DModel(
         in_channels=16,
         num_single_layers=1,
@@ -119,6 +127,39 @@ def flux2(folder):
         stock,
         {"prompt_embeds": torch.randn(2, 3, 8), "guidance_scale": 1.0},
     )
+
+
+class Ideogram4Models(TrainingModels):
+    """Folded channels are (p, p, C), of a pipeline without methods that fold."""
+
+    def fold(self, latents):
+        squares = latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))  # (B, C, h, p, w, p)
+        return squares.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+
+    def unfold(self, latents):
+        return latents.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
+
+
+def ideogram4(folder):
+    """Use the VAE of `flux2` with another order of the folded channels. There is no stock code that encodes."""
+    vae = folding_vae()
+    config = {"in_channels": 16, "intermediate_size": 16, "adaln_dim": 8, "llm_features_dim": 8}
+    transformer = Ideogram4Transformer2DModel(mrope_section=(4, 2, 2), **config, **ATTENTION)
+    stock = Ideogram4Pipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer, transformer)
+    text = torch.randn(2, 3 + (SIDE // 16) ** 2, 8)
+    stock.encode_prompt = lambda prompt, grid_h, grid_w, **kwargs: (
+        text,
+        *stock._prepare_ids([3, 3], grid_h, grid_w, 3, "cpu"),
+    )
+
+    def encode(images):
+        latents = vae.encode(images).latent_dist.mean
+        tokens = torch.stack([latents[:, :, i::2, j::2] for i in range(2) for j in range(2)], 1).flatten(1, 2)
+        mean, var = (tensor.view(1, -1, 1, 1) for tensor in (vae.bn.running_mean, vae.bn.running_var))
+        return (tokens - mean) / (var + vae.config.batch_norm_eps).sqrt()
+
+    call = {"prompt": ["a", "b"], "guidance_scale": 1.0, "guidance_schedule": None, "max_sequence_length": 3}
+    return vae, encode, lambda x0: x0.flatten(2).mT, stock, call
 
 
 def sana(folder):
@@ -147,6 +188,7 @@ def sana(folder):
 
 
 KINDS = {"flux": (flux, 8), "sdxl": (sdxl, 8), "qwen": (qwen, 8), "flux2": (flux2, 16), "sana": (sana, 8)}
+KINDS["ideogram4"] = ideogram4, 16
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +210,25 @@ def stock(request, folder):
     return SimpleNamespace(vae=vae, encode=encode, pack=pack, pipeline=pipeline, call=call, scale=scale)
 
 
+def models_of(stock, vae) -> TrainingModels:
+    """Return the models of a script for the stock pipeline, of which only the VAE is there."""
+    models = object.__new__(Ideogram4Models if isinstance(stock.pipeline, Ideogram4Pipeline) else TrainingModels)
+    models.vae, models.pipeline_class = vae, type(stock.pipeline)
+    return models
+
+
+def encode(models, images, rng, sample_indices):
+    batch = {"pixel_values": images, "sample_indices": sample_indices}
+    return models.real_latents(batch, torch.arange(len(images)), rng)
+
+
 @torch.no_grad()
 def test_latents_and_images_equal_those_of_the_stock_pipeline(stock, monkeypatch):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mean)
     config, images = dict(stock.vae.config), torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     assert vae_module.vae_scale_of(config) == stock.scale
-    x0 = vae_module.encode(stock.vae, images, NoDraws(), [0, 1])
+    models = models_of(stock, stock.vae)
+    x0 = encode(models, images, NoDraws(), [0, 1])
     assert x0.shape == (2, *vae_module.latent_shape_of(config, SIDE)) and x0.dtype == torch.float32
     torch.testing.assert_close(x0, stock.encode(images), rtol=1e-4, atol=1e-5)
 
@@ -184,9 +239,17 @@ def test_latents_and_images_equal_those_of_the_stock_pipeline(stock, monkeypatch
     student_samples = stock.pipeline(
         **stock.call, height=SIDE, width=SIDE, num_inference_steps=1, output_type="pt"
     ).images
-    decoded = vae_module.decode(stock.vae, x0)
+    decoded = models.decode(x0)
     torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), student_samples, rtol=1e-4, atol=1e-5)
     assert decoded.shape == images.shape and 0.01 < student_samples.std()
+
+
+def test_the_order_of_folded_channels_is_never_assumed(folder):
+    vae, _, _, pipeline, _ = ideogram4(folder)
+    models = object.__new__(TrainingModels)
+    models.vae, models.pipeline_class = vae, type(pipeline)
+    with pytest.raises(NotImplementedError, match="Ideogram4Pipeline has no _unpatchify_latents: define fold and unf"):
+        models.decode(torch.randn(1, 16, 2, 2))
 
 
 def test_a_vae_is_loaded_without_its_unused_half(stock, tmp_path):
@@ -200,23 +263,22 @@ def test_a_vae_is_loaded_without_its_unused_half(stock, tmp_path):
         )
 
     images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
-    encoder, decoder = load(True, False), load(False, True)
+    encoder, decoder = (models_of(stock, load(*halves)) for halves in ((True, False), (False, True)))
+    whole = models_of(stock, stock.vae)
     assert (
-        not list(encoder.decoder.parameters())
-        and not list(decoder.encoder.parameters())
+        not list(encoder.vae.decoder.parameters())
+        and not list(decoder.vae.encoder.parameters())
         and load(False, False) is None
     )
-    x0 = vae_module.encode(encoder, images, StatelessRNG(0, 0), [3, 5])
-    torch.testing.assert_close(
-        x0, vae_module.encode(stock.vae, images, StatelessRNG(0, 0), [3, 5]), rtol=1e-4, atol=1e-5
-    )
+    x0 = encode(encoder, images, StatelessRNG(0, 0), [3, 5])
+    torch.testing.assert_close(x0, encode(whole, images, StatelessRNG(0, 0), [3, 5]), rtol=1e-4, atol=1e-5)
     has_posterior = not isinstance(stock.vae, AutoencoderDC)
-    assert (x0 - vae_module.encode(encoder, images, NoDraws(), [3, 5])).abs().max() > 1e-3 or not has_posterior
+    assert (x0 - encode(encoder, images, NoDraws(), [3, 5])).abs().max() > 1e-3 or not has_posterior
     x0 = (0.1 * torch.randn_like(x0)).requires_grad_()
-    decoded = vae_module.decode(decoder, x0)
-    torch.testing.assert_close(decoded, vae_module.decode(stock.vae, x0), rtol=1e-4, atol=1e-5)
+    decoded = decoder.decode(x0)
+    torch.testing.assert_close(decoded, whole.decode(x0), rtol=1e-4, atol=1e-5)
     decoded.square().mean().backward()
-    assert (x0.grad.abs().flatten(1).sum(1) > 0).all() and all(p.grad is None for p in decoder.parameters())
+    assert (x0.grad.abs().flatten(1).sum(1) > 0).all() and all(p.grad is None for p in decoder.vae.parameters())
 
 
 @pytest.fixture
@@ -303,7 +365,7 @@ def test_a_checkpointed_decoder_gives_the_same_gradient_in_less_memory(tmp_path)
         )
         x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with Counter() as counter:
-            vae_module.decode(decoder, x0).square().mean().backward()
+            vae_module.decode(decoder, x0, unfold=torch.clone).square().mean().backward()
         found.append((x0.grad, counter.peak))
     (plain, most), (again, less) = found
     assert plain.abs().max() > 0 and torch.equal(plain, again)
