@@ -549,7 +549,7 @@ def main(argv=None):
 
     # Processes, noise levels, networks.
     runtime = Runtime(args)
-    runtime.start_trackers("senseflow")
+    runtime.start("senseflow")
     schedule, scheduler, pipeline_kwargs = SDXLModels.make_schedule(args, source, runtime.device)
     models = make_models(args, source, schedule, runtime)
     models.cache_prompts(rows)
@@ -590,7 +590,7 @@ def main(argv=None):
     # The end: an interrupted run exits here; a complete one exports the student.
     checkpointer.check_finished(metrics, iteration)
     checkpointer.export(iteration)
-    runtime.accelerator.end_training()
+    runtime.finish()
 
 
 if __name__ == "__main__":

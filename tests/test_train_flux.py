@@ -325,6 +325,12 @@ BAD = {
     "sequence": ([], ["--max_sequence_length", "600"], "--max_sequence_length 600"),
     "output file": ([], ["--output_dir", __file__], f"--output_dir {__file__}"),
     "output below a file": ([], ["--output_dir", f"{__file__}/out"], "Not a directory); give another folder"),
+    "output read-only": ([], ["--output_dir", "/sys/kernel"], "--output_dir /sys/kernel: cannot be written to ("),
+    "logs below a file": (
+        [],
+        ["--logging_dir", f"{__file__}/logs"],
+        f"make {__file__}/logs writable, or",
+    ),
     "unknown flag": ([], ["--gan_wait", "1"], "--gan_wait"),
     "student": ([], ["--student_model_name_or_path", "/no/such/student"], "--student_model_name_or_path /no/such"),
 }
@@ -449,6 +455,25 @@ def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch)
             not list((tmp_path / folder).glob("checkpoint-*"))
             and not (tmp_path / folder / "model_index.json").exists()
         )
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(flags, tmp_path, monkeypatch, caplog):
+    """The disk of the event file is full from the first iteration on."""
+
+    def fill_disk(*args):
+        for file in (tmp_path / "logs" / "senseflow").glob("events*"):
+            file.unlink()
+            file.symlink_to("/dev/full")
+        return train_iteration(*args)
+
+    train_iteration = script.train_iteration
+    monkeypatch.setattr(script, "train_iteration", fill_disk)
+    script.main([*without_gan(flags), "--output_dir", str(tmp_path)])
+    warnings = [text for text in caplog.messages if "goes on without it" in text]
+    assert (
+        len(warnings) == 1 and "--report_to tensorboard has failed (OSError: [Errno 28] No space left" in warnings[0]
+    )
+    assert (tmp_path / "checkpoint-4" / "state.json").exists() and (tmp_path / "model_index.json").exists()
 
 
 def test_a_diverged_run_stops(flags, tmp_path, monkeypatch):

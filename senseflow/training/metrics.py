@@ -114,7 +114,7 @@ class Metrics:
         now = time.monotonic()
         values |= {"lr": learning_rate, "samples_per_second": self.samples / max(now - self._last_time, 1e-9)}
         self._last_time = now
-        self.runtime.accelerator.log(values, step=iteration)
+        self.runtime.log(values, step=iteration)
         self._monitor.update(iteration, values)
         self._postfix |= {name: f"{values[name]:.4g}" for name in PROGRESS_BAR if name in values}
         self.progress.set_postfix(self._postfix, refresh=False)

@@ -7,18 +7,20 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    broadcast_object_list,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
@@ -27,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from senseflow.errors import INTERRUPTED, TERMINATED, UserError, exit_now, print_from_signal_handler
 from senseflow.models.weights import is_meta, materialize
+from senseflow.training.lock import OutputLock
 from senseflow.training.roles import LaunchConfig, Role, launch_config, set_schedule_step
 from senseflow.training.sharded import FSDP2Role, ZeroRole, deepspeed_engine, materialize_for_deepspeed, shard
 
@@ -214,28 +217,38 @@ class Runtime:
         }
 
     # Trackers --------------------------------------------------------------------------------------------------------
-    def start_trackers(self, project: str) -> None:
-        """Make --output_dir and start --report_to with the run's arguments, before any weights load.
+    def start(self, project: str) -> None:
+        """Make and lock --output_dir, and start --report_to with the run's arguments, before any weights load.
 
         Raises:
-            UserError: exit code 2; the folder cannot be made, or the tracker does not start: no key or no server.
+            UserError: exit code 2; the folder is another run's or cannot be written to, or the tracker does not start.
         """
-        try:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"cannot be made ({error.strerror}); give another folder"
-            raise UserError(f"--output_dir {self.args.output_dir}: {problem}", exit_code=2) from error
+        refusal = None
+        if self.accelerator.is_main_process:
+            try:
+                self._lock = OutputLock(Path(self.args.output_dir))
+            except UserError as error:
+                refusal = str(error)
+        (refusal,) = broadcast_object_list([refusal])
+        if refusal:
+            raise UserError(refusal, exit_code=2, everywhere=True)
         config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(self.args).items()}
         try:
             self.accelerator.init_trackers(project, config=config)
         except Exception as error:  # each tracker raises its own
             problem = f"does not start ({type(error).__name__}: {error})"
             fix = "log in to it, set its key, or give tensorboard or none"
+            if isinstance(error, OSError) and error.filename:
+                fix = f"make {error.filename} writable, or give another --logging_dir or --report_to none"
             raise UserError(f"--report_to {self.args.report_to}: {problem}: {fix}", exit_code=2) from error
         for tracker in self.accelerator.trackers:
             if self.args.validation_prompts and not hasattr(tracker, "log_images"):
                 problem = "shows no images: those of --validation_prompts are only in --output_dir"
                 logger.warning(f"--report_to {tracker.name} {problem}")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Log scalars to every tracker."""
+        self._call_trackers(lambda tracker: tracker.log(values, step=step))
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         """Write an image to --output_dir as NAME-STEP.png, and log it to every tracker that shows images."""
@@ -246,10 +259,29 @@ class Runtime:
                 image.save(file)
             except OSError as error:  # an image is not worth a run
                 logger.warning(f"{file}: cannot be written ({error.strerror})")
-        for tracker in self.accelerator.trackers:
-            if not hasattr(tracker, "log_images"):
-                continue
+
+        def log(tracker) -> None:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
-            else:
+            elif hasattr(tracker, "log_images"):
                 tracker.log_images({name: [image] if tracker.name in TRACKERS_OF_LISTS else image}, step=step)
+
+        self._call_trackers(log)
+
+    def _call_trackers(self, call: Callable[[GeneralTracker], None]) -> None:
+        """Call a function with every tracker. One that fails is left out from then on, with a warning."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # each tracker raises its own
+                self.accelerator.trackers.remove(tracker)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                logger.warning(f"--report_to {tracker.name} has failed ({reason}); the run goes on without it")
+
+    def finish(self) -> None:
+        """End the trackers and the process group, and unlock --output_dir. All processes call it."""
+        self._call_trackers(lambda tracker: tracker.finish())
+        self.accelerator.trackers.clear()
+        self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            self._lock.release()

@@ -73,7 +73,7 @@ class Validation:
             self.runtime.log_image("validation/panel", labeled_grid(rows, list(debug_latents)), iteration)
         statistics, teacher = image_statistics(images) | latent_statistics(latents), self._teacher_statistics
         signals = {f"signal/{name}": value / teacher[name] for name, value in statistics.items() if teacher[name] > 0}
-        self.runtime.accelerator.log(signals, step=iteration)
+        self.runtime.log(signals, step=iteration)
         if iteration > 0:  # the bands are those of students that have been trained
             self._monitor.update(iteration, signals)
         self.signals = {"iteration": iteration, **signals}

@@ -113,7 +113,7 @@ def test_the_fake_score_lags_if_its_loss_is_above_its_mean(flags, tmp_path, monk
     runtime = runtime_module.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
     role = runtime.trained_role("student", torch.nn.Linear(1, 1), 0.1)
     metrics, logged = metrics_module.Metrics(runtime, role, 1, tqdm(disable=True)), []
-    monkeypatch.setattr(runtime.accelerator, "log", lambda values, step: logged.append(values))
+    monkeypatch.setattr(runtime, "log", lambda values, step: logged.append(values))
     for iteration, loss in enumerate((0.5, 0.5, 1.0, 0.5)):
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
