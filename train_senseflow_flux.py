@@ -76,7 +76,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from tqdm.auto import tqdm
@@ -109,9 +108,6 @@ from senseflow_utils import (
     needs_images,
     num_simulated_steps,
 )
-
-
-logger = get_logger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,6 +261,7 @@ class FluxModels(TrainingModels):
 
     pipeline_class, network_class, vae_class = FluxPipeline, FluxTransformer2DModel, AutoencoderKL
     vae_auto_dtype = "bf16"
+    recipe_batch_size = 8  # the release's 8 GPUs, with an image each
     compatible_config = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
 
     def __init__(self, args, source: ModelSource, schedule: FlowSchedule, runtime: Runtime):
@@ -450,8 +447,7 @@ def main(argv=None):
     reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
     loader = make_dataloader(args, rows, process_index, num_processes, iteration, samples_seen, reads_images)
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    anchors = ", ".join(f"{t:.1f}" for t in schedule.anchors)
-    logger.info(f"anchors {anchors}; {global_batch_size} samples per iteration")
+    models.log_recipe(global_batch_size)
 
     # The loop.
     validation = Validation(runtime, args, models, scheduler, pipeline_kwargs)

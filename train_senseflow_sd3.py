@@ -279,6 +279,7 @@ class SD3Models(TrainingModels):
     """SD 3.5: joint CLIP and T5 embeddings, pooled CLIP embeddings, classifier-free guidance with the empty prompt."""
 
     pipeline_class, network_class, vae_class = StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL
+    recipe_batch_size = 8  # the release's 8 GPUs, with an image each
     compatible_config = (
         "in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size",
         "pos_embed_max_size",
@@ -438,8 +439,7 @@ def main(argv=None):
     reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
     loader = make_dataloader(args, rows, process_index, num_processes, iteration, samples_seen, reads_images)
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    anchors = ", ".join(f"{t:.1f}" for t in schedule.anchors)
-    logger.info(f"anchors {anchors}; {global_batch_size} samples per iteration")
+    models.log_recipe(global_batch_size)
 
     # The loop.
     validation = Validation(runtime, args, models, scheduler, pipeline_kwargs)

@@ -107,7 +107,6 @@ import math
 from functools import partial
 
 import torch
-from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
@@ -141,9 +140,6 @@ from senseflow_utils import (
     non_saturating_loss,
     num_simulated_steps,
 )
-
-
-logger = get_logger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,6 +313,7 @@ class SDXLModels(TrainingModels):
     pipeline_class, network_class, vae_class = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
     network_name = "unet"
     pipeline_entries = ("force_zeros_for_empty_prompt", "add_watermarker")  # the latter is about finished images
+    recipe_batch_size = 8  # the release's 8 GPUs, with an image each
     compatible_config = (
         "in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim",
         "time_cond_proj_dim", "mid_block_type",
@@ -561,8 +558,7 @@ def main(argv=None):
     reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
     loader = make_dataloader(args, rows, process_index, num_processes, iteration, samples_seen, reads_images)
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    anchors = ", ".join(f"{t:.1f}" for t in schedule.anchors)
-    logger.info(f"anchors {anchors}; {global_batch_size} samples per iteration")
+    models.log_recipe(global_batch_size)
 
     # The loop.
     validation = Validation(runtime, args, models, scheduler, pipeline_kwargs)

@@ -73,7 +73,7 @@ class HelpFormatter(argparse.HelpFormatter):
     """Show every default that is a value."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
+        if action.default is False or action.default in (None, "", argparse.SUPPRESS):  # 0 is shown
             return action.help
         default = action.default if isinstance(action.default, (list, tuple)) else [action.default]
         shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
@@ -316,13 +316,17 @@ def complete_args(args) -> None:
                     f"--{name} {' '.join(f'{v:g}' for v in values)}: give one value, or MIN MAX", exit_code=2
                 )
             setattr(args, name, [values[0], values[-1]])
+
+    def decimal(value: float) -> float:
+        return float(f"{value:.12g}")  # 7e-05, not 7.000000000000001e-05: these numbers are logged and published
+
     student, fake_score, discriminator = LORA_LEARNING_RATES if args.rank else (1, 1, 1)
     if "learning_rate" not in args.given:
-        args.learning_rate *= student
+        args.learning_rate = decimal(args.learning_rate * student)
     if args.learning_rate_fake is None:
-        args.learning_rate_fake = args.learning_rate * fake_score / student
+        args.learning_rate_fake = decimal(args.learning_rate * fake_score / student)
     if args.learning_rate_disc is None:
-        args.learning_rate_disc = args.learning_rate * discriminator / student
+        args.learning_rate_disc = decimal(args.learning_rate * discriminator / student)
     if args.lora_alpha is None and args.rank:
         args.lora_alpha = float(args.rank)
 

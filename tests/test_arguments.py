@@ -1,6 +1,7 @@
 """What was given on the command line, and what of it would change nothing."""
 
 import os
+import re
 
 import pytest
 
@@ -137,10 +138,24 @@ def test_values_are_checked_by_their_types():
         assert str(error.value) == f"{flag} {value}: must be {wanted} (see --help)" and error.value.exit_code == 2
 
 
+def test_help_shows_defaults_of_zero_and_none_that_is_empty(capsys):
+    parser = Parser()
+    for name, default in {"whole": 0, "real": 0.0, "text": "", "missing": None, "many": [1.0, 2.5]}.items():
+        parser.add_argument(f"--{name}", default=default, help="A value.")
+    parser.add_argument("--switch", action="store_true", help="A switch.")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    shown = dict(re.findall(r"^ +--(\w+).* A (.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert shown == {
+        **{"whole": "value. (default: 0)", "real": "value. (default: 0)", "many": "value. (default: 1 2.5)"},
+        **{"text": "value.", "missing": "value.", "switch": "switch."},
+    }
+
+
 def test_rates_that_nobody_gave_follow_the_students_and_are_higher_for_adapters():
     def rates(*flags):
         args = parse("flux", *flags)
-        return pytest.approx((args.learning_rate, args.learning_rate_fake, args.learning_rate_disc), rel=1e-12)
+        return args.learning_rate, args.learning_rate_fake, args.learning_rate_disc
 
     assert rates() == (1e-5, 1e-5, 1e-5) and rates("--learning_rate", "2e-5") == (2e-5, 2e-5, 2e-5)
     assert rates("--rank", "4") == (7e-5, 5e-5, 1e-5)

@@ -3,9 +3,13 @@
 import copy
 import io
 import json
+import logging
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
+import infer
 import train_senseflow_flux as script
 from helpers import (
     ROOT,
@@ -73,7 +78,8 @@ def flags(teacher, vision, data):
     ]
 
 
-def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypatch):
+def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     validation = ["--validation_prompts", "a red square", "a blue square", "--validation_steps", "3"]
     validation += ["--num_validation_images", "2"]
     whole = resume_is_the_same_run(script, flags, tmp_path, *validation)
@@ -121,6 +127,15 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     record = json.loads((whole / "senseflow.json").read_text())
     assert record["num_inference_steps"] == 4 and record["iteration"] == 4 and record["sampler"] == "stochastic"
     the_cards_call_is_infers_image(whole, "sigmas", tmp_path)
+
+    # The log of a run: its global batch is not the recipe's, and its last line is the command that samples from it.
+    batch = "a global batch of 4, and the defaults are for 8: give --gradient_accumulation_steps 4, or"
+    assert caplog.text.count(batch) == 3, caplog.text
+    _, script_path, *arguments = shlex.split(re.search(r"to generate an image: (python .*)", caplog.text)[1])
+    assert Path(script_path).resolve() == ROOT / "infer.py" and arguments[3] == "a red square"
+    infer.main([*arguments, "--seed", "3"])
+    command_image = np.asarray(Image.open(whole / "samples" / "0000.png"))
+    assert_same_image(command_image, image_of(whole, tmp_path / "images"))
 
     # A checkpoint is usable as it stands, and the student in it is the one that was exported.
     FluxTransformer2DModel.from_pretrained(whole / "checkpoint-4", subfolder="transformer")

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,8 +130,15 @@ class Checkpointer:
             if self.runtime.accelerator.is_main_process:
                 publish_folder(aside, Path(self.args.output_dir), last)
         kind = "adapter" if self.args.rank else "pipeline"
-        logger.info(f"the {kind} is in {self.args.output_dir}")
+        logger.info(f"the {kind} is in {self.args.output_dir}; to generate an image: {self._infer_command()}")
         self.runtime.accelerator.wait_for_everyone()
+
+    def _infer_command(self) -> str:
+        """Return the command that generates an image with what was exported, for the shell."""
+        script = os.path.relpath(Path(__file__).resolve().parents[2] / "infer.py")
+        prompt = (self.args.validation_prompts or ["a lighthouse at dusk"])[0]
+        words = ["python", script, "--model", self.args.output_dir, "--prompt", prompt]
+        return shlex.join([*words, "--output_dir", os.path.join(self.args.output_dir, "samples")])
 
     def _recorded_args(self) -> dict:
         """Return the arguments with the commit at which the teacher was read."""

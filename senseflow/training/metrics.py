@@ -19,7 +19,7 @@ from senseflow.training.signals import SignalMonitor
 
 logger = get_logger(__name__)
 
-FAKE_LOSS_WINDOW = 100  # iterations over which the fake score's loss is averaged
+MEAN_WINDOW = 100  # values of a loss over which its running mean is taken
 PROGRESS_BAR = ("dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss")
 PATIENCE = 3  # iterations with non-finite values, without a good student update between, until a run ends
 
@@ -27,10 +27,10 @@ PATIENCE = 3  # iterations with non-finite values, without a good student update
 class Metrics:
     """Log the scalars of the iterations to the trackers and the progress bar.
 
-    Values are read one iteration late, so that the device never waits for the host. Added to what `train_iteration`
-    returns are `lr`, `samples_per_second` and, since this start of the run, `{role}_skipped_steps` (steps with a
-    gradient norm that was not finite) and `signal/fake_lag` (the fake score's loss over its mean of about
-    FAKE_LOSS_WINDOW iterations).
+    Values are read one iteration late, so that the device never waits for the host. The progress bar shows running
+    means. Added to what `train_iteration` returns are `lr`, `samples_per_second` (of this iteration, without the
+    validation images and checkpoints between two) and, since this start of the run, `{role}_skipped_steps` (steps with
+    a gradient norm that was not finite) and `signal/fake_lag` (the fake score's loss over its running mean).
 
     Args:
         samples: per iteration, over all processes.
@@ -45,11 +45,12 @@ class Metrics:
         self.runtime, self.student, self.samples, self.progress = runtime, student, samples, progress
         self.ended_by: Optional[str] = None
         self.failure: Optional[UserError] = None
-        self._pending: Optional[tuple[int, float, list[str], torch.Tensor]] = None
-        self._num_bad_in_a_row, self._last_time, self._postfix = 0, time.monotonic(), {}
+        self._pending: Optional[tuple] = None  # what `flush` logs: of the last iteration, read from the device then
+        self._num_bad_in_a_row, self._start = 0, self._now()
         self._skipped: Counter[str] = Counter()
         self._monitor = SignalMonitor(runtime.args.rank > 0)
-        self._mean_fake_loss, self._num_fake_losses = 0.0, 0
+        self._means: dict[str, float] = {}
+        self._num_values: Counter[str] = Counter()
 
     def batches(self, loader, iterations: int) -> Iterator[list[dict]]:
         """Iterate over the micro-batches of so many iterations, on the device, until something ends the run.
@@ -65,6 +66,7 @@ class Metrics:
         for _ in range(iterations):
             if self.ended_by:
                 return
+            self._start = self._now()
             try:
                 batches = [next(data) for _ in range(runtime.args.gradient_accumulation_steps)]
             except UserError as error:
@@ -85,7 +87,8 @@ class Metrics:
         endings = torch.tensor([float(ending in self.runtime.endings) for ending in ENDINGS])
         scalars += endings.to(self.runtime.device, non_blocking=True)
         means = self.runtime.accelerator.reduce(torch.stack(scalars), reduction="mean")
-        self._pending = (iteration, self.student.learning_rate, names, means)
+        self._pending = (iteration, self.student.learning_rate, names, means, self._start, self._now())
+        self._start = self._now()
 
     def flush(self) -> None:
         """Log the last iteration pushed, unless that has been done.
@@ -95,7 +98,7 @@ class Metrics:
         """
         if self._pending is None:
             return
-        iteration, learning_rate, names, means = self._pending
+        iteration, learning_rate, names, means, start, end = self._pending
         self._pending = None
         means = means.tolist()
         values, endings = dict(zip(names, means)), dict(zip(ENDINGS, means[len(names) :]))
@@ -106,19 +109,28 @@ class Metrics:
                 role = name.removesuffix("_grad_norm")
                 self._skipped[role] += not math.isfinite(values[name])
                 values[f"{role}_skipped_steps"] = self._skipped[role]
-        if math.isfinite(values.get("fake_loss", math.nan)):
-            if self._mean_fake_loss > 0:
-                values["signal/fake_lag"] = values["fake_loss"] / self._mean_fake_loss
-            self._num_fake_losses = min(self._num_fake_losses + 1, FAKE_LOSS_WINDOW)
-            self._mean_fake_loss += (values["fake_loss"] - self._mean_fake_loss) / self._num_fake_losses
-        now = time.monotonic()
-        values |= {"lr": learning_rate, "samples_per_second": self.samples / max(now - self._last_time, 1e-9)}
-        self._last_time = now
+        if math.isfinite(values.get("fake_loss", math.nan)) and self._means.get("fake_loss", 0) > 0:
+            values["signal/fake_lag"] = values["fake_loss"] / self._means["fake_loss"]
+        seconds = end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
+        values |= {"lr": learning_rate, "samples_per_second": self.samples / max(seconds, 1e-9)}
         self.runtime.log(values, step=iteration)
         self._monitor.update(iteration, values)
-        self._postfix |= {name: f"{values[name]:.4g}" for name in PROGRESS_BAR if name in values}
-        self.progress.set_postfix(self._postfix, refresh=False)
+        for name in PROGRESS_BAR:
+            if math.isfinite(values.get(name, math.nan)):
+                self._num_values[name] = min(self._num_values[name] + 1, MEAN_WINDOW)
+                mean = self._means.setdefault(name, 0.0)
+                self._means[name] += (values[name] - mean) / self._num_values[name]
+        postfix = {name: f"{self._means[name]:.3g}" for name in PROGRESS_BAR if name in self._means}
+        self.progress.set_postfix(postfix, refresh=False)
         self.progress.update(1)
+
+    def _now(self) -> float | torch.cuda.Event:
+        """Return the time in seconds, on a GPU as an event behind the work queued so far, for which nobody waits."""
+        if self.runtime.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _check_finite(self, iteration: int, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]

@@ -7,6 +7,7 @@ import os
 from typing import Any, Optional, Sequence
 
 import torch
+from accelerate.logging import get_logger
 
 from senseflow.errors import UserError, require_package
 from senseflow.models.hub import (
@@ -24,6 +25,8 @@ from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow_utils import Guidance, Prediction, Schedule, StatelessRNG
 
+
+logger = get_logger(__name__)
 
 LOWEST_DEFAULT_ANCHOR = 50  # a timestep; below it next to nothing is left to generate
 
@@ -60,6 +63,7 @@ class TrainingModels:
     pipeline_entries: Sequence[str] = ()  # entries of model_index.json, besides components, that the methods read
     vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
     compatible_config: Sequence[str] = ()  # entries of the network's configuration in which student and teacher agree
+    recipe_batch_size: Optional[int] = None  # images per iteration for which the script's defaults were made
     has_classifier = False  # whether DMD2's classifier takes the place of the discriminator
     vision_features = text_features = None
 
@@ -172,6 +176,18 @@ class TrainingModels:
             student.enable_gradient_checkpointing()
             fake_score.enable_gradient_checkpointing()
         return student, fake_score
+
+    def log_recipe(self, global_batch_size: int) -> None:
+        """Log the anchors and the global batch, and whether the script's defaults were made for another one."""
+        anchors, recipe = ", ".join(f"{t:.1f}" for t in self.schedule.anchors), self.recipe_batch_size
+        line = f"anchors {anchors}; a global batch of {global_batch_size}"
+        if recipe not in (None, global_batch_size):
+            each = global_batch_size // self.args.gradient_accumulation_steps
+            fix = "choose --learning_rate and --max_train_steps for it"
+            if recipe % each == 0:
+                fix = f"give --gradient_accumulation_steps {recipe // each}, or {fix}"
+            line += f", and the defaults are for {recipe}: {fix}"
+        logger.info(line)
 
     def cache_prompts(self, rows) -> None:
         """Encode all prompts once and free the encoders, with --offload_text_encoders and few different prompts."""

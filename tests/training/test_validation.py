@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_the_fake_score_lags_if_its_loss_is_above_its_mean(flags, tmp_path, monk
     metrics.flush()
     lags = [values.get("signal/fake_lag") for values in logged]
     assert lags[0] is None and lags[1:] == pytest.approx([1, 2, 0.75])
-    monkeypatch.setattr(metrics_module, "FAKE_LOSS_WINDOW", 3)
+    monkeypatch.setattr(metrics_module, "MEAN_WINDOW", 3)
     for iteration, loss in enumerate((1.0, 1.0), 4):
         metrics.push(iteration, {"fake_loss": torch.tensor(loss)})
     metrics.flush()
@@ -127,6 +128,32 @@ def test_the_fake_score_lags_if_its_loss_is_above_its_mean(flags, tmp_path, monk
     for iteration in range(2 * BANDS["signal/fake_lag"].window):
         metrics.push(iteration, {"fake_loss": torch.tensor(1.2**iteration)})
     assert "signal/fake_lag" in caplog.text
+
+
+def test_speed_is_that_of_iterations_and_the_bar_shows_running_means(flags, tmp_path, monkeypatch):
+    """An iteration takes .05 s or more. A flush right after it, and half a second of saving, are not the next's."""
+
+    class Loader(list):
+        failure = None
+
+    runtime = runtime_module.Runtime(script.parse_args([*flags, "--output_dir", str(tmp_path)]))
+    role = runtime.trained_role("student", torch.nn.Linear(1, 1), 0.1)
+    bar, logged = tqdm(disable=True), []
+    monkeypatch.setattr(bar, "set_postfix", lambda values, refresh: logged[-1].update(bar=values))
+    monkeypatch.setattr(runtime, "log", lambda values, step: logged.append(dict(values)))
+    metrics = metrics_module.Metrics(runtime, role, 2, bar)
+    losses = [1.0, 3.0, 5.0, math.nan]
+    for iteration, _ in enumerate(metrics.batches(Loader([{}] * len(losses)), len(losses))):
+        time.sleep(0.05)
+        values = {"fake_loss": torch.tensor(losses[iteration])}
+        metrics.push(iteration, values | ({"dmd_loss": torch.tensor(8.0)} if iteration == 0 else {}))
+        if iteration == 1:
+            metrics.flush()
+            time.sleep(0.5)
+    metrics.flush()
+    assert all(4 < values["samples_per_second"] <= 40 for values in logged), logged
+    assert [values["bar"]["fake_loss"] for values in logged] == ["1", "2", "3", "3"]
+    assert all(values["bar"]["dmd_loss"] == "8" for values in logged) and "signal/fake_lag" not in logged[-1]
 
 
 def warnings_of(caplog, monitor, name, values) -> list[str]:
