@@ -296,6 +296,9 @@ class FluxModels(TrainingModels):
     def pixel_multiple(source: ModelSource) -> int:
         return 2 * vae_scale_of(source.config(AutoencoderKL, "vae"))
 
+    def lora_base(self):
+        return "flux-1-dev" if self.network.config.guidance_embeds else "flux-1-schnell", "flux1"
+
     @torch.no_grad()
     def encode_prompts(self, prompts):
         """Encode prompts to (T5 embeddings (B, L, D), pooled CLIP embeddings (B, P))."""

@@ -316,6 +316,10 @@ class SD3Models(TrainingModels):
         patch_size = source.config(SD3Transformer2DModel, "transformer")["patch_size"]
         return patch_size * vae_scale_of(source.config(AutoencoderKL, "vae"))
 
+    def lora_base(self):
+        size = f"5-{preset_name(self.args, self.source)}"
+        return f"stable-diffusion-3-{size}", size
+
     @torch.no_grad()
     def encode_prompts(self, prompts):
         """Encode prompts to (CLIP and T5 embeddings (B, L, D), pooled CLIP embeddings (B, P))."""

@@ -311,7 +311,7 @@ class SDXLModels(TrainingModels):
     """SDXL: CLIP embeddings, pooled embeddings and time ids; guidance with zeros or the empty prompt."""
 
     pipeline_class, network_class, vae_class = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
-    network_name = "unet"
+    network_name, kohya_names = "unet", True
     pipeline_entries = ("force_zeros_for_empty_prompt", "add_watermarker")  # the latter is about finished images
     recipe_batch_size = 8  # the release's 8 GPUs, with an image each
     compatible_config = (
@@ -371,6 +371,9 @@ class SDXLModels(TrainingModels):
         if self.has_classifier:  # dmd2: it sees latents of real images in every iteration, and no decoded image
             return not args.dataset_lmdb, bool(args.validation_prompts)
         return encodes, decodes
+
+    def lora_base(self):
+        return "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"
 
     @torch.no_grad()
     def encode_prompts(self, prompts):

@@ -22,12 +22,11 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from senseflow.errors import UserError, require_package
 from senseflow.models.hub import ModelSource, load_network, load_pipeline, saved_components
-from senseflow.models.lora import ADAPTER, FILE, fuse_lora, stored_name
+from senseflow.models.lora import ADAPTER, FILE, fuse_lora, read_adapter, stored_name
 from senseflow.models.quantization import BACKENDS, quantize_network
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import fingerprint, state_dict_problems
@@ -424,16 +423,13 @@ def prepare_adapter_base(model: Model, pipeline: DiffusionPipeline, device: torc
 def load_adapter(model: Model, network: torch.nn.Module) -> None:
     """Add the adapter to the network. UserError (1) if it is damaged or for other layers."""
     with model.source.loading():
-        with safe_open(model.adapter, "pt") as file:
-            names = set(file.keys())
-        prefix = model.network if all(name.startswith(f"{model.network}.") for name in names) else None
-        folder, file_name = model.adapter.parent, model.adapter.name
-        network.load_lora_adapter(str(folder), weight_name=file_name, prefix=prefix, adapter_name=ADAPTER)
+        weights, alpha = read_adapter(model.adapter, network)
+        network.load_lora_adapter(weights, prefix=None, adapter_name=ADAPTER)
         loaded = {stored_name(name) for name, _ in network.named_parameters() if ".lora_" in name}
-        if loaded != {name.removeprefix(f"{prefix}.") for name in names}:
-            raise ValueError(f"{file_name} has layers that this network lacks")
-    config = network.peft_config[ADAPTER]
-    rank, alpha = model.student_config["rank"], model.student_config["lora_alpha"]
-    if (config.r, config.lora_alpha) != (rank, alpha):
-        problem = f"{FILE} has rank {config.r} and alpha {config.lora_alpha:g}, {STUDENT_CONFIG} {rank} and {alpha:g}"
+        if loaded != weights.keys():
+            raise ValueError(f"{model.adapter.name} has layers that this network lacks")
+    found = (network.peft_config[ADAPTER].r, network.peft_config[ADAPTER].r if alpha is None else alpha)
+    expected = (model.student_config["rank"], model.student_config["lora_alpha"])
+    if found != expected:
+        problem = "{} has rank {} and alpha {:g}, {} {} and {:g}".format(FILE, *found, STUDENT_CONFIG, *expected)
         raise model.source.error(f"{problem}; copy both again", exit_code=1)

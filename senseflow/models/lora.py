@@ -17,8 +17,9 @@ from typing import Any, Optional, Sequence, Union
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from diffusers.training_utils import cast_training_params
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 from senseflow.errors import UserError, loading, require_package
 from senseflow.models.hub import UNREADABLE, ModelSource, abbreviate, hub_reason
@@ -106,21 +107,14 @@ def check_lora_layers(layers: Sequence[str], network: torch.nn.Module) -> None:
 def check_initial_adapter(args, network: torch.nn.Module) -> None:
     """Check that --student_model_name_or_path is an adapter like this run's, for a network on the meta device."""
     source = ModelSource("--student_model_name_or_path", args.student_model_name_or_path)
-    with loading(source.flag, source.path), safe_open(find_lora(source), "pt") as file:
-        shapes = {without_component(name): file.get_slice(name).get_shape() for name in file.keys()}
-        metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    alphas = (value for name, value in metadata.items() if name.rpartition(".")[2] == "lora_alpha")
-    alpha = next(alphas, args.lora_alpha)
-    if alpha != args.lora_alpha:
-        raise source.error(
-            f"its adapter has alpha {alpha:g}, this run's {args.lora_alpha:g}; give --lora_alpha {alpha:g}"
-        )
-    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name} - {args.rank}
+    with loading(source.flag, source.path):
+        weights, _ = read_adapter(find_lora(source), network)
+    ranks = {tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name} - {args.rank}
     if ranks:
         raise source.error(f"its adapter has rank {min(ranks)}; give --rank {min(ranks)}")
     network.add_adapter(lora_config(args))
     expected = {stored_name(name): tensor for name, tensor in network.named_parameters() if ".lora_" in name}
-    problem = state_dict_problems(expected, shapes)
+    problem = state_dict_problems(expected, weights)
     if problem:
         raise source.error(f"its adapter has other layers ({problem}); give the --lora_layers it was trained with")
 
@@ -156,10 +150,11 @@ def adapted_copies(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.
     if args.student_model_name_or_path:
         source = ModelSource("--student_model_name_or_path", args.student_model_name_or_path)
         with source.loading(), torch.no_grad():
-            weights = {without_component(name): tensor for name, tensor in load_file(find_lora(source)).items()}
+            weights, _ = read_adapter(find_lora(source), student)
             for name, parameter in student.named_parameters():
                 if ".lora_" in name:
-                    parameter.copy_(weights[stored_name(name)])
+                    scale = args.lora_alpha / args.rank if ".lora_B." in name else 1
+                    parameter.copy_(weights[stored_name(name)] / scale)
     return student, copy_sharing_base(student, base)
 
 
@@ -263,3 +258,89 @@ def save_adapter(folder: Path, network: torch.nn.Module, weights: dict[str, torc
     """Write `weights` (by their names in a file) as `network.save_lora_adapter(folder)` would write its own."""
     metadata = network.peft_config[ADAPTER].to_dict()  # only it holds alpha
     LoraBaseMixin.write_lora_layers(weights, str(folder), True, FILE, None, True, lora_adapter_metadata=metadata)
+
+
+def export_lora(
+    folder: Path,
+    pipeline_class,
+    component: str,
+    network: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    base: Optional[tuple[str, str]] = None,
+    kohya_names: bool = False,
+) -> None:
+    """Write an adapter as `load_lora_weights` of a pipeline and other programs read it.
+
+    Programs that do not read diffusers' metadata take alpha as the rank. So B is multiplied by alpha / rank, and alpha
+    is the rank.
+
+    Args:
+        component: name of the network in the pipeline.
+        weights: {name: tensor} of `network`, as in a checkpoint.
+        base: architecture and version of the teacher, for the file's metadata.
+        kohya_names: name tensors as kohya's programs do and not as diffusers, if diffusers reads that, too.
+    """
+    config = network.peft_config[ADAPTER]
+    scale, rank = config.lora_alpha / config.r, str(config.r)
+    layers = {name: (tensor * scale if ".lora_B." in name else tensor).to(dtype) for name, tensor in weights.items()}
+    metadata = {"format": "pt", "ss_network_dim": rank, "ss_network_alpha": rank}
+    if base is not None:
+        metadata |= {"modelspec.architecture": f"{base[0]}/lora", "ss_base_model_version": base[1]}
+
+    def save(tensors: dict[str, torch.Tensor], file: str) -> None:
+        converted = kohya_tensors(tensors, pipeline_class) if kohya_names else None
+        if converted is None:
+            settings = {f"{component}.{name}": value for name, value in config.to_dict().items()}
+            settings[f"{component}.lora_alpha"] = config.r
+            # Sets, which JSON lacks, become lists.
+            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(settings, default=list, indent=2, sort_keys=True)
+        save_file(converted or tensors, file, metadata=metadata)
+
+    pipeline_class.save_lora_weights(folder, **{f"{component}_lora_layers": layers}, save_function=save)
+
+
+def kohya_tensors(tensors: dict[str, torch.Tensor], pipeline_class) -> Optional[dict[str, torch.Tensor]]:
+    """Return an adapter of a UNet with kohya's tensor names over diffusers' layers, and an alpha for each layer.
+
+    None, with a warning, if diffusers does not read all of these names.
+    """
+    converted = convert_state_dict_to_kohya(tensors)
+    read = convert_unet_state_dict_to_peft(pipeline_class.lora_state_dict(dict(converted))[0])
+    if read.keys() != tensors.keys():
+        problem = f"diffusers does not read {abbreviate(tensors.keys() - read.keys())} by kohya's names"
+        logger.warning(f"{FILE}: {problem}; it has diffusers' names, of which other programs find a part")
+        return None
+    return {name: tensor.float() if name.endswith(".alpha") else tensor for name, tensor in converted.items()}
+
+
+def read_adapter(path: Path, network: torch.nn.Module) -> tuple[dict[str, torch.Tensor], Optional[float]]:
+    """Read an adapter for a network, with diffusers' names or kohya's. B is multiplied by alpha / rank.
+
+    Returns:
+        ({`stored_name`: tensor}, alpha of the file; None if it has none, which means the rank).
+    Raises:
+        ValueError: layers are scaled differently.
+    """
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    layers = {f"lora_unet_{name.replace('.', '_')}": name for name, _ in network.named_modules()}
+    weights, alphas = {}, set()
+    for name, tensor in stored.items():
+        layer, _, part = name.partition(".")
+        if layer in layers:
+            name = f"{layers[layer]}.{part.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')}"
+        if name.endswith(".alpha"):
+            alphas.add(tensor.item())
+        else:
+            weights[without_component(name)] = tensor
+    settings = {without_component(name): value for name, value in metadata.items()}
+    alphas = alphas or {settings.get("lora_alpha")}
+    if len(alphas) > 1 or settings.get("alpha_pattern") or settings.get("use_rslora"):
+        raise ValueError("its layers are scaled differently, or by the root of the rank")
+    (alpha,) = alphas
+    for name, tensor in weights.items():
+        if ".lora_B." in name and alpha not in (None, tensor.shape[1]):
+            weights[name] = tensor.float() * (alpha / tensor.shape[1])
+    return weights, alpha

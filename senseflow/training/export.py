@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from senseflow.arguments import torch_dtype
 from senseflow.models.hub import UNREADABLE, ModelSource, load_pipeline, missing_components
-from senseflow.models.lora import ADAPTER, FILE, find_lora
+from senseflow.models.lora import FILE, export_lora, find_lora
 from senseflow.models.quantization import quantization_config
 from senseflow.student_config import write_student_config
 from senseflow.training.models import TrainingModels
@@ -55,12 +55,10 @@ def export_adapter(
     """Write the student's adapter as `load_lora_weights` of the teacher's pipeline reads it. As `export_pipeline`."""
     weights = models.student.weights()
     if weights:
-        dtype = torch_dtype(args.export_dtype)
-        lora = {
-            f"{models.network_name}_lora_layers": {name: tensor.to(dtype) for name, tensor in weights.items()},
-            f"{models.network_name}_lora_adapter_metadata": models.student.module.peft_config[ADAPTER].to_dict(),
-        }
-        models.pipeline_class.save_lora_weights(folder, **lora)
+        network, dtype = models.student.module, torch_dtype(args.export_dtype)
+        names = {"base": models.lora_base(), "kohya_names": models.kohya_names}
+        export_lora(folder, models.pipeline_class, models.network_name, network, weights, dtype, **names)
+        config = {**config, "lora_alpha": float(args.rank)}
         for name, component in extra_components.items():
             component.save_pretrained(folder / name)
         write_student_config(folder, config)

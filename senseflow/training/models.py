@@ -64,6 +64,7 @@ class TrainingModels:
     vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
     compatible_config: Sequence[str] = ()  # entries of the network's configuration in which student and teacher agree
     recipe_batch_size: Optional[int] = None  # images per iteration for which the script's defaults were made
+    kohya_names = False  # whether an exported adapter has kohya's tensor names, which other programs look for
     has_classifier = False  # whether DMD2's classifier takes the place of the discriminator
     vision_features = text_features = None
 
@@ -143,6 +144,10 @@ class TrainingModels:
         """Return what student and fake score start as, in float32, on the meta device; not called with --rank."""
         source = student_source(self.args, self.source)
         return from_pretrained_meta(source, self.network_class, self.network_name)
+
+    def lora_base(self) -> Optional[tuple[str, str]]:
+        """Return architecture and version of the teacher as kohya's sd-scripts name them, for other programs."""
+        return None
 
     def enable_xformers(self, network: torch.nn.Module) -> None:
         """Switch a network to the attention of xformers."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import infer
@@ -32,7 +33,7 @@ from helpers import (
 )
 from senseflow.errors import UserError
 from senseflow.inference import find_model, load_model_pipeline
-from senseflow.models.lora import FILE
+from senseflow.models.lora import FILE, export_lora, lora_config
 from senseflow.models.quantization import quantization_states
 from senseflow.training.roles import LaunchConfig, Role
 from senseflow_utils import Guidance
@@ -278,10 +279,14 @@ def test_bit_exact_resume_stored_adapters_and_model_card(name, flags, tmp_path):
         for path in whole.rglob("*.safetensors")
         if path.parts[-3] != "checkpoint-2"
     }
-    student = files.pop(f"checkpoint-4/{network}/{FILE}")
-    assert (
-        student == files.pop(f"checkpoint-4/fake_score/{FILE}") == {key.partition(".")[2] for key in files.pop(FILE)}
-    )
+    student, exported = files.pop(f"checkpoint-4/{network}/{FILE}"), files.pop(FILE)
+    assert student == files.pop(f"checkpoint-4/fake_score/{FILE}")
+    if name == "sdxl":
+        kohya = {"lora_unet_" + key.split(".lora_")[0].replace(".", "_") for key in student}
+        parts = ("lora_down.weight", "lora_up.weight", "alpha")
+        assert exported == {f"{layer}.{part}" for layer in kohya for part in parts}
+    else:
+        assert exported == {f"{network}.{key}" for key in student}
     assert all(re.search(r"\.lora_[AB]\.weight$", key) for key in student)
     assert files.keys() == {"checkpoint-4/discriminator/model.safetensors"}
     record = json.loads((whole / "senseflow.json").read_text())
@@ -399,6 +404,84 @@ def test_infer_refuses_other_bases_and_damaged_adapters(damage, more, code, need
     refused(infer, [*arguments[:-1], str(tmp_path / "others"), *more], code, needle, capsys)
 
 
+# The layers for which programs look in a file: with .lora_up.weight, .lora_down.weight and .alpha in kohya's form,
+# with .lora_A.weight and .lora_B.weight in diffusers'. The rules are those of
+# - ComfyUI 0.8.0: model_lora_keys_unet in comfy/lora.py, over unet_to_diffusers, flux_to_diffusers, mmdit_to_diffusers
+#   in comfy/utils.py. "lora_unet_" and diffusers' name with underscores for a UNet; "transformer." and diffusers' name
+#   for FLUX and SD 3.
+# - Forge (June 2025): copies of these in packages_3rdparty/comfyui_lora_collection, without SD 3.
+# - kohya's sd-scripts (February 2026), for a UNet only: convert_diffusers_to_sai_if_needed in networks/lora.py turns
+#   these names into its own.
+UNET_LAYERS = (
+    r"lora_unet_(((down|up)_blocks_\d|mid_block)_(resnets_\d_(conv1|conv2|conv_shortcut|time_emb_proj)"
+    r"|attentions_\d_(proj_(in|out)|transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2)))"
+    r"|(down|up)samplers_0_conv)|conv_in|conv_out|(time|add)_embedding_linear_[12])"
+)
+BLOCK_LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
+FLUX_LAYERS = (
+    rf"transformer\.(transformer_blocks\.\d+\.({BLOCK_LAYERS})"
+    r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out))"
+)
+SD3_LAYERS = rf"transformer\.transformer_blocks\.\d+\.({BLOCK_LAYERS}|attn2\.(to_[qkv]|to_out\.0))"
+
+
+SDXL_DEPTH = {
+    "block_out_channels": [32, 64, 128],
+    "attention_head_dim": [1, 2, 4],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+}
+
+
+@pytest.mark.parametrize(
+    "name, depth, layers, num_layers",
+    [
+        ("flux", {"num_layers": 19, "num_single_layers": 38}, FLUX_LAYERS, 418),
+        ("sd3", {"num_layers": 38, "dual_attention_layers": []}, SD3_LAYERS, 453),  # Large
+        ("sd3", {"num_layers": 24, "dual_attention_layers": list(range(13))}, SD3_LAYERS, 337),  # Medium
+        ("sdxl", SDXL_DEPTH, UNET_LAYERS, 788),
+    ],
+)
+def test_other_programs_find_every_layer_of_an_adapter_as_deep_as_the_real_ones(
+    name, depth, layers, num_layers, teachers, tmp_path, caplog
+):
+    cls = models_class(SCRIPTS[name])
+    required = ["--pretrained_model_name_or_path", "x", "--prompts_file", "x", "--output_dir", "x"]
+    args = SCRIPTS[name].parse_args([*required, "--rank", "2", "--lora_alpha", "8"])
+    with torch.device("meta"):
+        tiny = json.loads((teachers[name] / NETWORK[name] / "config.json").read_text())
+        network = cls.network_class.from_config(tiny | depth)
+        network.add_adapter(lora_config(args))
+    shapes = {key.replace(".default", ""): p.shape for key, p in network.named_parameters() if ".lora_" in key}
+    weights = {key: torch.ones(shape) for key, shape in shapes.items()}
+    component, base = NETWORK[name], ("a-base", "version 1")
+    names = {"base": base, "kohya_names": cls.kohya_names}
+    export_lora(tmp_path, cls.pipeline_class, component, network, weights, torch.bfloat16, **names)
+    with safe_open(tmp_path / FILE, "pt") as file:
+        keys, metadata = set(file.keys()), file.metadata()
+        alphas = {file.get_tensor(key).item() for key in keys if key.endswith(".alpha")}
+        scales = {file.get_slice(key)[:1].max().item() for key in keys if re.search("lora_(up|B).weight", key)}
+    parts = ("lora_up.weight", "lora_down.weight", "alpha") if cls.kohya_names else ("lora_A.weight", "lora_B.weight")
+    found = {key.rpartition(".lora_")[0] if ".lora_" in key else key.removesuffix(".alpha") for key in keys}
+    assert all(re.fullmatch(layers, layer) for layer in found) and len(found) == num_layers
+    assert keys == {f"{layer}.{part}" for layer in found for part in parts}
+    assert scales == {8 / 2} and alphas == ({2} if cls.kohya_names else set())  # what B was multiplied by
+    assert metadata["modelspec.architecture"] == "a-base/lora" and metadata["ss_base_model_version"] == "version 1"
+    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "2" and "not read" not in caplog.text
+
+    if name == "sdxl":  # diffusers reads no embedding of the added conditions by kohya's names: its own are written
+        weights["add_embedding.linear_1.lora_A.weight"] = weights["add_embedding.linear_1.lora_B.weight"] = torch.ones(
+            2
+        )
+        export_lora(tmp_path, cls.pipeline_class, component, network, weights, torch.bfloat16, **names)
+        with safe_open(tmp_path / FILE, "pt") as file:
+            assert set(file.keys()) == {f"unet.{key}" for key in weights}
+            assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 2
+        assert "diffusers does not read unet.add_embedding.linear_1.lora_A.weight, " in caplog.text
+
+
 def write_lora(script: str, teachers: dict, file: Path) -> None:
     """Write a typical LoRA: of rank 2 and alpha 4, for attention layers, with nonzero weights."""
     torch.manual_seed(1)
@@ -502,10 +585,16 @@ def test_student_and_fake_score_start_from_an_adapter(flags, teachers, tmp_path,
         assert own.keys() == weights.keys() and all(torch.equal(own[key], weights[key]) for key in own)
     teacher, student, fake = outputs(run)
     assert torch.equal(student, fake) and not torch.allclose(student, teacher, atol=1e-3)
+    # Another alpha, and kohya's names with alpha as the rank: the same student.
+    torch.testing.assert_close(outputs(built(SCRIPTS["sdxl"], given(**{"--lora_alpha": ["3"]})))[1], student)
+    network, names = run.models.student.module, {key.removeprefix("unet."): tensor for key, tensor in weights.items()}
+    pipeline = run.models.pipeline_class
+    export_lora(tmp_path / "kohya", pipeline, "unet", network, names, torch.float32, kohya_names=True)
+    given_kohya = [*given(), "--student_model_name_or_path", str(tmp_path / "kohya")]
+    torch.testing.assert_close(outputs(built(SCRIPTS["sdxl"], given_kohya))[1], student)
     capsys.readouterr()
     for changes, needle in (
         ({"--rank": ["3"]}, "its adapter has rank 2; give --rank 2"),
-        ({"--lora_alpha": ["3"]}, "its adapter has alpha 4, this run's 3; give --lora_alpha 4"),
         ({"--lora_layers": ["to_q"]}, "its adapter has other layers ("),
     ):
         refused(SCRIPTS["sdxl"], given(**changes), 2, f"{lora}: {needle}", capsys)
