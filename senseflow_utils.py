@@ -8,7 +8,8 @@ No function depends on a network, a pipeline or a device layout. The notation is
     x_t       alpha(t) x0 + sigma(t) noise
     t         timestep in [0, 1000], one per sample  (B,)
     anchors   the few timesteps at which the student is run, largest first
-    output    what a network returns: velocity = noise - x0 (rectified flow) or epsilon = noise (DDPM)
+    output    what a network returns: velocity = noise - x0 (rectified flow), epsilon = noise or
+              v = alpha noise - sigma x0 (DDPM)
 
 Every loss is written on (x0, noise) pairs, so that the same code serves both families; `FlowSchedule` and
 `DDPMSchedule` turn a network's output into such a pair.
@@ -121,8 +122,8 @@ class Schedule:
         """Turn a network's output at x_t (B, ...) and t (B,) into an (x0, noise) pair, with gradient."""
         raise NotImplementedError
 
-    def target(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Return what a network should output for alpha x0 + sigma noise: the regression target of the fake score."""
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Return what a network should output for alpha x0 + sigma noise at t (B,): the fake score's target."""
         raise NotImplementedError
 
     # What follows from it
@@ -185,7 +186,7 @@ class FlowSchedule(Schedule):
         output = output.float()
         return Prediction(output, (x_t - sigma * output).float(), (x_t + alpha * output).float())
 
-    def target(self, x0, noise):
+    def target(self, x0, noise, t):
         return noise - x0
 
 
@@ -220,29 +221,39 @@ class IndexedFlowSchedule(FlowSchedule):
 
 
 class DDPMSchedule(Schedule):
-    """DDPM (SDXL): alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t); networks return epsilon = noise.
+    """DDPM (SDXL): alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t); networks return epsilon or v.
+
+    epsilon = noise; v = alpha noise - sigma x0 (Salimans and Ho, 2022, arXiv 2202.00512). Only v gives an x0 where
+    abar is 0, at the last timestep of a schedule with zero terminal SNR.
 
     Args:
         alphas_cumprod: (1000,) abar, `scheduler.alphas_cumprod` of a diffusers DDPM scheduler. Timesteps are its
             integer indices.
+        prediction_type: "epsilon" or "v_prediction", as diffusers calls them.
     """
 
-    def __init__(self, alphas_cumprod: torch.Tensor, *args, **kwargs):
+    def __init__(self, alphas_cumprod: torch.Tensor, *args, prediction_type: str = "epsilon", **kwargs):
         super().__init__(*args, **kwargs)
         self.abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device=self.train_timesteps.device)
+        self.predicts_v = {"epsilon": False, "v_prediction": True}[prediction_type]
 
     def levels(self, t):
         abar = self.abar[t.long()]
         return abar.sqrt(), (1 - abar).sqrt()
 
     def as_prediction(self, x_t, output, t):
-        # Divided in float64: abar goes down to .005.
+        # Computed in float64: abar goes down to .005.
         alpha, sigma = self._levels_like(x_t, t)
         output = output.float()
+        if self.predicts_v:
+            return Prediction(output, (alpha * x_t - sigma * output).float(), (sigma * x_t + alpha * output).float())
         return Prediction(output, ((x_t - sigma * output) / alpha).float(), output)
 
-    def target(self, x0, noise):
-        return noise
+    def target(self, x0, noise, t):
+        if not self.predicts_v:
+            return noise
+        alpha, sigma = self._levels_like(x0, t)
+        return (alpha * noise - sigma * x0).float()
 
 
 class Guidance(NamedTuple):

@@ -263,7 +263,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         noise = rng.normal("fake_noise", sample_indices, x0.shape[1:])
         with fake_score.accumulate():
             output = models.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
-            loss = denoising_loss(output, schedule.target(x0, noise))
+            loss = denoising_loss(output, schedule.target(x0, noise, t))
             record({"fake_loss": loss})
             fake_score.backward(loss)
     totals["fake_score_grad_norm"] = fake_score.step()

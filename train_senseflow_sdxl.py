@@ -115,6 +115,7 @@ from senseflow.data.sources import check_latents, load_rows
 from senseflow.memory.report import report
 from senseflow.models.discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
 from senseflow.models.hub import ModelSource, check_compatible, load_network
+from senseflow.models.schedulers import DDPM_LEVELS, check_ddpm_scheduler
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import fingerprint
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
@@ -288,7 +289,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         noise = rng.normal("fake_noise", sample_indices, x0.shape[1:])
         with fake_score.accumulate():
             output = models.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
-            loss = denoising_loss(output, schedule.target(x0, noise))
+            loss = denoising_loss(output, schedule.target(x0, noise, t))
             record({"fake_loss": loss})
             if models.has_classifier:  # dmd2
                 real_logits = models.classify(real_samples.pop(0), rng, sample_indices, "real", condition)  # dmd2
@@ -340,11 +341,11 @@ class SDXLModels(TrainingModels):
             args.anchors,
             dmd_range=(round(0.02 * num_timesteps), round(0.98 * num_timesteps)),
             fake_range=(0, num_timesteps - 1),
+            prediction_type=teacher_scheduler.config.prediction_type,
             device=device,
         )
-        names = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
-        betas = {name: teacher_scheduler.config[name] for name in names}
-        scheduler = LCMScheduler(num_train_timesteps=num_timesteps, original_inference_steps=num_steps, **betas)
+        levels = {name: teacher_scheduler.config[name] for name in DDPM_LEVELS}
+        scheduler = LCMScheduler(num_train_timesteps=num_timesteps, original_inference_steps=num_steps, **levels)
         pipeline_kwargs = {
             "num_inference_steps": num_steps,
             "guidance_scale": 0.0,
@@ -474,18 +475,6 @@ def mid_block_size(unet: UNet2DConditionModel, latent_size: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-def check_prediction(source: ModelSource) -> None:
-    """Refuse teachers of another kind of noise levels or prediction than SDXL's."""
-    scheduler = source.config(DDPMScheduler, "scheduler")
-    kind = scheduler.get("prediction_type", "epsilon")
-    if "beta_schedule" not in scheduler:
-        kind = f"the levels of {scheduler.get('_class_name')}"
-    elif scheduler.get("rescale_betas_zero_snr"):
-        kind = "rescale_betas_zero_snr"
-    if kind != "epsilon":
-        raise source.error(f"has {kind}; this script trains teachers that predict epsilon, as SDXL does")
-
-
 def check_args(args, source: ModelSource) -> None:
     """Refuse (UserError, exit code 2) arguments that do not fit each other or the teacher; no weights load."""
     check_common_args(args, INACTIVE_FLAGS)
@@ -496,7 +485,7 @@ def check_args(args, source: ModelSource) -> None:
         names = ("latent_channels", "block_out_channels", "latents_mean", "latents_std")
         vae_config = source.config(AutoencoderKL, "vae")
         check_compatible(SDXLModels.vae_source(args, source), AutoencoderKL, "vae", vae_config, names)
-    check_prediction(source)
+    check_ddpm_scheduler(source)
     check_models(args, source, SDXLModels)
     if args.gan_weight > 0 and args.method == "dmd2":
         if source.config(UNet2DConditionModel, "unet").get("mid_block_type", "") is None:

@@ -1,6 +1,7 @@
 """Every formula of senseflow_utils against a closed form or a reference in float64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -34,8 +35,12 @@ def flow(**kwargs) -> FlowSchedule:
     return FlowSchedule(torch.arange(1000, 0, -1), (1000, 904.5, 759.5, 512.8), **kwargs)
 
 
-def ddpm(**kwargs) -> DDPMSchedule:
-    return DDPMSchedule(SDXL.alphas_cumprod, torch.arange(1000), (999, 749, 499, 249), **kwargs)
+def ddpm(scheduler: DDPMScheduler = SDXL, **kwargs) -> DDPMSchedule:
+    prediction_type = scheduler.config.prediction_type
+    anchors = (999, 749, 499, 249)
+    return DDPMSchedule(
+        scheduler.alphas_cumprod, torch.arange(1000), anchors, prediction_type=prediction_type, **kwargs
+    )
 
 
 def randn(*shape, seed=0) -> torch.Tensor:
@@ -48,23 +53,27 @@ def levels_of(family: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
         alpha, sigma = 1 - t / 1000, t / 1000
     else:
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        abar = torch.cumprod(1 - betas, 0)[t.long()]
-        alpha, sigma = abar**0.5, (1 - abar) ** 0.5
+        alphas = torch.cumprod(1 - betas, 0) ** 0.5
+        if family == "v, zero SNR":  # Lin et al., 2023, arXiv 2305.08891: sqrt(abar) is shifted and scaled
+            alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+        alpha = alphas[t.long()]
+        sigma = (1 - alpha**2) ** 0.5
     return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
 
 
-FAMILIES = {"flow": flow, "epsilon": ddpm}
-TIMES = {
-    "flow": torch.tensor([1000.0, 904.5, 512.8, 20.0, 1.0], dtype=torch.float64),
-    "epsilon": torch.tensor([999.0, 749.0, 249.0, 20.0, 0.0], dtype=torch.float64),
-}
-both_families = pytest.mark.parametrize("family", FAMILIES)
+V = DDPMScheduler.from_config(SDXL.config, prediction_type="v_prediction")
+ZERO_SNR = DDPMScheduler.from_config(V.config, rescale_betas_zero_snr=True)
+FAMILIES = {"flow": flow, "epsilon": ddpm, "v": partial(ddpm, V), "v, zero SNR": partial(ddpm, ZERO_SNR)}
+DDPM_TIMES = torch.tensor([999.0, 749.0, 249.0, 20.0, 0.0], dtype=torch.float64)
+TIMES = dict.fromkeys(FAMILIES, DDPM_TIMES)
+TIMES["flow"] = torch.tensor([1000.0, 904.5, 512.8, 20.0, 1.0], dtype=torch.float64)
+all_families = pytest.mark.parametrize("family", FAMILIES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules
 # ---------------------------------------------------------------------------------------------------------------------
-@both_families
+@all_families
 def test_noising_mixes_each_sample_at_its_own_level(family):
     t, x0, noise = TIMES[family], randn(5, *SHAPE), randn(5, *SHAPE, seed=1)
     alpha, sigma = levels_of(family, t)
@@ -73,18 +82,21 @@ def test_noising_mixes_each_sample_at_its_own_level(family):
     torch.testing.assert_close(x_t, (alpha * x0 + sigma * noise).float(), rtol=1e-6, atol=1e-6)
 
 
-@both_families
+@all_families
 def test_the_exact_output_splits_into_the_pair_that_made_x_t(family):
     schedule, t, x0, noise = FAMILIES[family](), TIMES[family], randn(5, *SHAPE), randn(5, *SHAPE, seed=1)
-    output = schedule.target(x0, noise)
-    torch.testing.assert_close(output, noise - x0 if family == "flow" else noise)
+    alpha, sigma = levels_of(family, t)
+    output = schedule.target(x0, noise, t)
+    expected = {"flow": noise - x0, "epsilon": noise}.get(family, (alpha * noise - sigma * x0).float())
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
     prediction = schedule.as_prediction(schedule.add_noise(x0, noise, t), output, t)
     torch.testing.assert_close(prediction.output, output)
     torch.testing.assert_close(prediction.x0, x0, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prediction.noise, noise, rtol=1e-5, atol=1e-5)
 
 
-@both_families
+@all_families
 def test_split_of_any_output_is_a_pair_of_x_t_and_carries_its_gradient(family):
     t, x_t = TIMES[family], randn(5, *SHAPE)
     output = randn(5, *SHAPE, seed=1).requires_grad_()
@@ -92,7 +104,7 @@ def test_split_of_any_output_is_a_pair_of_x_t_and_carries_its_gradient(family):
     prediction = FAMILIES[family]().as_prediction(x_t, output, t)
     torch.testing.assert_close(alpha * prediction.x0 + sigma * prediction.noise, x_t.double(), rtol=1e-5, atol=1e-5)
     prediction.x0.sum().backward()
-    slope = -sigma if family == "flow" else -sigma / alpha
+    slope = -sigma / alpha if family == "epsilon" else -sigma
     torch.testing.assert_close(output.grad, slope.float().expand_as(output), rtol=1e-4, atol=0)
 
 
@@ -104,13 +116,24 @@ def test_a_flow_s_solver_step_is_euler():
     torch.testing.assert_close(stepped, expected.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_ddpm_s_solver_step_is_ddim():
-    schedule, x_t, epsilon = ddpm(), randn(1, *SHAPE), randn(1, *SHAPE, seed=1)
-    ddim = DDIMScheduler.from_config(SDXL.config, clip_sample=False, set_alpha_to_one=False)
-    ddim.set_timesteps(4)  # 750 500 250 0
-    for t in (750, 500):
-        stepped = schedule.step(schedule.as_prediction(x_t, epsilon, torch.tensor([t])), torch.tensor([t - 250]))
-        torch.testing.assert_close(stepped, ddim.step(epsilon, t, x_t, eta=0.0).prev_sample, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("scheduler", [SDXL, V, ZERO_SNR])
+def test_ddpm_s_solver_step_is_ddim(scheduler):
+    schedule, x_t, output = ddpm(scheduler), randn(1, *SHAPE), randn(1, *SHAPE, seed=1)
+    ddim = DDIMScheduler.from_config(
+        scheduler.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"
+    )
+    ddim.set_timesteps(4)  # 999 749 499 249
+    for t in (999, 749, 499):
+        stepped = schedule.step(schedule.as_prediction(x_t, output, torch.tensor([t])), torch.tensor([t - 250]))
+        torch.testing.assert_close(stepped, ddim.step(output, t, x_t, eta=0.0).prev_sample, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_alone_has_an_x0_if_the_network_predicts_v():
+    """At the last level of a schedule with zero terminal SNR, v is -x0 and the noise is x_t itself."""
+    schedule, noise, v = ddpm(ZERO_SNR), randn(1, *SHAPE), randn(1, *SHAPE, seed=1)
+    assert [level.item() for level in schedule.levels(torch.tensor([999]))] == [0, 1]
+    prediction = schedule.as_prediction(noise, v, torch.tensor([999.0]))
+    assert torch.equal(prediction.x0, -v) and torch.equal(prediction.noise, noise)
 
 
 def test_a_step_back_to_the_same_level_changes_nothing():
@@ -191,7 +214,7 @@ def test_guidance_is_per_sample_and_skipped_up_to_one():
     torch.testing.assert_close(guided[3], 8 * own[3] - 7 * empty[3])
 
 
-@both_families
+@all_families
 def test_the_stochastic_sampler_renoises_and_euler_follows(family):
     schedule = FAMILIES[family]()
     prediction = Prediction(*(randn(5, *SHAPE, seed=i) for i in range(3)))
@@ -203,7 +226,7 @@ def test_the_stochastic_sampler_renoises_and_euler_follows(family):
     torch.testing.assert_close(euler, (alpha * prediction.x0 + sigma * prediction.noise).float())
 
 
-@both_families
+@all_families
 @pytest.mark.parametrize("sampler", ["stochastic", "euler"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_backward_simulation_runs_the_first_anchors_in_order(family, sampler, steps):
@@ -240,7 +263,7 @@ def gaussian_x0(x_t, alpha, sigma, mean, spread):
     return mean + alpha * spread**2 / (alpha**2 * spread**2 + sigma**2) * (x_t - alpha * mean)
 
 
-@both_families
+@all_families
 def test_the_dmd_gradient_of_gaussian_scores_is_the_closed_form(family):
     """Two Gaussians of one spread s: x0_F - x0_T = sigma^2 / (alpha^2 s^2 + sigma^2) (m_F - m_T), whatever x_t is."""
     schedule, t = FAMILIES[family](), TIMES[family][:4]
@@ -297,7 +320,7 @@ def test_the_fake_score_s_loss_is_a_plain_mean_of_squares():
 # ---------------------------------------------------------------------------------------------------------------------
 # ISG, adversarial losses, IDA
 # ---------------------------------------------------------------------------------------------------------------------
-@both_families
+@all_families
 def test_the_isg_target_of_linear_networks_is_the_closed_form(family):
     """The teacher (0.3 x + 0.2) steps from t to t_mid; then the student (-0.5 x + 0.1) steps to t_next."""
     schedule, x_t = FAMILIES[family](), randn(3, *SHAPE).double()
@@ -311,7 +334,9 @@ def test_the_isg_target_of_linear_networks_is_the_closed_form(family):
         (a, s), (b, r) = levels_of(family, start), levels_of(family, end)
         if family == "flow":
             return x + (r - s) * output
-        return b * (x - s * output) / a + r * output
+        if family == "epsilon":
+            return b * (x - s * output) / a + r * output
+        return (a * b + s * r) * x + (a * r - s * b) * output  # a rotation by the angle between the levels
 
     x_mid = step(x_t, t, t_mid, 0.3 * x_t + 0.2)
     expected = step(x_mid, t_mid, t_next, -0.5 * x_mid + 0.1)

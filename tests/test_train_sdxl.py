@@ -172,21 +172,36 @@ def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
     assert_starts_as_the_teacher(run.models)
 
 
+ZERO_SNR, V_PREDICTION = {"rescale_betas_zero_snr": True}, {"prediction_type": "v_prediction"}
+
+
+def change_scheduler(folder, changes: dict) -> None:
+    """Change entries of a saved pipeline's scheduler; None removes one."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
 @pytest.fixture(scope="module")
 def unlike_base(sdxl, tmp_path_factory):
-    """A teacher whose unconditional prompt is "" instead of zeros, saved as an image-to-image pipeline."""
+    """A teacher of v-prediction with zero terminal SNR, whose unconditional prompt is "" instead of zeros.
+
+    It was saved as an image-to-image pipeline.
+    """
     path = tmp_path_factory.mktemp("unlike") / "sdxl"
     shutil.copytree(sdxl, path)
     changes = {"force_zeros_for_empty_prompt": False, "_class_name": "StableDiffusionXLImg2ImgPipeline"}
     index = json.loads((path / "model_index.json").read_text()) | changes
     (path / "model_index.json").write_text(json.dumps(index))
+    change_scheduler(path, {**ZERO_SNR, **V_PREDICTION, "timestep_spacing": "trailing"})
     return path
 
 
-def test_entries_of_the_teachers_model_index_are_those_of_the_student(flags, unlike_base, tmp_path):
+def test_a_teacher_that_is_not_like_sdxls_base_is_called_and_saved_as_it_is(flags, unlike_base, tmp_path):
     flags = [*flags, "--pretrained_model_name_or_path", str(unlike_base), "--report_to", "none", "--gan_weight", "0"]
     run = built(script, [*flags, "--output_dir", str(tmp_path / "built")])
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 8.0}, scale=8.0)
+    assert run.schedule.levels(run.schedule.anchors)[0][0] == 0
     flags += ["--max_train_steps", "1", "--ttur_ratio", "1"]
     for kind, add in (("full", []), ("adapter", ["--rank", "2"])):
         script.main([*flags, *add, "--output_dir", str(tmp_path / kind)])
@@ -194,6 +209,8 @@ def test_entries_of_the_teachers_model_index_are_those_of_the_student(flags, unl
     assert index["force_zeros_for_empty_prompt"] is False and index["_class_name"] == "StableDiffusionXLPipeline"
     (tmp_path / "full/model_index.json").write_text(json.dumps(index | {"layers": [2, 5, 8]}))
     for kind in ("full", "adapter"):
+        scheduler = json.loads((tmp_path / kind / "scheduler/scheduler_config.json").read_text())
+        assert scheduler["_class_name"] == "LCMScheduler" and scheduler.items() >= (ZERO_SNR | V_PREDICTION).items()
         image_of(tmp_path / kind, tmp_path / "images" / kind)
         run_card(tmp_path / kind)
 
@@ -318,7 +335,7 @@ BAD = {
     "levels of EDM": (["--pretrained_model_name_or_path", "{v}"], "levels of EDMEulerScheduler"),
     "zero snr": (["--pretrained_model_name_or_path", "{v}"], "rescale_betas_zero_snr"),
     "inpainting": (["--pretrained_model_name_or_path", "{v}"], "takes 9 channels for latents of 4"),
-    "v prediction": (["--pretrained_model_name_or_path", "{v}"], "v_prediction"),
+    "prediction of x0": (["--pretrained_model_name_or_path", "{v}"], "predicts sample"),
 }
 
 
@@ -329,19 +346,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     add, needle = BAD[case]
     missing(monkeypatch, "bitsandbytes", "xformers")
     changes = {
-        "v prediction": {"prediction_type": "v_prediction"},
-        "zero snr": {"rescale_betas_zero_snr": True},
+        "prediction of x0": {"prediction_type": "sample"},
+        "zero snr": ZERO_SNR,
         "levels of EDM": {"_class_name": "EDMEulerScheduler", "beta_schedule": None},
     }
-    if case == "inpainting":
+    if case in changes or case == "inpainting":
         shutil.copytree(sdxl, tmp_path / "v")
+        change_scheduler(tmp_path / "v", changes.get(case, {}))
+    if case == "inpainting":
         config = tmp_path / "v" / "unet" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
-    if case in changes:
-        shutil.copytree(sdxl, tmp_path / "v")
-        config = tmp_path / "v" / "scheduler" / "scheduler_config.json"
-        changed = json.loads(config.read_text()) | changes[case]
-        config.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
     if "latents" in case:
         flags = [*without(flags, "--dataset_json"), "--dataset_lmdb", str(lmdb_of_latents)]
     monkeypatch.setattr(

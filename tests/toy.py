@@ -40,19 +40,25 @@ from train_senseflow_flux import train_iteration
 EMPTY = -1  # the class that stands for the empty prompt
 POINTS = 8  # vectors in an image
 FAMILIES = ("flow", "epsilon")
-ANCHORS = {"flow": (1000.0, 904.5, 759.5, 512.8), "epsilon": (999.0, 749.0, 499.0, 249.0)}
+DDPM_ANCHORS = (999.0, 749.0, 499.0, 249.0)
+ANCHORS = {"flow": (1000.0, 904.5, 759.5, 512.8), "epsilon": DDPM_ANCHORS, "v": DDPM_ANCHORS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The teacher
 # ---------------------------------------------------------------------------------------------------------------------
 def make_schedule(family: str, anchors: Optional[tuple] = None) -> Schedule:
-    """Return FLUX's schedule for "flow" and SDXL's for "epsilon", with these anchors or the four of ANCHORS."""
+    """Return FLUX's schedule for "flow" and SDXL's for "epsilon", with these anchors or the four of ANCHORS.
+
+    "v" is that of SDXL's teachers of v-prediction with zero terminal SNR.
+    """
     anchors = anchors or ANCHORS[family]
     if family == "flow":
         return FlowSchedule(torch.arange(1, 1001), anchors)
-    ddpm = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    return DDPMSchedule(ddpm.alphas_cumprod, torch.arange(1000), anchors, dmd_range=(20, 980), fake_range=(0, 999))
+    levels = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    ddpm = DDPMScheduler(**levels, rescale_betas_zero_snr=family == "v")
+    kwargs = {"prediction_type": "v_prediction" if family == "v" else "epsilon", "dmd_range": (20, 980)}
+    return DDPMSchedule(ddpm.alphas_cumprod, torch.arange(1000), anchors, fake_range=(0, 999), **kwargs)
 
 
 class Mixture(torch.nn.Module):
@@ -61,7 +67,7 @@ class Mixture(torch.nn.Module):
     An image is POINTS independent vectors of its class, x0 (B, POINTS, D).
 
     Args:
-        schedule: decides whether the network predicts velocity or epsilon.
+        schedule: decides whether the network predicts velocity, epsilon or v.
         means: (K, D); the modes of a class have equal weights, and so have the classes.
         classes: (K,) integers.
         empty_mean: (D,) or None. The empty prompt stands for N(empty_mean, spread^2), or for all modes together.
@@ -92,7 +98,7 @@ class Mixture(torch.nn.Module):
         weights = logits.masked_fill(~(in_class | all_modes)[:, None], -math.inf).softmax(-1)
         mean = weights @ self.means
         offset = x_t - alpha * mean
-        return self.schedule.target(mean + alpha * self.spread**2 / variance * offset, sigma / variance * offset)
+        return self.schedule.target(mean + alpha * self.spread**2 / variance * offset, sigma / variance * offset, t)
 
     def sample(self, condition: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draw exact x0 (B, POINTS, D) of the classes (B,)."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Schedulers of diffusers: fit one to a student's noise levels, and control the noise that one draws."""
+"""Schedulers of diffusers: check a teacher's, fit one to a student's levels, control the noise that one draws."""
 
 import inspect
 import math
@@ -7,7 +7,28 @@ from functools import partial
 from typing import Callable, Sequence
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from senseflow.models.hub import ModelSource
+
+
+# Entries of a DDPM scheduler's configuration that decide about its levels and about what a network predicts there.
+DDPM_LEVELS = (
+    "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type"
+)  # fmt: skip
+
+
+def check_ddpm_scheduler(source: ModelSource) -> None:
+    """Refuse (UserError, exit code 2) a teacher whose scheduler has other levels or predictions than DDPMSchedule."""
+    config = source.config(DDPMScheduler, "scheduler")
+    prediction_type = config.get("prediction_type", "epsilon")
+    if "beta_schedule" not in config:
+        raise source.error(f"has the levels of {config.get('_class_name')}; this script trains DDPM's")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise source.error(f"predicts {prediction_type}; this script trains teachers of epsilon or v_prediction")
+    if config.get("rescale_betas_zero_snr") and prediction_type == "epsilon":
+        problem = "has rescale_betas_zero_snr and predicts epsilon, which gives no image where there is only noise"
+        raise source.error(f"{problem}; give a teacher that predicts v_prediction")
 
 
 def fit_flow_scheduler(
