@@ -425,6 +425,21 @@ def test_another_run_another_pipeline_and_cut_weights(flags, teacher, tmp_path, 
     bad(1, flag, "--output_dir", str(tmp_path / "b"), flag, str(other))
 
 
+class WithoutSigmas(FluxPipeline):
+    """A pipeline whose call leaves the noise levels to the scheduler."""
+
+    def __call__(self, prompt, height, width, num_inference_steps, guidance_scale, max_sequence_length, generator):
+        raise NotImplementedError
+
+
+def test_levels_that_no_stock_call_visits_are_refused(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.FluxModels, "pipeline_class", WithoutSigmas)
+    flags = [*without_gan(flags), "--output_dir", str(tmp_path)]
+    needle = "--anchors 1000 900 300 100: the call of this teacher's pipeline has no sigmas to visit them with"
+    refused(script, [*flags, "--anchors", "1000", "900", "300", "100"], 2, needle, capsys)
+    script.prepare(script.parse_args(flags))  # the saved scheduler visits the default anchors by itself
+
+
 def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):
     def folder(name):
         (tmp_path / name).mkdir()

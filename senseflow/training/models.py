@@ -2,6 +2,7 @@
 """The networks of a run, and the methods by which the training loop calls them; a script's subclass adds its own."""
 
 import copy
+import inspect
 import math
 import os
 from typing import Any, Optional, Sequence
@@ -250,7 +251,8 @@ def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:
         raise UserError(
             f"--resolution {args.resolution}: must be divisible by {multiple} for this teacher", exit_code=2
         )
-    check_anchors(args, cls.make_schedule(args, source, "cpu")[0])
+    schedule, _, pipeline_kwargs = cls.make_schedule(args, source, "cpu")
+    check_anchors(args, schedule, pipeline_kwargs.keys() - inspect.signature(cls.pipeline_class.__call__).parameters)
 
 
 def max_guidance(args) -> float:
@@ -258,15 +260,21 @@ def max_guidance(args) -> float:
     return max([*args.dmd_guidance_scale, *(args.isg_guidance_scale if args.isg_weight > 0 else [])])
 
 
-def check_anchors(args, schedule: Schedule) -> None:
-    """Refuse (UserError, exit code 2) anchors between which --isg_margin leaves no timestep.
+def check_anchors(args, schedule: Schedule, unknown_kwargs: set[str]) -> None:
+    """Refuse (UserError, exit code 2) anchors that no stock call visits, or that leave --isg_margin no timestep.
 
     Default anchors are refused without ISG, too, and also if the last one is below LOWEST_DEFAULT_ANCHOR.
+
+    Args:
+        unknown_kwargs: what the stock call would need to visit them, as no scheduler does by itself, and lacks.
     """
     default, crowded = "anchors" not in args.given, schedule.check_margin(args.isg_margin)
     shown = [f"{t:.4g}" for t in schedule.anchors]
     problem, fix = None, "give --anchors, such as 1000 900 750 500"
-    if default and schedule.anchors[-1] < LOWEST_DEFAULT_ANCHOR:
+    if unknown_kwargs:
+        problem = f"the call of this teacher's pipeline has no {', '.join(sorted(unknown_kwargs))} to visit them with"
+        fix = "give anchors that its scheduler visits"
+    elif default and schedule.anchors[-1] < LOWEST_DEFAULT_ANCHOR:
         problem = f"{shown[-1]} is below {LOWEST_DEFAULT_ANCHOR}, where next to nothing is left to generate"
     elif crowded and (default or args.isg_weight > 0):
         problem = f"--isg_margin {args.isg_margin:g} leaves no timestep between {crowded[0]:.4g} and {crowded[1]:.4g}"
