@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Run `--dry_run` for all teachers at full size, from configurations alone, and print the table of docs/memory.md.
+"""Run `--dry_run` for all teachers at full size, from configurations alone, and print the tables of docs/memory.md.
 
     python benchmarks/memory_table.py                             # all; about a minute per row and core
     python benchmarks/memory_table.py --teachers sdxl --rows full
@@ -80,6 +80,11 @@ def main() -> None:
             card = next((card for card in CARDS if peak <= USABLE * card), None)
             cells.append(f"{peak:.1f}" + (f" ({card} GB)" if card else ""))
         print(f"| {NAMES[teacher]} | " + " | ".join(cells) + " |")
+    print("\n| | GiB on the disk: a checkpoint | the export |\n|---|---|---|")
+    for teacher in args.teachers:
+        for row in args.rows:
+            sizes = re.search(r"a checkpoint ([\d.]+) GiB, the export ([\d.]+) GiB", outputs[f"{teacher}, {row}"])
+            print(f"| {NAMES[teacher]}, {row} | {' | '.join(sizes.groups())} |")
     print("\n| | peak in | TFLOP of an iteration without / with student update |\n|---|---|---|")
     for teacher in args.teachers:
         for row in args.rows:

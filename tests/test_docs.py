@@ -245,6 +245,8 @@ class Workspace:
             small["--max_sequence_length"] = "16"
         if "--rank" in own:
             small["--rank"] = "4"
+        if "--gradient_accumulation_steps" in own:
+            small["--gradient_accumulation_steps"] = "1"
         if "--validation_prompts" in own:
             small |= {"--validation_steps": "2", "--teacher_num_inference_steps": "2"}
         discriminator = {"--discriminator_backbone": "dinov2", "--discriminator_text_encoder": "clip"}
@@ -306,6 +308,27 @@ def test_length():
             assert len(line) <= 119 or line.startswith("|") or "://" in line, f"{document.name}:{number}"
 
 
+def test_only_the_documents_say_what_fits_a_gpu():
+    """Comments in the configurations would contradict their tables sooner or later."""
+    for file in (ROOT / "accelerate_configs").iterdir():
+        assert not re.search(r"\d ?Gi?B", file.read_text()), file.name
+
+
+def test_readme_has_the_length_and_checkpoints_of_a_default_run():
+    rows = re.findall(
+        r"^\| ([\w .-]+) \| ([\d,]+) \| ([\d,]+) \|.*\| (\d+) \| \d[\d.]* GiB \|$", README.read_text(), re.MULTILINE
+    )
+    scripts = {"SDXL": "sdxl", "SD 3.5 Medium": "sd3", "SD 3.5 Large": "sd3", "FLUX.1-dev": "flux"}
+    assert [row[0] for row in rows] == list(scripts)
+    for name, *numbers in rows:
+        module = importlib.import_module(f"train_senseflow_{scripts[name]}")
+        args = module.parse_args(["--pretrained_model_name_or_path", "x", "--output_dir", "y"])
+        batch = next(cls for cls in vars(module).values() if getattr(cls, "recipe_batch_size", None)).recipe_batch_size
+        steps = args.max_train_steps
+        expected = [steps, steps * batch, steps // args.checkpointing_steps]
+        assert [int(number.replace(",", "")) for number in numbers] == expected, name
+
+
 def test_nothing_is_left_to_do():
     assert not [document.name for document in DOCUMENTS if "TODO" in document.read_text(encoding="utf-8")]
 
@@ -340,8 +363,8 @@ def tree_paths(text: str) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("document", [README, ROOT / "docs" / "architecture.md"], ids=lambda document: document.name)
-def test_tree_exists(document):
+def test_tree_exists():
+    document = ROOT / "docs" / "architecture.md"
     tree = next(block.text for block in blocks(document) if "infer.py" in block.text and block.language == "text")
     paths = tree_paths(tree)
     assert len(paths) > 10
