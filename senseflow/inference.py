@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from senseflow.errors import UserError, require_package
 from senseflow.models.hub import ModelSource, load_network, load_pipeline, saved_components
-from senseflow.models.lora import ADAPTER, FILE, fuse_lora, read_adapter, stored_name
+from senseflow.models.lora import ADAPTER, FILE, fuse_lora, lora_fingerprint, read_adapter, stored_name
 from senseflow.models.quantization import BACKENDS, quantize_network
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import fingerprint, state_dict_problems
@@ -400,24 +400,23 @@ def prepare_adapter_base(model: Model, pipeline: DiffusionPipeline, device: torc
     """
     network, config, teacher = getattr(pipeline, model.network), model.student_config, model.base.path
     lora, scale = config.get("teacher_lora"), config.get("teacher_lora_scale", 1.0)
-    if lora is None:
-        base_fingerprint = fingerprint(network)
-    else:
+    quantization, base_fingerprint = config.get("base_quantization"), fingerprint(network)
+    if lora is not None:
         teacher += f" with {lora}"
         lora = ModelSource(f"{model.source}: the LoRA of its teacher,", lora)
-        base_fingerprint = f"{fuse_lora(lora, pipeline, model.network, None)} at {scale:g}"
-    if network.dtype != dtype:
-        network.to(dtype)
-    if lora is not None:
-        fuse_lora(lora, pipeline, model.network, scale)
-    quantization = config.get("base_quantization")
+        base_fingerprint += f" with {lora_fingerprint(lora, scale)}"
     if quantization in BACKENDS:
         base_fingerprint += f" in {quantization}"
-        quantize_network(network, quantization, device)
     if base_fingerprint != config.get("teacher_fingerprint"):
         at = f" at {model.base.revision}" if model.base.revision else ""
         problem = f"its adapter was trained over other weights than those of {teacher}{at}; restore these"
         raise model.source.error(problem, exit_code=1)
+    if network.dtype != dtype:
+        network.to(dtype)
+    if lora is not None:
+        fuse_lora(lora, pipeline, scale)
+    if quantization in BACKENDS:
+        quantize_network(network, quantization, device)
 
 
 def load_adapter(model: Model, network: torch.nn.Module) -> None:

@@ -247,13 +247,13 @@ MUTANTS = [  # name, file, test, text, replacement; more pairs of text and repla
         "        super().ida_update_from(other, decay)\n"),
     # Roles with a shared base
     ("adapters: one for student and fake score", LORA, ONE_BASE,
-        "return student, copy_sharing_base(student, base)",
-        "return student, student"),
+        "fake_score = copy_sharing_base(student, base)",
+        "fake_score = student"),
     ("adapters: a copy of the base for each", LORA, ONE_BASE,
         "return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})",
         "return copy.deepcopy(network)"),
     ("adapters: under FSDP2 shards of the base for each", SHARDED, SHARED_BASE,
-        "share_base(self.module, self._base)",
+        "share_base(self.module)",
         "pass"),
 ]
 # fmt: on

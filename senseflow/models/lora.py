@@ -8,18 +8,20 @@ adapter of the forward pass, and DDP and the optimizer see the few parameters of
 
 import copy
 import difflib
+import hashlib
 import json
 import logging
 import re
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
 from senseflow.errors import UserError, loading, require_package
 from senseflow.models.hub import UNREADABLE, ModelSource, abbreviate, hub_reason
@@ -32,6 +34,12 @@ logger = logging.getLogger(__name__)
 ADAPTER = "default"  # peft's name of a network's adapter, which files leave out of tensor names
 FILE = "pytorch_lora_weights.safetensors"
 LORA_FLAGS = ("rank", "lora_alpha", "lora_layers")
+# Names of a LoRA's tensors in files of diffusers, peft, kohya and XLabs: how they end, and those of text encoders.
+LAYER_TENSOR = re.compile(
+    r"[._]lora\d?[._](A|B|down|up|linear_layer\.(down|up)|magnitude_vector)(\.(weight|bias))?$|\.alpha$"
+)
+TEXT_ENCODER_LAYER = re.compile(r"(lora_te|text_encoder).*lora([._]linear_layer)?[._](A|down)\.weight$")
+TEXT_ENCODER_DORA = re.compile(r"(lora_te|text_encoder).*lora_magnitude_vector")  # which diffusers does not load
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,10 +57,11 @@ def lora_config(args):
     return LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=target_modules(args.lora_layers))
 
 
-def check_lora_args(args, cls, config: dict) -> None:
+def check_lora_args(args, pipeline_class, name: str, cls, config: dict) -> None:
     """Check the flags of adapters, and an adapter from which the run starts, against the teacher's network.
 
     Args:
+        pipeline_class, name: of the teacher's pipeline, and of that network in it.
         cls, config: class and configuration of that network.
     Raises:
         UserError: exit code 2; packages, files or layers are missing.
@@ -71,11 +80,15 @@ def check_lora_args(args, cls, config: dict) -> None:
                 "stock pipelines cannot fuse one into a quantized base; fuse it into a pipeline first, and give that"
             )
             raise UserError(f"--teacher_lora {args.teacher_lora}: {problem}", exit_code=2)
-    if args.teacher_lora:
-        find_lora(ModelSource("--teacher_lora", args.teacher_lora))
+    for owner, method in ((cls, "add_adapter"), (pipeline_class, "save_lora_weights")):
+        if not hasattr(owner, method):
+            problem = f"diffusers' {owner.__name__} has no {method}, which adapters need"
+            raise UserError(f"--rank {args.rank}: {problem}; train without --rank", exit_code=2)
     with torch.device("meta"):
         network = cls.from_config(config)
     check_lora_layers(args.lora_layers, network)
+    if args.teacher_lora:
+        check_teacher_lora(ModelSource("--teacher_lora", args.teacher_lora), pipeline_class, name, network)
     if args.student_model_name_or_path:
         check_initial_adapter(args, network)
 
@@ -155,19 +168,24 @@ def adapted_copies(base: torch.nn.Module, args) -> tuple[torch.nn.Module, torch.
                 if ".lora_" in name:
                     scale = args.lora_alpha / args.rank if ".lora_B." in name else 1
                     parameter.copy_(weights[stored_name(name)] / scale)
-    return student, copy_sharing_base(student, base)
+    fake_score = copy_sharing_base(student, base)
+    for network in (student, fake_score):
+        vars(network)["adapter_base"] = base  # for `share_base`; not as a submodule
+    return student, fake_score
 
 
-def share_base(network: torch.nn.Module, base: torch.nn.Module) -> None:
-    """Replace the frozen parameters of an adapted copy of `base`, perhaps a part of `network`, by those of `base`.
+def share_base(network: torch.nn.Module) -> None:
+    """Replace the frozen parameters of adapted copies in `network` by those of the base that each was copied from.
 
     FSDP2 makes shards for every network. Call this once both are sharded, before FSDP first uses the copy's shards.
     """
-    (adapted,) = (module for module in network.modules() if hasattr(module, "peft_config"))
-    tensors = dict(base.named_parameters())
-    names = [name for name, _ in adapted.named_parameters() if ".lora_" not in name]
-    shared = {name: tensors[name.replace(".base_layer.", ".")] for name in names}
-    adapted.load_state_dict(shared, strict=False, assign=True)
+    for adapted in [module for module in network.modules() if "adapter_base" in vars(module)]:
+        if not isinstance(adapted.adapter_base, FSDPModule):
+            raise RuntimeError("the role of the network that adapters share must be made before those of the adapters")
+        tensors = dict(adapted.adapter_base.named_parameters())
+        names = [name for name, _ in adapted.named_parameters() if ".lora_" not in name]
+        shared = {name: tensors[name.replace(".base_layer.", ".")] for name in names}
+        adapted.load_state_dict(shared, strict=False, assign=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,50 +209,110 @@ def find_lora(source: ModelSource) -> Path:
     raise source.error(f"holds {len(files)} .safetensors files; {fix}")
 
 
-def fuse_lora(source: ModelSource, pipeline, network: str, scale: Optional[float]) -> str:
-    """Fuse a LoRA into a pipeline with its stock methods, and into its text encoders if it has weights for them.
+def check_teacher_lora(source: ModelSource, pipeline_class, name: str, network: torch.nn.Module) -> None:
+    """Check that a pipeline's stock methods can fuse all of a LoRA into the teacher's network, perhaps a meta network.
 
-    Args:
-        network: name of the component for which it must have weights.
-        scale: None only computes the fingerprint.
-    Returns:
-        The fingerprint of that network with the LoRA beside it: fused weights would depend on the precision.
+    Layers that the network lacks are only named in a warning: a stock pipeline leaves them out, too.
+
     Raises:
-        UserError: exit code 1; not a LoRA, or one for another network.
+        UserError: exit code 2; damaged, no LoRA for this network, or a LoRA with more than low-rank layers.
+    """
+    file = find_lora(source)
+    with source.loading():
+        tensors = load_file(file)
+    others = [key for key in tensors if not LAYER_TENSOR.search(key) or TEXT_ENCODER_DORA.match(key)]
+    others = sorted(key for key in others if tensors[key].float().any())  # zeros change nothing
+    if others:
+        problem = (
+            "is of no plain low-rank layer, and diffusers cannot fuse it (LoKr, LoHa, norms, biases, DoRA's scales)"
+        )
+        raise source.error(
+            f"{others[0]} {problem}; fuse the file with the program that made it, and give that pipeline"
+        )
+    try:
+        weights = lora_weights(pipeline_class, file, network)
+    except Exception as error:  # each converter of diffusers raises its own
+        problem = f"{pipeline_class.__name__} cannot read its layers, such as {min(tensors)}"
+        raise source.error(f"{problem} ({type(error).__name__}: {error}); save it with save_lora_weights") from error
+    prefix = f"{name}."
+    weights = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    if weights and "lora_A" not in next(iter(weights)):  # as `load_lora_adapter` does
+        weights = convert_unet_state_dict_to_peft(weights)
+    halves = {half: lora_halves(weights, half) for half in "AB"}
+    modules = dict(network.named_modules())
+    unknown = halves["A"].keys() - modules.keys()
+    if len(unknown) == len(halves["A"]):
+        shown = min(unknown, default=min(tensors))
+        raise source.error(f"has no layer of a {type(network).__name__} ({shown}, ...); give a LoRA for it")
+    for layer in sorted(halves["A"].keys() - unknown):
+        (outputs, inputs), own = (
+            modules[layer].weight.shape[:2],
+            (halves["B"][layer].shape[0], halves["A"][layer].shape[1]),
+        )
+        if own != (outputs, inputs):
+            problem = (
+                f"{layer} takes {inputs} and returns {outputs} values, its layer takes {own[1]} and returns {own[0]}"
+            )
+            raise source.error(f"{problem}; give a LoRA for this network (a control LoRA widens it)")
+    if unknown:
+        names = abbreviate(unknown)
+        logger.warning(f"{source}: {len(unknown)} of its {len(halves['A'])} layers are not in the network ({names})")
+
+
+def lora_weights(pipeline_class, file: Path, network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Read a LoRA as a pipeline does: {"component.layer...": tensor}."""
+    config = {"unet_config": network.config}  # some pipelines need it for other programs' numbers of blocks
+    weights = pipeline_class.lora_state_dict(str(file.parent), weight_name=file.name, **config)
+    return weights[0] if isinstance(weights, tuple) else weights
+
+
+def lora_halves(weights: Mapping[str, torch.Tensor], half: str) -> dict[str, torch.Tensor]:
+    """Return {layer: tensor} of the matrices A or B."""
+    end = f".lora_{half}.weight"
+    return {key.removesuffix(end): tensor for key, tensor in weights.items() if key.endswith(end)}
+
+
+def fuse_lora(source: ModelSource, pipeline, scale: float) -> None:
+    """Fuse a checked LoRA into a pipeline's network and text encoders with its stock methods.
+
+    Layers of text encoders that the stock methods leave out are named in a warning.
+
+    Raises:
+        UserError: exit code 1; of another pipeline.
     """
     file = find_lora(source)
     with source.loading():
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-        module = getattr(pipeline, network)
-        if not getattr(module, "peft_config", None):
-            raise ValueError(f"it has no layer of a {type(module).__name__}")
-        weights = pipeline.lora_state_dict(str(file.parent), weight_name=file.name)
-        weights = weights[0] if isinstance(weights, tuple) else weights
-        pattern = re.compile(rf"{network}\.(?P<layer>.*)\.(lora_A|lora\.down)\.weight")
-        layers = {match["layer"] for match in map(pattern.fullmatch, weights) if match}
-        unknown = layers - {name for name, part in module.named_modules() if hasattr(part, "lora_A")}
-        if unknown:
-            names = abbreviate(unknown)
-            logger.warning(f"{source}: {len(unknown)} of its {len(layers)} layers are not in the network ({names})")
-        adapted_fingerprint = fingerprint(module)
-        if scale is not None:
-            pipeline.fuse_lora(lora_scale=scale)
+        encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
+        loaded = sum(hasattr(module, "lora_A") for encoder in encoders for module in encoder.modules())
+        with safe_open(file, "pt") as tensors:
+            wanted = [key for key in tensors.keys() if TEXT_ENCODER_LAYER.match(key)]
+        if loaded < len(wanted):
+            problem = f"{len(wanted) - loaded} of its {len(wanted)} layers of text encoders"
+            logger.warning(f"{source}: {problem} are not in {type(pipeline).__name__}'s ({abbreviate(wanted)})")
+        pipeline.fuse_lora(components=pipeline._lora_loadable_modules, lora_scale=scale)
         pipeline.unload_lora_weights()
-    return adapted_fingerprint
+
+
+def lora_fingerprint(source: ModelSource, scale: float) -> str:
+    """Hash a LoRA's file. A fingerprint of fused weights would depend on the precision in which they are fused."""
+    with open(find_lora(source), "rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()[:16]} at {scale:g}"
 
 
 def fuse_or_quantize(args, pipeline, network: str, device) -> Optional[str]:
     """Apply --teacher_lora or --base_quantization to the teacher; return its fingerprint, or None without these."""
     module = getattr(pipeline, network)
     if args.base_quantization != "none":
-        unquantized = fingerprint(module)
+        unchanged = fingerprint(module)
         quantize_network(module, args.base_quantization, device)
-        return f"{unquantized} in {args.base_quantization}"
+        return f"{unchanged} in {args.base_quantization}"
     if not args.teacher_lora:
         return None
+    source, unchanged = ModelSource("--teacher_lora", args.teacher_lora), fingerprint(module)
     materialize(module, "cpu")
-    source = ModelSource("--teacher_lora", args.teacher_lora)
-    return f"{fuse_lora(source, pipeline, network, args.teacher_lora_scale)} at {args.teacher_lora_scale:g}"
+    fuse_lora(source, pipeline, args.teacher_lora_scale)
+    return f"{unchanged} with {lora_fingerprint(source, args.teacher_lora_scale)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

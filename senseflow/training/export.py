@@ -98,7 +98,8 @@ def adapter_code(args, models: TrainingModels, extra_components: dict[str, Any],
         file = find_lora(ModelSource("--teacher_lora", args.teacher_lora)).name
         weight_name = "" if os.path.isfile(args.teacher_lora) else f', weight_name="{file}"'
         lines.append(f'pipeline.load_lora_weights("{lora}"{weight_name})')
-        lines.append(f"pipeline.fuse_lora(lora_scale={args.teacher_lora_scale})")
+        scale = f"lora_scale={args.teacher_lora_scale}"
+        lines.append(f"pipeline.fuse_lora({cls._lora_loadable_modules}, {scale})".replace("'", '"'))
         lines.append("pipeline.unload_lora_weights()")
     return "\n".join([*lines, "pipeline.load_lora_weights(folder)"])
 

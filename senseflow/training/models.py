@@ -240,7 +240,7 @@ def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:
     if channels * math.isqrt(taken // channels) ** 2 != taken:  # networks may fold squares of latents into channels
         problem = f"takes {taken} channels for latents of {channels}, as for inpainting or control images"
         raise source.error(f"its {cls.network_name} {problem}; give a text-to-image teacher")
-    check_lora_args(args, cls.network_class, config)
+    check_lora_args(args, cls.pipeline_class, cls.network_name, cls.network_class, config)
     if args.student_model_name_or_path and not args.rank:
         start = student_source(args, source)
         check_compatible(start, cls.network_class, cls.network_name, config, cls.compatible_config)

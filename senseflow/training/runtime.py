@@ -89,7 +89,6 @@ class Runtime:
         self.device = self.accelerator.device
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]
         self.trained: list[Role] = []
-        self.base: Optional[torch.nn.Module] = None  # under FSDP2, the frozen network whose shards adapted copies take
         if self.launch.mode == "fsdp2":
             self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
         # cuDNN's attention has gradients that are not finite for some shapes; torch has other kernels.
@@ -141,7 +140,6 @@ class Runtime:
             return role
         if self.launch.mode == "fsdp2":
             shard(module, self.mesh, self.launch.plugin.reshard_after_forward)
-            self.base = module
         if self.launch.mode != "fsdp2" or is_meta(module):
             materialize(module, self.device)
         return role
@@ -166,9 +164,8 @@ class Runtime:
         mode, gather_bf16 = self.launch.mode, gather_bf16 and self.args.mixed_precision == "bf16"
         cls, kwargs = Role, {}
         if mode == "fsdp2":
-            adapted = any(hasattr(child, "peft_config") for child in module.modules())
             cls, kwargs = FSDP2Role, {"mesh": self.mesh, "reshard": self.launch.plugin.reshard_after_forward}
-            kwargs |= {"gather_bf16": gather_bf16, "base": self.base if adapted else None}
+            kwargs["gather_bf16"] = gather_bf16
         elif mode != "replicated":
             cls, kwargs = ZeroRole, {"config": self._deepspeed_config(gather_bf16)}
         parameters = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}

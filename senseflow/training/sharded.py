@@ -70,14 +70,11 @@ class FSDP2Role(ShardedRole):
     Args:
         mesh, reshard: see `shard`.
         gather_bf16: gather the weights in `dtype`; the optimizer's own stay in float32.
-        base: the sharded network whose base weights the module, or a part of it, shares; None if there is none.
     """
 
-    def __init__(
-        self, *args, mesh: DeviceMesh, reshard: bool, gather_bf16: bool, base: Optional[torch.nn.Module], **kwargs
-    ):
+    def __init__(self, *args, mesh: DeviceMesh, reshard: bool, gather_bf16: bool, **kwargs):
         super().__init__(*args, autocast=True, **kwargs)
-        self._mesh, self._reshard, self._gather_bf16, self._base = mesh, reshard, gather_bf16, base
+        self._mesh, self._reshard, self._gather_bf16 = mesh, reshard, gather_bf16
 
     def prepare(self, make_optimizer):
         policy = None
@@ -88,8 +85,7 @@ class FSDP2Role(ShardedRole):
         shard(self.module, self._mesh, self._reshard, policy)
         if is_meta(self.module):
             materialize(self.module, self.accelerator.device)
-        if self._base is not None:
-            share_base(self.module, self._base)
+        share_base(self.module)
         # While the parameters require gradient: FSDP reads the dtype of their gradients only once.
         self.module._get_fsdp_state()._lazy_init()
         self._make_optimizer(make_optimizer)

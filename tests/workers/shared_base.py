@@ -7,11 +7,22 @@ import sys
 
 import torch
 
+import helpers
 import train_senseflow_flux as script
-from helpers import built
+from senseflow.training.runtime import Runtime
 
 
-run = built(script, sys.argv[1:])
+class RuntimeWithJudge(Runtime):
+    """Make a second frozen role after the teacher's: adapters must not take its weights for their base."""
+
+    def frozen_role(self, name, module):
+        role = super().frozen_role(name, module)
+        super().frozen_role("judge", script.FluxTransformer2DModel.from_config(module.config))
+        return role
+
+
+helpers.Runtime = RuntimeWithJudge
+run = helpers.built(script, sys.argv[1:])
 stock = script.FluxTransformer2DModel.from_pretrained(run.args.pretrained_model_name_or_path, subfolder="transformer")
 base_weights = dict(stock.named_parameters())
 teacher, *adapted = run.models.teacher, run.models.student, run.models.fake_score
