@@ -571,7 +571,7 @@ def main(argv=None):
             metrics.flush()  # raises if the run has diverged, before its checkpoint counts as the latest
             checkpointer.save(iteration, samples_seen, validation.signals)
     metrics.flush()
-    if metrics.ended_by and runtime.saved < iteration:
+    if runtime.saved < iteration:
         checkpointer.save(iteration, samples_seen, validation.signals)
     progress.close()
 

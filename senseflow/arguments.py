@@ -262,7 +262,8 @@ def add_checkpointing_arguments(parser: Parser) -> None:
     add("--checkpointing_steps", type=number(int, 1), default=3000, help="Iterations between checkpoints.")
     add("--checkpoints_total_limit", type=number(int, 1), help="Number of checkpoints to keep; default: all.")
     add("--resume_from_checkpoint", help='Checkpoint folder, name of one in --output_dir, or "latest".')
-    add("--export_dtype", choices=list(DTYPES), default="bf16", help="Precision of the exported pipeline or adapter.")
+    add("--export_dtype", choices=list(DTYPES), default="bf16",
+        help="Precision of the exported network or adapter; other components are copies of the teacher's.")
 
 
 def add_validation_arguments(parser: Parser):

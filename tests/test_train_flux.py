@@ -1,9 +1,11 @@
 """The real FLUX script on a tiny pipeline: everything on, resume, export, DDP, prompts only, warm start, bad input."""
 
 import copy
+import errno
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -40,7 +42,7 @@ from helpers import (
 )
 from senseflow.errors import UserError
 from senseflow.models.weights import fingerprint
-from senseflow.training import checkpoints
+from senseflow.training import checkpoints, export
 from stock_call import assert_called_as_stock
 from tiny_pipelines import write_discriminator, write_flux
 
@@ -164,9 +166,19 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
             [*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--max_train_steps", "6"]
         )
     assert error.value.exit_code == 1
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10))
-    with pytest.raises(UserError, match="GiB are free"):
-        script.main([*flags, "--output_dir", str(tmp_path / "full")])
+    # The disk must hold what is to come, of iterations 1 to 4 or 3 and 4, and the export.
+    size = sum(file.stat().st_size for file in (whole / "checkpoint-4").rglob("*") if file.is_file())
+    export_size = sum(file.stat().st_size for file in whole.glob("[!c]*/*.safetensors"))
+    for steps, limit, number, fix in (
+        ("1", "9", 4, "give --checkpoints_total_limit 2, free some space"),
+        ("3", "9", 2, "are free; free some space"),
+        ("1", "2", 3, "give --checkpoints_total_limit 1, free some space"),
+    ):
+        free = int((number - 0.5) * size) + export_size
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, free))  # noqa: B023
+        few = ["--checkpointing_steps", steps, "--checkpoints_total_limit", limit]
+        with pytest.raises(UserError, match=f"{number} checkpoints of .* and the export of .*{fix}"):
+            script.main([*flags, *few, "--output_dir", str(tmp_path / "full")])
 
 
 @pytest.fixture
@@ -485,6 +497,41 @@ def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch)
             not list((tmp_path / folder).glob("checkpoint-*"))
             and not (tmp_path / folder / "model_index.json").exists()
         )
+
+
+def test_an_export_that_fails_loses_nothing(flags, teacher, tmp_path, monkeypatch):
+    """The teacher is gone at the end."""
+    place, out = (str(tmp_path / name) for name in ("teacher", "out"))
+    shutil.copytree(teacher, place)
+
+    def remove_teacher(*args):
+        shutil.move(f"{place}/text_encoder_2", tmp_path / "moved")
+        return train_iteration(*args)
+
+    train_iteration = script.train_iteration
+    flags = [*without_gan(flags), "--pretrained_model_name_or_path", place, "--output_dir", out]
+    flags += ["--max_train_steps", "1"]
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="export could not be written .*: correct that"),
+    ):
+        patch.setattr(script, "train_iteration", remove_teacher)
+        script.main(flags)
+    assert {path.name for path in Path(out).iterdir()} == {"checkpoint-1", "logs", "run.lock"}
+    shutil.move(tmp_path / "moved", f"{place}/text_encoder_2")
+    script.main([*flags, "--resume_from_checkpoint", "latest"])
+    assert "run.lock" not in os.listdir(out)
+    FluxPipeline.from_pretrained(out)
+
+    # What can be tried is tried before training.
+    def fill_disk(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "write_model_card", fill_disk)
+    monkeypatch.setattr(script, "train_iteration", lambda *args: pytest.fail("trained"))
+    with pytest.raises(UserError, match="export could not be written .*: free some space, then"):
+        script.main([*flags, "--output_dir", str(tmp_path / "other")])
+    assert not list((tmp_path / "other").glob("*incomplete"))
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(flags, tmp_path, monkeypatch, caplog):

@@ -351,7 +351,7 @@ def label_networks(counter: Counter, models, encoders: str) -> None:
 
 
 def sizes_on_disk(args, models) -> tuple[int, int]:
-    """Return the bytes of a checkpoint and of the export."""
+    """Return the bytes of a checkpoint, and of the export if the teacher is stored in --export_dtype."""
     trained = [role for role in roles_of(models).values() if role.optimizer is not None]
     moments = 2 if args.use_8bit_adam else 8  # bytes per value
     checkpoint = sum(role.weight_bytes + moments * role.num_trained_params for role in trained)

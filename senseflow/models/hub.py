@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -348,3 +349,36 @@ def load_pipeline(source: ModelSource, cls, **components):
         variants = {source.weight_variant(name) for name in saved_components(index) if name not in components}
         variant = source.variant if source.variant in variants else None
         return source.load(cls.from_pretrained, **{"variant": variant, **missing_components(cls, index), **components})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copying
+# ---------------------------------------------------------------------------------------------------------------------
+def component_files(source: ModelSource, name: str) -> dict[str, Path]:
+    """Find the files from which a pipeline loads a component: {name without the variant: file}.
+
+    Of a network these are its weights in one format and variant, and its small files.
+    """
+    names, variant = source.files(name), source.weight_variant(name)
+    found = {file: match["variant"] for file in names if (match := WEIGHTS.fullmatch(file))}
+    weights = {file for file, found_variant in found.items() if found_variant == variant}
+    formats = {file.rpartition(".")[2] for file in weights}
+    suffix = "safetensors" if "safetensors" in formats else "bin"
+    index = f".{suffix}.index.{variant}.json" if variant else f".{suffix}.index.json"
+    if weights:
+        small = {file for file in names if file.endswith((".json", ".py")) and ".index." not in file}
+        names = small | {file for file in weights if file.endswith(suffix)} | {f for f in names if f.endswith(index)}
+    files = {file: source.file(f"{name}/{file}") for file in names}
+    return {file.replace(f".{variant}", "") if variant else file: path for file, path in files.items()}
+
+
+def copy_component_file(path: Path, target: Path) -> None:
+    """Copy a file of `component_files`; the index of shards names them without the variant, too."""
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(path, target)
+    if target.name.endswith(".index.json"):
+        variant = re.search(r"\.index(\.[^.]+)\.json$", path.name)
+        if variant:
+            index = json.loads(path.read_text())
+            shards = {key: file.replace(variant[1], "") for key, file in index["weight_map"].items()}
+            target.write_text(json.dumps({**index, "weight_map": shards}, indent=2))

@@ -1,6 +1,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Write checkpoints that are complete or absent, resume from them, and export the student."""
 
+import errno
 import json
 import os
 import re
@@ -14,10 +15,17 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
+from senseflow.arguments import torch_dtype
 from senseflow.errors import UserError
 from senseflow.models.lora import FILE, LORA_FLAGS
 from senseflow.student_config import make_student_config, write_student_config
-from senseflow.training.export import export_adapter, export_pipeline
+from senseflow.training.export import (
+    export_adapter,
+    export_pipeline,
+    teacher_files,
+    write_adapter_files,
+    write_pipeline_files,
+)
 from senseflow.training.metrics import Metrics
 from senseflow.training.models import TrainingModels
 from senseflow.training.roles import launch_config
@@ -28,6 +36,7 @@ logger = get_logger(__name__)
 
 # Suffixes of a folder that is being written, and of one that is about to be replaced.
 INCOMPLETE, REPLACED = ".senseflow-incomplete", ".senseflow-replaced"
+GIB = 2**30
 
 
 class Checkpointer:
@@ -43,13 +52,14 @@ class Checkpointer:
     def __init__(self, args, runtime: Runtime, models: TrainingModels, scheduler, pipeline_kwargs: dict):
         self.args, self.runtime, self.models, self.pipeline_kwargs = args, runtime, models, pipeline_kwargs
         self.extra_components = {"scheduler": scheduler, **models.extra_components}
+        self.teacher_files = {} if args.rank else teacher_files(models, self.extra_components)
         self.fingerprints = models.fingerprints()
 
     def resume(self) -> tuple[int, int]:
         """Load the checkpoint to resume from, if any. Return (iterations done, samples seen).
 
         Raises:
-            UserError: a checkpoint that this run cannot continue; too little space for the next one.
+            UserError: a checkpoint that this run cannot continue; an export that cannot be written; too little space.
         """
         checkpoint = find_checkpoint(self.args)
         state = read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
@@ -58,9 +68,9 @@ class Checkpointer:
             for role in self.runtime.trained:
                 role.load(checkpoint)
         if self.runtime.accelerator.is_main_process:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.args.output_dir)
-            self._check_disk()
+            self._check_export(state["iteration"])
+            self._check_disk(state["iteration"])
         self.runtime.saved = state["iteration"]
         return state["iteration"], state["samples_seen"]
 
@@ -126,7 +136,8 @@ class Checkpointer:
             if self.args.rank:
                 last = export_adapter(aside, self.args, self.models, self.extra_components, config)
             else:
-                last = export_pipeline(aside, self.args, self.models, self.extra_components, config)
+                files = self.teacher_files
+                last = export_pipeline(aside, self.args, self.models, self.extra_components, config, files)
             if self.runtime.accelerator.is_main_process:
                 publish_folder(aside, Path(self.args.output_dir), last)
         kind = "adapter" if self.args.rank else "pipeline"
@@ -202,16 +213,34 @@ class Checkpointer:
         changed = ", ".join(changed) or "nothing"
         logger.info(f"resuming from {checkpoint} at iteration {state['iteration']}; changed: {changed}")
 
-    def _check_disk(self) -> None:
-        """Refuse a run whose next checkpoint does not fit on the disk of --output_dir (UserError, exit code 1)."""
-        each = 2 if self.args.use_8bit_adam else 8  # bytes of two Adam moments
+    def _check_export(self, iteration: int) -> None:
+        """Write and remove what the export holds besides weights. UserError (exit code 1) if it cannot be written."""
+        aside = Path(self.args.output_dir) / f"export{INCOMPLETE}"
+        with writing(aside):
+            write = write_adapter_files if self.args.rank else write_pipeline_files
+            write(aside, self.args, self.models, self.extra_components, self._student_config(iteration))
+        shutil.rmtree(aside)
+
+    def _check_disk(self, iteration: int) -> None:
+        """Refuse (UserError, exit code 1) a run whose checkpoints and export do not fit on the disk."""
+        args, existing = self.args, len(list_checkpoints(self.args.output_dir))
+        each = 2 if args.use_8bit_adam else 8  # bytes of two Adam moments
         each += 4 if launch_config().mode.startswith("zero") else 0  # and of the master weight
         size = sum(role.weight_bytes + each * role.num_trained_params for role in self.runtime.trained)
-        free = shutil.disk_usage(self.args.output_dir).free
-        if free < size:
+        export = self.models.student.weight_bytes // 4 * torch_dtype(args.export_dtype).itemsize
+        export += sum(file.stat().st_size for file in self.teacher_files.values())
+        steps, last = args.checkpointing_steps, args.max_train_steps
+        new = last // steps - iteration // steps + (last % steps > 0) if iteration < last else 0
+        if args.checkpoints_total_limit is not None:  # an old one goes only when the new one is complete
+            new = min(new, max(1, args.checkpoints_total_limit + 1 - existing))
+        free = shutil.disk_usage(args.output_dir).free
+        if free < new * size + export:
+            limit = int((free - export) // size) + existing - 1
+            problem = f"{new} checkpoints of {size / GIB:.1f} GiB and the export of {export / GIB:.1f} GiB are to come"
+            fix = f"give --checkpoints_total_limit {limit}, " if 0 < limit and limit + 1 - existing < new else ""
             raise UserError(
-                f"--output_dir {self.args.output_dir}: a checkpoint takes {size / 2**30:.1f} GiB, and only "
-                f"{free / 2**30:.1f} GiB are free; free some space or choose another disk"
+                f"--output_dir {args.output_dir}: {problem}, and only {free / GIB:.1f} GiB are free; {fix}free some "
+                "space or choose another disk"
             )
 
 
@@ -301,19 +330,19 @@ def read_state(checkpoint: Path) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 @contextmanager
 def writing(aside: Path):
-    """Turn a full disk, or another that cannot be written to, into a UserError; what was written so far is removed."""
+    """Remove what was written so far if an error ends it; turn a full disk and the like into a UserError."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0]
-        problem = (
-            f"{aside.name.removesuffix(INCOMPLETE)} could not be written ({reason}); what was there before is intact"
-        )
-        fix = "free some space, then --resume_from_checkpoint latest"
-        raise UserError(f"--output_dir {aside.parent}: {problem}: {fix}") from error
+        cut = isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
+        if not (isinstance(error, OSError) or cut):
+            raise
+        full = cut or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        problem = f"could not be written ({str(error).strip().splitlines()[0]}); what was there before is intact"
+        fix = f"{'free some space' if full else 'correct that'}, then --resume_from_checkpoint latest"
+        name = aside.name.removesuffix(INCOMPLETE)
+        raise UserError(f"--output_dir {aside.parent}: {name} {problem}: {fix}") from error
 
 
 def remove_folder(folder: Path) -> None:

@@ -11,7 +11,14 @@ import yaml
 from huggingface_hub import ModelCard
 
 from senseflow.arguments import torch_dtype
-from senseflow.models.hub import UNREADABLE, ModelSource, load_pipeline, missing_components
+from senseflow.models.hub import (
+    UNREADABLE,
+    ModelSource,
+    component_files,
+    copy_component_file,
+    missing_components,
+    saved_components,
+)
 from senseflow.models.lora import FILE, export_lora, find_lora
 from senseflow.models.quantization import quantization_config
 from senseflow.student_config import write_student_config
@@ -22,7 +29,12 @@ FOLDER_IN_CARD = "path/of/this/folder"
 
 
 def export_pipeline(
-    folder: Path, args, models: TrainingModels, extra_components: dict[str, Any], config: dict[str, Any]
+    folder: Path,
+    args,
+    models: TrainingModels,
+    extra_components: dict[str, Any],
+    config: dict[str, Any],
+    files: dict[str, Path],
 ) -> str:
     """Write the student's whole pipeline. All processes call it; the main process writes.
 
@@ -30,22 +42,16 @@ def export_pipeline(
         folder: new, and only for this.
         extra_components: components that are not the teacher's, besides the student.
         config: content of senseflow.json.
+        files: of `teacher_files`.
     Returns:
         The file that makes the folder count.
     """
-    student, cls = models.student, models.pipeline_class
-    network = student.gather_network()
+    network = models.student.gather_network()
     if network is not None:
-        dtype = torch_dtype(args.export_dtype)
-        others = {models.network_name: None, **extra_components}
-        pipeline = load_pipeline(models.source, cls, dtype=dtype, **others)
-        pipeline.register_modules(**{models.network_name: network})
-        pipeline.to("cpu", dtype).save_pretrained(folder)
-        write_student_config(folder, config)
-        absent = missing_components(cls, json.loads((folder / "model_index.json").read_text()))
-        code = f"""from diffusers import {cls.__name__}
-pipeline = {cls.__name__}.from_pretrained("{FOLDER_IN_CARD}", dtype={dtype}{format_kwargs(absent)})"""
-        write_model_card(folder, code, args, models.source, config)
+        write_pipeline_files(folder, args, models, extra_components, config)
+        for file, path in files.items():
+            copy_component_file(path, folder / file)
+        network.to("cpu", torch_dtype(args.export_dtype)).save_pretrained(folder / models.network_name)
     return "model_index.json"
 
 
@@ -58,13 +64,42 @@ def export_adapter(
         network, dtype = models.student.module, torch_dtype(args.export_dtype)
         names = {"base": models.lora_base(), "kohya_names": models.kohya_names}
         export_lora(folder, models.pipeline_class, models.network_name, network, weights, dtype, **names)
-        config = {**config, "lora_alpha": float(args.rank)}
-        for name, component in extra_components.items():
-            component.save_pretrained(folder / name)
-        write_student_config(folder, config)
-        code = adapter_code(args, models, extra_components, config)
-        write_model_card(folder, code, args, models.source, config)
+        write_adapter_files(folder, args, models, extra_components, {**config, "lora_alpha": float(args.rank)})
     return FILE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything but the student's weights: known, and tried, before training
+# ---------------------------------------------------------------------------------------------------------------------
+def write_pipeline_files(folder: Path, args, models: TrainingModels, extra_components: dict, config: dict) -> None:
+    """Write what a pipeline holds besides the student's network and the teacher's components."""
+    folder.mkdir(exist_ok=True)
+    cls, index = models.pipeline_class, models.source.read_json("model_index.json")
+    for name, component in extra_components.items():
+        component.save_pretrained(folder / name)
+        index[name] = [type(component).__module__.split(".")[0], type(component).__name__]
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": cls.__name__}, indent=2))
+    write_student_config(folder, config)
+    dtype, absent = torch_dtype(args.export_dtype), missing_components(cls, index)
+    code = f"""from diffusers import {cls.__name__}
+pipeline = {cls.__name__}.from_pretrained("{FOLDER_IN_CARD}", dtype={dtype}{format_kwargs(absent)})"""
+    write_model_card(folder, code, args, models.source, config)
+
+
+def write_adapter_files(folder: Path, args, models: TrainingModels, extra_components: dict, config: dict) -> None:
+    """Write what an exported adapter comes with."""
+    folder.mkdir(exist_ok=True)
+    for name, component in extra_components.items():
+        component.save_pretrained(folder / name)
+    write_student_config(folder, config)
+    write_model_card(folder, adapter_code(args, models, extra_components, config), args, models.source, config)
+
+
+def teacher_files(models: TrainingModels, extra_components: dict[str, Any]) -> dict[str, Path]:
+    """Return {path in the exported pipeline: file} of the teacher's components that are not replaced."""
+    names = saved_components(models.source.read_json("model_index.json"))
+    kept = [name for name in names if name != models.network_name and name not in extra_components]
+    return {f"{name}/{file}": path for name in kept for file, path in component_files(models.source, name).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,8 +172,7 @@ def write_model_card(folder: Path, code: str, args, source: ModelSource, config:
         f", {name} `{config[f'teacher_{name}']}`" for name in ("revision", "variant") if config[f"teacher_{name}"]
     )
     license_name = license_entries.get("license_name", license_entries["license"])
-    (folder / "README.md").write_text(
-        f"""---
+    card = f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
@@ -162,4 +196,4 @@ The weights are a derivative of the teacher's and stay under the teacher's licen
 |---|---|
 {table}
 """
-    )
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # paths may not be UTF-8

@@ -238,7 +238,7 @@ def test_a_process_keeps_to_one_commit(hub, tmp_path):
 def test_a_run_keeps_its_teachers_commit_and_variant(teacher, data, hub, tmp_path, capsys):
     """Train, export, sample and resume with a cached teacher in one variant; then its main branch moves."""
     DiffusionPipeline.from_pretrained(teacher).save_pretrained(
-        tmp_path / "fp16", variant="fp16", max_shard_size="100KB"
+        tmp_path / "fp16", variant="fp16", max_shard_size="20KB"
     )
     (tmp_path / "fp16/README.md").write_text("---\nlicense: apache-2.0\n---\n")
     cache_repository(hub, "some/teacher", tmp_path / "fp16", FIRST)
@@ -289,6 +289,12 @@ def test_a_run_keeps_its_teachers_commit_and_variant(teacher, data, hub, tmp_pat
         }
     card = (out / "README.md").read_text()
     assert f"`some/teacher`, revision `{FIRST}`, variant `fp16`" in card and "license: apache-2.0" in card
+    for name in ("text_encoder", "text_encoder_2", "vae", "tokenizer_2"):  # copied as they are, under plain names
+        files = {file.name.replace(".fp16", ""): file for file in (tmp_path / "fp16" / name).iterdir()}
+        assert {file.name for file in (out / name).iterdir()} == files.keys()
+        for copied in (file for file in (out / name).iterdir() if not file.name.endswith(".index.json")):
+            assert copied.read_bytes() == files[copied.name].read_bytes(), copied
+    assert len(list((out / "text_encoder_2").glob("model-*.safetensors"))) > 1
     image = image_of(out, tmp_path / "whole")
     assert_same_image(image_of(out / "checkpoint-1", tmp_path / "checkpoint"), image)
 
