@@ -72,6 +72,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     run_script(parse_args)  # answer --help and bad arguments before the slow imports
 
+import math
 from functools import partial
 
 import numpy as np
@@ -261,6 +262,7 @@ class FluxModels(TrainingModels):
 
     pipeline_class, network_class, vae_class = FluxPipeline, FluxTransformer2DModel, AutoencoderKL
     vae_auto_dtype = "bf16"
+    comfyui_shift = math.exp(1.15)
     recipe_batch_size = 8  # the release's 8 GPUs, with an image each
     compatible_config = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
 
@@ -298,6 +300,13 @@ class FluxModels(TrainingModels):
 
     def lora_base(self):
         return "flux-1-dev" if self.network.config.guidance_embeds else "flux-1-schnell", "flux1"
+
+    def comfyui_guidance(self):
+        if self.student.module.config.guidance_embeds:
+            return {"FluxGuidance": f"{self.args.student_guidance_scale:g}"}
+        # A network without guidance embedder is taken for FLUX.1-schnell, whose levels are not shifted.
+        shift = {"ModelSamplingFlux, if the scheduler is simple": "max_shift 1.15, base_shift 0.5, 1024 x 1024"}
+        return {"FluxGuidance": "has no effect", **shift}
 
     @torch.no_grad()
     def encode_prompts(self, prompts):

@@ -278,6 +278,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 class SD3Models(TrainingModels):
     """SD 3.5: joint CLIP and T5 embeddings, pooled CLIP embeddings, classifier-free guidance with the empty prompt."""
 
+    comfyui_shift = 3.0
     pipeline_class, network_class, vae_class = StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL
     recipe_batch_size = 8  # the release's 8 GPUs, with an image each
     compatible_config = (

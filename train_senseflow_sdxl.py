@@ -312,7 +312,7 @@ class SDXLModels(TrainingModels):
     """SDXL: CLIP embeddings, pooled embeddings and time ids; guidance with zeros or the empty prompt."""
 
     pipeline_class, network_class, vae_class = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
-    network_name, kohya_names = "unet", True
+    network_name, kohya_names, comfyui_shift = "unet", True, 1.0
     pipeline_entries = ("force_zeros_for_empty_prompt", "add_watermarker")  # the latter is about finished images
     recipe_batch_size = 8  # the release's 8 GPUs, with an image each
     compatible_config = (
@@ -322,6 +322,7 @@ class SDXLModels(TrainingModels):
 
     def __init__(self, args, source: ModelSource, schedule: DDPMSchedule, runtime: Runtime):
         self.has_classifier = args.method == "dmd2" and args.gan_weight > 0
+        self.method = "DMD2 (arXiv 2405.14867)" if args.method == "dmd2" else super().method
         super().__init__(args, source, schedule, runtime)
         size = (args.resolution, args.resolution)  # whole images, as in a stock call
         self.time_ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=runtime.weight_dtype)

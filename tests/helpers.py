@@ -96,6 +96,17 @@ def resume_is_the_same_run(script, flags, folder: Path, *validation) -> Path:
     return whole
 
 
+def card_code(model: Path) -> str:
+    """Return the code of a model card, with the paths that its placeholders stand for."""
+    card = (model / "README.md").read_text(encoding="utf-8")
+    record = json.loads((model / "senseflow.json").read_text())
+    code = card.split("```python\n")[1].split("```")[0]
+    for path in filter(os.path.isabs, (record["teacher"], record.get("teacher_lora", ""))):
+        assert path not in card
+        code = code.replace(repr(f"path/of/{Path(path).name}"), repr(path))
+    return code.replace("'path/of/this/folder'", repr(str(model)))
+
+
 def the_cards_call_is_infers_image(model: Path, levels: str, folder: Path, fresh: bool = True) -> None:
     """The card's few lines, in a fresh process or in this one, visit the record's levels and draw what infer.py draws.
 
@@ -103,13 +114,7 @@ def the_cards_call_is_infers_image(model: Path, levels: str, folder: Path, fresh
         levels: "sigmas" or "timesteps": what of the scheduler is compared with senseflow.json.
     """
     record = json.loads((model / "senseflow.json").read_text())
-    code = (
-        (model / "README.md")
-        .read_text()
-        .split("```python\n")[1]
-        .split("```")[0]
-        .replace("path/of/this/folder", str(model))
-    )
+    code = card_code(model)
     code = code.replace('"a prompt"', '"a red square"').replace(").images", ", generator=g, output_type='np').images")
     bind = "pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, generator=g)\nimage ="
     if "XL" in code:
@@ -132,15 +137,8 @@ def the_cards_call_is_infers_image(model: Path, levels: str, folder: Path, fresh
 
 def run_card(model: Path) -> None:
     """The model card's code as it is printed, in the precision of the export: it runs, and draws something."""
-    code = (
-        (model / "README.md")
-        .read_text()
-        .split("```python\n")[1]
-        .split("```")[0]
-        .replace("path/of/this/folder", str(model))
-    )
     names: dict = {}
-    exec(code, names)
+    exec(card_code(model), names)
     assert np.asarray(names["image"]).std() > 0
 
 

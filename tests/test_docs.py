@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Model
 
 import tiny_pipelines
+from helpers import card_code
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,9 +177,7 @@ class Workspace:
     def run_python(self, text: str) -> None:
         """Code that goes on after that of the adapter's model card, which makes `pipeline`."""
         self.need("flux-4step-lora")
-        card = (self.folder / "flux-4step-lora" / "README.md").read_text()
-        code = card.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", "flux-4step-lora")
-        exec(code + text, {})
+        exec(card_code(self.folder / "flux-4step-lora") + text, {})
 
     def run_json(self, text: str) -> None:
         """A data set of a training run."""

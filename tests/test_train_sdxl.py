@@ -147,6 +147,7 @@ def test_prompts_alone_train_dmd2_and_a_warm_start(flags, tmp_path):
     a, b = (load_file(path / "unet" / "diffusion_pytorch_model.safetensors") for path in (first, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
     run_card(first)
+    assert " with DMD2 (arXiv 2405.14867): 2 iterations." in (first / "README.md").read_text()
 
 
 def test_dmd2_in_two_processes_trains_as_in_one(flags, tmp_path):

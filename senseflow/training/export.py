@@ -2,12 +2,14 @@
 """Export the student as a pipeline around the teacher's other components or as an adapter, with a model card."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import ModelCard
 
 from senseflow.arguments import torch_dtype
@@ -23,9 +25,11 @@ from senseflow.models.lora import FILE, export_lora, find_lora
 from senseflow.models.quantization import quantization_config
 from senseflow.student_config import write_student_config
 from senseflow.training.models import TrainingModels
+from senseflow_utils import DDPMSchedule, Schedule
 
 
 FOLDER_IN_CARD = "path/of/this/folder"
+ALPHA_AT_ZERO_SNR = 2.213e-4  # ComfyUI's, in the place of 0
 
 
 def export_pipeline(
@@ -82,8 +86,8 @@ def write_pipeline_files(folder: Path, args, models: TrainingModels, extra_compo
     write_student_config(folder, config)
     dtype, absent = torch_dtype(args.export_dtype), missing_components(cls, index)
     code = f"""from diffusers import {cls.__name__}
-pipeline = {cls.__name__}.from_pretrained("{FOLDER_IN_CARD}", dtype={dtype}{format_kwargs(absent)})"""
-    write_model_card(folder, code, args, models.source, config)
+pipeline = {cls.__name__}.from_pretrained({FOLDER_IN_CARD!r}, dtype={dtype}{format_kwargs(absent)})"""
+    write_model_card(folder, code, args, models, config)
 
 
 def write_adapter_files(folder: Path, args, models: TrainingModels, extra_components: dict, config: dict) -> None:
@@ -92,7 +96,7 @@ def write_adapter_files(folder: Path, args, models: TrainingModels, extra_compon
     for name, component in extra_components.items():
         component.save_pretrained(folder / name)
     write_student_config(folder, config)
-    write_model_card(folder, adapter_code(args, models, extra_components, config), args, models.source, config)
+    write_model_card(folder, adapter_code(args, models, extra_components, config), args, models, config)
 
 
 def teacher_files(models: TrainingModels, extra_components: dict[str, Any]) -> dict[str, Path]:
@@ -110,11 +114,23 @@ def format_kwargs(kwargs: dict[str, Any]) -> str:
     return "".join(f", {name}={value!r}" for name, value in kwargs.items())
 
 
+def without_folders(path: str) -> str:
+    """Return a placeholder for an absolute path, whose folders the card does not publish; other text unchanged."""
+    return f"path/of/{Path(path).name}" if os.path.isabs(path) else path
+
+
+def table_cell(value: Any) -> str:
+    """Return an argument in one line of a Markdown table, without the folders of an absolute path."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    text = ", ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+    return " ".join(without_folders(text).split()).replace("|", "\\|")
+
+
 def adapter_code(args, models: TrainingModels, extra_components: dict[str, Any], config: dict[str, Any]) -> str:
     """Return the code that loads the teacher's pipeline as the adapter was trained over it, and then the adapter."""
     cls, dtype = models.pipeline_class, torch_dtype(args.export_dtype)
     classes = sorted({cls.__name__, *(type(component).__name__ for component in extra_components.values())})
-    lines = [f"from diffusers import {', '.join(classes)}", f'folder = "{FOLDER_IN_CARD}"']
+    lines = [f"from diffusers import {', '.join(classes)}", f"folder = {FOLDER_IN_CARD!r}"]
     kwargs = {name: config[f"teacher_{name}"] for name in ("revision", "variant") if config[f"teacher_{name}"]}
     kwargs |= missing_components(cls, models.source.read_json("model_index.json"))
     quantization = ""
@@ -122,17 +138,17 @@ def adapter_code(args, models: TrainingModels, extra_components: dict[str, Any],
         lines.append("from diffusers.quantizers import PipelineQuantizationConfig")
         lines.append(f"base = {quantization_config(args.base_quantization, models.network_name, dtype)}")
         quantization = ", quantization_config=base"
-    arguments = f'"{config["teacher"]}", dtype={dtype}{quantization}{format_kwargs(kwargs)}'
+    arguments = f"{without_folders(config['teacher'])!r}, dtype={dtype}{quantization}{format_kwargs(kwargs)}"
     lines.append(f"pipeline = {cls.__name__}.from_pretrained({arguments})")
     for name, component in extra_components.items():
-        arguments = f'folder, subfolder="{name}"'
+        arguments = f"folder, subfolder={name!r}"
         arguments += f", dtype={dtype}" if isinstance(component, torch.nn.Module) else ""
         lines.append(f"pipeline.{name} = {type(component).__name__}.from_pretrained({arguments})")
     if args.teacher_lora:  # the teacher comes before the adapter that was trained over it
-        lora = config["teacher_lora"]
+        lora = without_folders(config["teacher_lora"])
         file = find_lora(ModelSource("--teacher_lora", args.teacher_lora)).name
-        weight_name = "" if os.path.isfile(args.teacher_lora) else f', weight_name="{file}"'
-        lines.append(f'pipeline.load_lora_weights("{lora}"{weight_name})')
+        weight_name = "" if os.path.isfile(args.teacher_lora) else f", weight_name={file!r}"
+        lines.append(f"pipeline.load_lora_weights({lora!r}{weight_name})")
         scale = f"lora_scale={args.teacher_lora_scale}"
         lines.append(f"pipeline.fuse_lora({cls._lora_loadable_modules}, {scale})".replace("'", '"'))
         lines.append("pipeline.unload_lora_weights()")
@@ -149,36 +165,89 @@ def license_of(source: ModelSource) -> dict[str, str]:
     return {name: str(value) for name, value in entries.items() if value} or {"license": "other"}
 
 
-def write_model_card(folder: Path, code: str, args, source: ModelSource, config: dict[str, Any]) -> None:
+def comfyui_sigmas(schedule: Schedule, t: torch.Tensor) -> list[float]:
+    """Return the noise levels at timesteps t as ComfyUI counts them: sigma of a flow, sigma / alpha of DDPM."""
+    alpha, sigma = schedule.levels(t)
+    return (sigma / alpha.clamp(min=ALPHA_AT_ZERO_SNR) if isinstance(schedule, DDPMSchedule) else sigma).tolist()
+
+
+def comfyui_section(models: TrainingModels, config: dict[str, Any]) -> str:
+    """Describe how ComfyUI samples as the stock call does; "" for a script without `comfyui_shift`."""
+    if models.comfyui_shift is None:
+        return ""
+    schedule, num_steps, call = models.schedule, config["num_inference_steps"], config["pipeline_call"]
+    # What ComfyUI's scheduler "simple" visits: levels at equal distances, shifted.
+    fractions = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
+    sampling = {}
+    if isinstance(schedule, DDPMSchedule):
+        if schedule.predicts_v:
+            sampling = {"ModelSamplingDiscrete": f"v_prediction, zsnr {str(schedule.abar[-1].item() == 0).lower()}"}
+        simple = comfyui_sigmas(schedule, len(schedule.train_timesteps) * fractions - 1)
+    else:
+        simple = (models.comfyui_shift * fractions / (1 + (models.comfyui_shift - 1) * fractions)).tolist()
+    sigmas = comfyui_sigmas(schedule, schedule.anchors)
+    settings = {
+        "sampler": "lcm" if config["sampler"] == "stochastic" else config["sampler"],
+        "steps": str(num_steps),
+        "CFG": "1.0",
+        "denoise": "1.0",
+        "latent": f"empty, {call['width']} x {call['height']}",
+        "sigmas to paste (ManualSigmas)": ", ".join(f"{sigma:.6g}" for sigma in [*sigmas, 0]),
+    }
+    if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(simple, sigmas)):
+        settings["or the scheduler"] = "simple, which visits these sigmas"
+    if "teacher_lora" in config:
+        lora = Path(config["teacher_lora"]).name
+        settings["LoRA of the teacher"] = f"{lora}, too, at strength {config['teacher_lora_scale']:g}"
+    settings |= {**sampling, **models.comfyui_guidance()}
+    file = f"`{models.network_name}/{SAFETENSORS_WEIGHTS_NAME}`"
+    how = f'"Load Diffusion Model" takes {file} as it is; text encoders and VAE are those of the teacher'
+    if "rank" in config:
+        how = f"`{FILE}` goes into LoraLoaderModelOnly at strength 1, over the teacher's own weights"
+    rows = "\n".join(f"| {table_cell(name)} | {table_cell(value)} |" for name, value in settings.items())
+    return f"""## In ComfyUI
+
+{how}.
+
+| setting | value |
+|---|---|
+{rows}
+
+"""
+
+
+def write_model_card(folder: Path, code: str, args, models: TrainingModels, config: dict[str, Any]) -> None:
     """Write README.md: how to generate an image, the noise levels, the training arguments and the teacher's license.
 
     Args:
         code: makes `pipeline`.
         config: content of senseflow.json.
     """
-    teacher, license_entries = config["teacher"], license_of(source)
+    teacher, license_entries = config["teacher"], license_of(models.source)
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **license_entries}
-    if not os.path.isdir(teacher):
+    if without_folders(teacher) == teacher:
         front["base_model"] = teacher
     made = f"{config['iteration']} iterations"
     if args.rank:
         front |= {"base_model_relation": "adapter", "tags": ["lora"]}
-        made += f"; an adapter (LoRA) of rank {args.rank}, alpha {args.lora_alpha:g}, for the teacher's own weights"
+        made += f"; an adapter (LoRA) of rank {args.rank} for the teacher's own weights"
         made += f" in {args.base_quantization}" * (args.base_quantization != "none")
-    arguments = {**vars(args), "revision": source.revision}
-    table = "\n".join(f"| {name} | {value} |" for name, value in sorted(arguments.items()))
+    arguments = {name: value for name, value in vars(args).items() if name != "given"}
+    arguments["revision"] = models.source.revision
+    table = "\n".join(f"| {name} | {table_cell(value)} |" for name, value in sorted(arguments.items()))
     levels = ", ".join(f"{t:g} (sigma {sigma:.4f})" for t, sigma in zip(config["timesteps"], config["sigmas"]))
     version = "".join(
         f", {name} `{config[f'teacher_{name}']}`" for name in ("revision", "variant") if config[f"teacher_{name}"]
     )
     license_name = license_entries.get("license_name", license_entries["license"])
+    name = table_cell(teacher).removeprefix("path/of/")
     card = f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {Path(teacher).name} in {config["num_inference_steps"]} steps
+# {Path(name).name} in {config["num_inference_steps"]} steps
 
-Distilled from `{teacher}`{version} with SenseFlow (arXiv 2506.00523): {made}.
+Distilled from `{name}`{version} with {models.method}: {made}.
 
 ```python
 import torch
@@ -190,7 +259,7 @@ The student was trained at these timesteps, which the call visits: {levels}; {co
 
 The weights are a derivative of the teacher's and stay under the teacher's license ({license_name}).
 
-## Training arguments
+{comfyui_section(models, config)}## Training arguments
 
 | flag | value |
 |---|---|

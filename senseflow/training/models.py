@@ -65,7 +65,9 @@ class TrainingModels:
     vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
     compatible_config: Sequence[str] = ()  # entries of the network's configuration in which student and teacher agree
     recipe_batch_size: Optional[int] = None  # images per iteration for which the script's defaults were made
+    method = "SenseFlow (arXiv 2506.00523)"  # for the model card
     kohya_names = False  # whether an exported adapter has kohya's tensor names, which other programs look for
+    comfyui_shift: Optional[float] = None  # the shift of noise levels by which ComfyUI loads this teacher, if tried
     has_classifier = False  # whether DMD2's classifier takes the place of the discriminator
     vision_features = text_features = None
 
@@ -149,6 +151,10 @@ class TrainingModels:
     def lora_base(self) -> Optional[tuple[str, str]]:
         """Return architecture and version of the teacher as kohya's sd-scripts name them, for other programs."""
         return None
+
+    def comfyui_guidance(self) -> dict[str, str]:
+        """Return further {setting: value} of ComfyUI, for the model card."""
+        return {}
 
     def enable_xformers(self, network: torch.nn.Module) -> None:
         """Switch a network to the attention of xformers."""

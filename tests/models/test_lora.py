@@ -21,6 +21,7 @@ from helpers import (
     assert_same,
     assert_same_image,
     built,
+    card_code,
     image_of,
     launch,
     missing,
@@ -296,15 +297,8 @@ def test_bit_exact_resume_stored_adapters_and_model_card(name, flags, tmp_path):
     student_samples = image_of(whole, tmp_path / "images")
     assert_same_image(image_of(checkpoint, tmp_path / "checkpoint"), student_samples)
     # The README's stock lines make a whole pipeline; fusing the adapter by hand gives the trained student.
-    code = (
-        (whole / "README.md")
-        .read_text()
-        .split("```python\n")[1]
-        .split("image =")[0]
-        .replace("path/of/this/folder", str(whole))
-    )
     names: dict = {}
-    exec(code, names)
+    exec(card_code(whole).split("image =")[0], names)
     pipeline, taught = names["pipeline"], load_file(checkpoint / network / FILE)
     base = {key: tensor.clone() for key, tensor in own_of(getattr(pipeline, network)).items()}
     pipeline.fuse_lora()
@@ -671,9 +665,8 @@ def test_a_run_over_a_quantized_base_resumes_and_samples_as_trained(name, flags,
 
     record, card = json.loads((whole / "senseflow.json").read_text()), (whole / "README.md").read_text()
     assert record["base_quantization"] == quantization and f"own weights in {quantization}" in card
-    code = card.split("```python\n")[1].split("pipeline =")[0].replace("path/of/this/folder", str(whole))
     names: dict = {}
-    exec(code, names)
+    exec(card_code(whole).split("pipeline =")[0], names)
     assert (
         names["base"].components_to_quantize == [network] and f"load_in_{quantization}" in names["base"].quant_kwargs
     )
