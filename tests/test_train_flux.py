@@ -202,15 +202,16 @@ def unpacked(latents: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build, without_embedder):
-    run = build()
+    decodes = ("--validation_prompts", "a red square")
+    run = build(*decodes)
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 3.5}, 3.5, unpacked)
     assert_called_as_stock(run, run.pipeline_kwargs, 1.0, unpacked)
-    run = build(*without_embedder)
+    run = build(*decodes, *without_embedder)
     guided = {"true_cfg_scale": 4.0, "negative_prompt": ""}
     assert_called_as_stock(run, run.pipeline_kwargs | guided, 4.0, unpacked)
     assert_called_as_stock(run, run.pipeline_kwargs, None, unpacked)
     run.schedule.anchors -= 1
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="the stock call visits other timesteps than the anchors"):
         assert_called_as_stock(run, run.pipeline_kwargs, None, unpacked)
 
 

@@ -172,7 +172,7 @@ def test_levels_time_weight_and_intermediate_timesteps_are_the_recipes(flags, tm
 
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
-    run = build()
+    run = build("--validation_prompts", "a red square")
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 4.0}, scale=4.0)
     assert_called_as_stock(run, run.pipeline_kwargs, scale=None)
     assert_starts_as_the_teacher(run.models)

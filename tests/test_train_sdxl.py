@@ -167,7 +167,7 @@ def build(flags, tmp_path):
 
 
 def test_the_network_is_called_as_the_stock_pipeline_calls_it(build):
-    run = build("--gan_weight", "0")
+    run = build("--gan_weight", "0", "--validation_prompts", "a red square")
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 8.0}, scale=8.0)
     assert_called_as_stock(run, run.pipeline_kwargs, scale=None)
     assert_starts_as_the_teacher(run.models)
@@ -200,7 +200,7 @@ def unlike_base(sdxl, tmp_path_factory):
 
 def test_a_teacher_that_is_not_like_sdxls_base_is_called_and_saved_as_it_is(flags, unlike_base, tmp_path):
     flags = [*flags, "--pretrained_model_name_or_path", str(unlike_base), "--report_to", "none", "--gan_weight", "0"]
-    run = built(script, [*flags, "--output_dir", str(tmp_path / "built")])
+    run = built(script, [*flags, "--output_dir", str(tmp_path / "built"), "--validation_prompts", "a red square"])
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 8.0}, scale=8.0)
     assert run.schedule.levels(run.schedule.anchors)[0][0] == 0
     flags += ["--max_train_steps", "1", "--ttur_ratio", "1"]
