@@ -545,7 +545,7 @@ def main(argv=None):
     models.cache_prompts(rows)
 
     # The iteration to start or resume from, and the data from there.
-    checkpointer = Checkpointer(args, runtime, models, scheduler, pipeline_kwargs)
+    checkpointer = Checkpointer(args, runtime, models, scheduler, pipeline_kwargs, rows.fingerprint)
     iteration, samples_seen = checkpointer.resume()
     process_index, num_processes = runtime.accelerator.process_index, runtime.accelerator.num_processes
     reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)

@@ -80,7 +80,7 @@ def flags(teacher, vision, data):
     ]
 
 
-def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypatch, caplog):
+def test_everything_on_resume_export_and_a_stock_call(flags, data, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     validation = ["--validation_prompts", "a red square", "a blue square", "--validation_steps", "3"]
     validation += ["--num_validation_images", "2"]
@@ -161,10 +161,17 @@ def test_everything_on_resume_export_and_a_stock_call(flags, tmp_path, monkeypat
     assert error.value.exit_code == 2
     weights = halves / "checkpoint-4" / "fake_score" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    assert "the data set (" not in caplog.text  # it is the same until here
+    content = json.loads(data.read_text())
+    content["image_paths"] = [str(data.parent / path) for path in content["image_paths"]]
+    content["prompts"][3] = "another prompt"
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    others = [*without(flags, "--dataset_json"), "--dataset_json", str(tmp_path / "data.json")]
     with pytest.raises(UserError, match="--resume_from_checkpoint") as error:
         script.main(
-            [*flags, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--max_train_steps", "6"]
+            [*others, "--output_dir", str(halves), "--resume_from_checkpoint", "latest", "--max_train_steps", "6"]
         )
+    assert re.search(r"changed: .*the data set \(12 rows, hash (\w+) -> 12 rows, hash (?!\1)\w+\)", caplog.text)
     assert error.value.exit_code == 1
     # The disk must hold what is to come, of iterations 1 to 4 or 3 and 4, and the export.
     size = sum(file.stat().st_size for file in (whole / "checkpoint-4").rglob("*") if file.is_file())

@@ -9,6 +9,7 @@ The package lmdb is optional and imported at the first read. It maps the file in
 of a cut file would kill the process: sizes are compared first.
 """
 
+import hashlib
 import math
 import os
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class LatentRows:
         limit: use the first so many rows; None: all.
     Attributes:
         shape: (C, H, W) of every row.
+        fingerprint: what a resumed run compares; see `read_lmdb`.
     Raises:
         UserError: exit code 2: no such folder, a cut file, no valid `latents_shape`.
     """
@@ -43,7 +45,7 @@ class LatentRows:
             fix = 'copy it again; data.mdb must be there, with latents_shape as text, "N C H W"'
             raise data_error(self.origin, f"it is cut or no LMDB of latents ({error})", fix) from error
         self.shape, self._count = tuple(shape), min(count, limit or count)
-        self.summary = f"{self._count} rows"
+        self.summary = self.fingerprint = f"{self._count} rows"
 
     def _read_shape(self) -> list[int]:
         """Read N, C, H, W. Raises OSError or ValueError if they are not there or the file is cut."""
@@ -114,14 +116,16 @@ class LatentRows:
 
 
 def read_lmdb(args) -> LatentRows:
-    """Read shapes and sizes, and try some rows. Raises UserError (exit code 2)."""
+    """Read shapes and sizes, and try some rows, whose prompts go into the fingerprint. UserError (exit code 2)."""
     require_package("lmdb", "--dataset_lmdb")
     rows = LatentRows(args.dataset_lmdb, args.max_train_samples)
+    content = hashlib.sha256()
     for row in rows_to_check(len(rows)):
         try:
-            rows.prompt(row)
+            content.update(rows.prompt(row).encode())
             if uses_images(args):
                 rows.latents(row)
         except (OSError, ValueError) as error:
             raise data_error(rows.origin, f"row {row} cannot be read ({error})", "write it again") from error
+    rows.fingerprint = f"{rows.summary}, hash {content.hexdigest()[:12]}"
     return rows

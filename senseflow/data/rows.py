@@ -1,6 +1,9 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Rows of captions and images: what the readers of all sources but streams and latents return."""
 
+import hashlib
+import itertools
+import os
 from typing import Any, Callable, Optional, Union
 
 import datasets
@@ -51,6 +54,7 @@ class ImageRows:
         row_name: `row_name(row)` names a row in messages.
     Attributes:
         summary: for the log.
+        fingerprint: what a resumed run compares: the number of rows, and a hash of all captions and names of files.
     Raises:
         UserError: exit code 2: a row without captions.
     """
@@ -66,9 +70,11 @@ class ImageRows:
     ):
         listed = isinstance(captions, list)
         cells = captions if listed else (cell.as_py() for cell in captions.with_format("arrow")[:].column(0))
-        for row, cell in enumerate(cells):
+        names = map(os.path.basename, images) if isinstance(images, list) else itertools.repeat("")
+        content = hashlib.sha256()
+        for row, (cell, name) in enumerate(zip(cells, names)):
             try:
-                parse_captions(cell)
+                content.update("\0".join([name, *parse_captions(cell), ""]).encode("utf-8", PATH_ERRORS))
             except ValueError as error:
                 raise data_error(origin, f"{row_name(row)} {error}", "caption every row with text") from error
         if listed:
@@ -77,6 +83,7 @@ class ImageRows:
             images = datasets.Dataset.from_dict({"images": [path.encode("utf-8", PATH_ERRORS) for path in images]})
         self.origin, self._captions, self._images = origin, captions, images
         self.summary = f"{len(captions)} rows"
+        self.fingerprint = f"{self.summary}, hash {content.hexdigest()[:12]}"
 
     def __len__(self) -> int:
         return len(self._captions)

@@ -1,5 +1,8 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Choose the reader of the data set. Each returns rows: `captions(row)`, `read(row)`, `field`, `origin`, `summary`."""
+"""Choose the reader of the data set.
+
+Each returns rows: `captions(row)`, `read(row)`, `field`, `origin`, `summary`, `fingerprint`.
+"""
 
 from typing import Union
 

@@ -51,6 +51,11 @@ class StreamedRows:
     def summary(self) -> str:
         return f"{self.dataset.num_shards} files"
 
+    @property
+    def fingerprint(self) -> str:
+        """What a resumed run compares: the number of files, since rows and their captions are not known before."""
+        return self.summary
+
 
 def make_streamed_rows(args, origin: str, dataset: datasets.IterableDataset) -> StreamedRows:
     """Make the rows of a stream. UserError (2) for more workers in a process than it has files, or than rows."""

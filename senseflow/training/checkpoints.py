@@ -47,10 +47,12 @@ class Checkpointer:
         runtime, models: of the run.
         scheduler: what the student is exported with.
         pipeline_kwargs: of the stock call that visits the trained noise levels.
+        data: fingerprint of the rows; a resumed run logs another one.
     """
 
-    def __init__(self, args, runtime: Runtime, models: TrainingModels, scheduler, pipeline_kwargs: dict):
+    def __init__(self, args, runtime: Runtime, models: TrainingModels, scheduler, pipeline_kwargs: dict, data: str):
         self.args, self.runtime, self.models, self.pipeline_kwargs = args, runtime, models, pipeline_kwargs
+        self.data = data
         self.extra_components = {"scheduler": scheduler, **models.extra_components}
         self.teacher_files = {} if args.rank else teacher_files(models, self.extra_components)
         self.fingerprints = models.fingerprints()
@@ -102,7 +104,7 @@ class Checkpointer:
                 if signals:
                     (aside / "validation.json").write_text(json.dumps(signals, indent=1))
                 state = {"iteration": iteration, "samples_seen": samples_seen, "args": self._recorded_args()}
-                state |= {"fingerprint": self.fingerprints, "launch": launch_record()}
+                state |= {"fingerprint": self.fingerprints, "launch": launch_record(), "data": self.data}
                 (aside / "state.json").write_text(json.dumps(state, indent=1))
                 replace_folder(aside, final)
                 if self.args.checkpoints_total_limit is not None:
@@ -210,6 +212,8 @@ class Checkpointer:
             for name, value in args.items()
             if name not in ignored and stored_args.get(name) != value
         ]
+        if state.get("data", self.data) != self.data:  # older checkpoints have none
+            changed.append(f"the data set ({state['data']} -> {self.data})")
         changed = ", ".join(changed) or "nothing"
         logger.info(f"resuming from {checkpoint} at iteration {state['iteration']}; changed: {changed}")
 
@@ -314,7 +318,7 @@ def launch_record() -> dict:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """Read state.json: iteration, samples_seen, args, fingerprint, launch. UserError (2) if it is damaged."""
+    """Read state.json: iteration, samples_seen, args, fingerprint, launch, data. UserError (2) if it is damaged."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         if not {"iteration", "samples_seen", "args", "fingerprint", "launch"} <= set(state):

@@ -61,6 +61,10 @@ def test_latents_and_prompts_are_read_exactly_also_by_workers(tmp_path):
     args = changed(lmdb_args(tmp_path), gradient_accumulation_steps=2)
     rows = pickle.loads(pickle.dumps(load_rows(args)))  # as a spawned worker gets it
     assert len(rows) == 6 and rows.shape == SHAPE
+    assert rows.fingerprint == load_rows(args).fingerprint
+    (tmp_path / "other").mkdir()
+    other = load_rows(lmdb_args(tmp_path / "other", prompts_3_data=b"another")).fingerprint
+    assert other != rows.fingerprint and other.startswith("6 rows, hash ")
     keys = take(GlobalBatchSampler(6, 3, 2, 2, 1, 2, 4, 32), 8)
     for workers in (0, 2):  # 2: forked from a process that has read the same folder
         loader = make_dataloader(changed(args, dataloader_num_workers=workers), rows, 1, 2, 4, 32, odd_only)

@@ -71,6 +71,26 @@ def test_prompts_file(tmp_path):
     assert batch["prompts"] == tuple(rows.captions(row)[0] for row in batch["rows"])
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_fingerprint_is_that_of_captions_and_names_not_of_the_place(source, tmp_path):
+    fingerprints = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        args = make_args(**SOURCES[source](folder))
+        fingerprints.append(load_rows(args).fingerprint)
+    assert fingerprints[0] == fingerprints[1] and fingerprints[0].startswith("6 rows, hash ")
+    assert load_rows(changed(args, max_train_samples=4)).fingerprint.startswith("4 rows, hash ")
+
+
+def test_another_caption_or_another_order_of_the_images_is_another_fingerprint(tmp_path):
+    def fingerprint(**changes):
+        return load_rows(make_args(dataset_json=write_json(tmp_path, 2, **changes))).fingerprint
+
+    images = {"image_paths": ["images/1.png", "images/0.png"]}
+    kinds = ({}, {"prompts": ["prompt 0", "prompt"]}, {"prompts": ["prompt 0", ["prompt 1", "b"]]}, images)
+    assert len({fingerprint(**changes) for changes in kinds}) == 4
+
+
 def test_a_broken_image_in_a_table_is_skipped(tmp_path):
     good = io.BytesIO()
     Image.new("RGB", (16, 16)).save(good, "PNG")
