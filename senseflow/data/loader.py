@@ -6,7 +6,8 @@ sample's index is its position in it. Its row, crop and flip follow from (seed, 
 alone, so the same global batch comes at any number of processes and micro-batches, and a resumed run continues as if
 it had not stopped. With --streaming, the row follows from more than that: see senseflow.data.streaming.
 
-Workers send bytes of uint8 arrays through a pipe. torch would put tensors into the shared memory, of which containers
+Workers may be forked or spawned: nothing that they are given is a lambda or a local class. They send bytes of uint8
+arrays through a pipe. torch would put tensors into the shared memory, of which containers
 have 64 MB. The main process converts the arrays to floats.
 """
 
@@ -60,14 +61,22 @@ def make_dataloader(
     workers = args.dataloader_num_workers
     if isinstance(rows, StreamedRows):
         batches = StreamedBatches(rows, make_samples, *order)
-        return PromptImageLoader(batches, batch_size=None, collate_fn=collate, num_workers=workers)
+        return PromptImageLoader(
+            batches, batch_size=None, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_ctrl_c
+        )
     return PromptImageLoader(
         make_samples(rows),
         batch_sampler=GlobalBatchSampler(len(rows), *order, samples_seen),
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=ignore_ctrl_c,
         timeout=WORKER_TIMEOUT if workers > 0 else 0,
     )
+
+
+def ignore_ctrl_c(worker: int) -> None:
+    """Let a worker outlive a Ctrl-C, which reaches all processes of a terminal: the run goes on to its checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # Samples -------------------------------------------------------------------------------------------------------------

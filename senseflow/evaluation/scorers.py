@@ -37,7 +37,7 @@ class Scorer:
 
     Attributes:
         name: of the kind of network, and a hash of what its features depend on; part of the names of cached files.
-        prepare: image -> the network's input, without the batch dimension.
+        prepare: image -> the network's input, without the batch dimension. Picklable.
         encode_images: (inputs (B, 3, H, W) on the device; with `needs_prompts`, also B prompts) -> features (B, D).
         encode_prompts: prompts -> features (B, D).
         logit_scale: of a CLIPModel.
@@ -81,7 +81,7 @@ def load_inception(args, metric: str) -> Scorer:
     digest = hashlib.sha256(Path(args.inception).read_bytes()).hexdigest()[:16]
     encode_images = partial(network, return_features=True)
     if metric == "patch_fid":
-        digest, prepare = f"patch-{digest}", lambda image: converters.to_tensor(center_patch(image))
+        digest, prepare = f"patch-{digest}", patch_to_tensor
     else:
         prepare = converters.to_tensor
     return Scorer(f"inception-{digest}", prepare, encode_images)
@@ -147,6 +147,10 @@ def load_imagereward(args) -> Scorer:
 
     prepare = partial(converters.imagereward_pixels, config.vision_config.image_size)
     return Scorer(name, prepare, encode_images, needs_prompts=True)
+
+
+def patch_to_tensor(image: Image.Image) -> torch.Tensor:
+    return converters.to_tensor(center_patch(image))
 
 
 def process_image(processor, image: Image.Image) -> torch.Tensor:

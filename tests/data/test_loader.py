@@ -9,11 +9,13 @@ import re
 import signal
 import threading
 import traceback
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_sets import always, changed, color, make_args, odd_only, take, write_json
+from data_sets import always, changed, color, make_args, odd_only, take, write_dataset, write_json
 from PIL import Image
 
 from senseflow.data import loader as loader_module
@@ -21,6 +23,7 @@ from senseflow.data.loader import GlobalBatchSampler, PromptImageDataset, Unread
 from senseflow.data.rows import ImageRows
 from senseflow.data.sources import load_rows
 from senseflow.errors import UserError
+from senseflow_utils import needs_images
 
 
 # The order of samples ------------------------------------------------------------------------------------------------
@@ -222,6 +225,27 @@ def test_workers_change_nothing_and_images_are_read_only_when_needed(tmp_path, m
     loader = iter(make_dataloader(args, rows, 0, 1, 4, 32, odd_only))
     assert [next(loader)["pixel_values"] for _ in range(2)] == [None, None] and read_rows == []
     assert next(loader)["pixel_values"].shape == (2, 3, 16, 16) and len(read_rows) >= 2
+
+
+@pytest.mark.parametrize("source", ["json", "stream"])
+def test_spawned_workers_give_what_forked_ones_do_and_outlive_ctrl_c(source, tmp_path):
+    """As on macOS, and with Python 3.14: what workers are given is pickled, and they inherit no handler of signals."""
+    flags = {"dataset_json": write_json(tmp_path)}
+    if source == "stream":
+        flags = {"dataset_name": write_dataset(tmp_path), "caption_column": "caption", "streaming": True}
+    args = make_args(**flags, dataloader_num_workers=1)
+    position = load_rows(args), 0, 1, 2, 4, partial(needs_images, args.seed, 1.0, 0.5)
+    expected, loader = take(make_dataloader(args, *position), 6), make_dataloader(args, *position)
+    loader.multiprocessing_context = "spawn"
+    before, batches = set(multiprocessing.active_children()), iter(loader)
+    found = take(batches, 1)
+    (worker,) = set(multiprocessing.active_children()) - before
+    ignored = re.search(r"SigIgn:\s+(\w+)", Path(f"/proc/{worker.pid}/status").read_text())[1]
+    assert int(ignored, 16) >> (signal.SIGINT - 1) & 1  # else the next line would make the loader wait for ever
+    os.kill(worker.pid, signal.SIGINT)
+    found += take(batches, 5)
+    assert [batch["prompts"] for batch in found] == [batch["prompts"] for batch in expected]
+    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(found, expected))
 
 
 def kill_worker():

@@ -4,9 +4,11 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +289,21 @@ def test_features_are_cached_by_all_that_they_depend_on(change, folders, network
     shutil.rmtree(folders[0] / ".features")
     assert run(folders, network_flags, tmp_path, *flags, flag, other) == second
     assert run(folders, network_flags, tmp_path, *flags) == first
+
+
+def test_spawned_workers_read_images_for_every_network(folders, network_flags, monkeypatch):
+    """As on macOS, and with Python 3.14: what they are given is pickled."""
+    args = evaluate.parse_args(["--images", str(folders[0]), *network_flags])
+    images, image = read_image_set("--images", args.images), Image.open(folders[0] / "0000.png")
+    for metric in evaluate.METRICS:
+        scorer = scorers.load_scorer(args, metric)
+        assert torch.equal(pickle.loads(pickle.dumps(scorer.prepare))(image), scorer.prepare(image))
+    scorer = scorers.load_scorer(args, "patch_fid")
+    expected = scorers.compute_image_features(args, scorer, images)
+    shutil.rmtree(images.cache)
+    args.dataloader_num_workers = 1
+    monkeypatch.setattr(scorers, "DataLoader", partial(scorers.DataLoader, multiprocessing_context="spawn"))
+    assert torch.equal(scorers.compute_image_features(args, scorer, images), expected)
 
 
 def test_real_images_and_a_file_of_prompts(folders, network_flags, tmp_path):
