@@ -64,6 +64,13 @@ def number(cls: type, low: float = -math.inf, high: float = math.inf, exclude: s
     return parse
 
 
+def file_size(text: str) -> str:
+    """Check a size such as 10GB, as diffusers takes it: an argparse type."""
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text, re.IGNORECASE) or not float(text[:-2]):
+        raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 10GB, not {text}")
+    return text
+
+
 def dtype(text: str) -> str:
     """Parse fp32, bf16 or fp16, also by their long names: an argparse type."""
     return next((short for short, long in DTYPES.items() if text == long), text)
@@ -262,6 +269,8 @@ def add_checkpointing_arguments(parser: Parser) -> None:
     add("--checkpointing_steps", type=number(int, 1), default=3000, help="Iterations between checkpoints.")
     add("--checkpoints_total_limit", type=number(int, 1), help="Number of checkpoints to keep; default: all.")
     add("--resume_from_checkpoint", help='Checkpoint folder, name of one in --output_dir, or "latest".')
+    add("--max_shard_size", type=file_size, default="1TB",
+        help="Split the weights of the exported student into files of at most this size. ComfyUI takes one file only.")
     add("--export_dtype", choices=list(DTYPES), default="bf16",
         help="Precision of the exported network or adapter; other components are copies of the teacher's.")
 
@@ -376,6 +385,7 @@ def warn_inactive(args, run: str, names: Sequence[str]) -> None:
 # (whether flags have no effect, the name of such a run in a message, the flags)
 INACTIVE_FLAGS = (
     (lambda args: args.rank == 0, "a run without --rank", ("lora_alpha", "lora_layers")),
+    (lambda args: args.rank > 0, "a run with --rank", ("max_shard_size",)),
     (lambda args: args.teacher_lora is None, "a run without --teacher_lora", ("teacher_lora_scale",)),
     (
         lambda args: args.gan_weight == 0,

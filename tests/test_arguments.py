@@ -10,7 +10,7 @@ import infer
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from senseflow.arguments import Parser, apply_preset, check_common_args, complete_args, number
+from senseflow.arguments import Parser, apply_preset, check_common_args, complete_args, file_size, number
 from senseflow.errors import UserError
 
 
@@ -89,6 +89,7 @@ INACTIVE = {
     "a VAE": ("flux", PROMPTS_ALONE, ["--vae_dtype", "fp32"], "without a VAE"),
     "a VAE for latents": ("sd3", [*GAN_OFF, "--dataset_lmdb", "l"], ["--vae_dtype", "fp32"], "without a VAE"),
     "adapters": ("flux", [], ["--lora_alpha", "4"], "without --rank"),
+    "files of a whole network": ("flux", ["--rank", "4"], ["--max_shard_size", "5GB"], "with --rank"),
 }
 
 
@@ -123,6 +124,8 @@ def test_values_are_checked_by_their_types():
     parser.add_argument("--whole", type=number(int, 1))
     parser.add_argument("--open", type=number(float, 0, 1, exclude="high"))
     parser.add_argument("--above", type=number(float, 0, exclude="low"), nargs="+")
+    parser.add_argument("--size", type=file_size)
+    assert [parser.parse_args(["--size", size]).size for size in ("10GB", "1.5tb")] == ["10GB", "1.5tb"]
     args = parser.parse_args(["--whole", "3", "--open", "0", "--above", "1e-9", "7"])
     assert (args.whole, args.open, args.above) == (3, 0, [1e-9, 7])
     for flag, value, wanted in (
@@ -131,6 +134,8 @@ def test_values_are_checked_by_their_types():
         ("--open", "1", "in [0, 1)"),
         ("--open", "nan", "in [0, 1)"),
         ("--above", "0", "above 0"),
+        ("--size", "10", "a size such as 500MB or 10GB"),
+        ("--size", "0GB", "a size such as 500MB or 10GB"),
         ("--above", "inf", "above 0"),
     ):
         with pytest.raises(UserError) as error:

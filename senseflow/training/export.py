@@ -55,7 +55,8 @@ def export_pipeline(
         write_pipeline_files(folder, args, models, extra_components, config)
         for file, path in files.items():
             copy_component_file(path, folder / file)
-        network.to("cpu", torch_dtype(args.export_dtype)).save_pretrained(folder / models.network_name)
+        network = network.to("cpu", torch_dtype(args.export_dtype))
+        network.save_pretrained(folder / models.network_name, max_shard_size=args.max_shard_size)
     return "model_index.json"
 
 
@@ -201,7 +202,7 @@ def comfyui_section(models: TrainingModels, config: dict[str, Any]) -> str:
         settings["LoRA of the teacher"] = f"{lora}, too, at strength {config['teacher_lora_scale']:g}"
     settings |= {**sampling, **models.comfyui_guidance()}
     file = f"`{models.network_name}/{SAFETENSORS_WEIGHTS_NAME}`"
-    how = f'"Load Diffusion Model" takes {file} as it is; text encoders and VAE are those of the teacher'
+    how = f'"Load Diffusion Model" takes {file} as it is; text encoders and VAE are loaded as for the teacher'
     if "rank" in config:
         how = f"`{FILE}` goes into LoraLoaderModelOnly at strength 1, over the teacher's own weights"
     rows = "\n".join(f"| {table_cell(name)} | {table_cell(value)} |" for name, value in settings.items())

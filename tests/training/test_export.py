@@ -10,6 +10,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionXLPipeline
+from huggingface_hub import split_torch_state_dict_into_shards
 from PIL import Image
 
 import train_senseflow_flux
@@ -170,3 +171,9 @@ def test_the_card_has_the_settings_of_comfyui(script, write, sigmas, more, tmp_p
         v_prediction = settings()
         assert v_prediction["ModelSamplingDiscrete"] == "v_prediction, zsnr true"
         assert v_prediction["sigmas to paste (ManualSigmas)"].startswith("4518.")
+
+
+def test_the_default_size_of_shards_writes_the_largest_students_into_one_file():
+    args = train_senseflow_flux.parse_args(["--pretrained_model_name_or_path", "x", "--output_dir", "x"])
+    tensors = {str(number): torch.empty(2**30, device="meta") for number in range(12)}  # FLUX in float32: 48 GB
+    assert not split_torch_state_dict_into_shards(tensors, max_shard_size=args.max_shard_size).is_sharded
