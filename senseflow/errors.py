@@ -79,6 +79,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read on import; notes on packages that are not needed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # from diffusers, for every Hub id
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # torch: RMS norms under autocast
     if "huggingface_hub" in sys.modules:
         sys.modules["huggingface_hub"].logging.set_verbosity_error()
     if "datasets" in sys.modules:

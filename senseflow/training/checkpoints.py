@@ -111,6 +111,7 @@ class Checkpointer:
                     for old in list_checkpoints(self.args.output_dir)[: -self.args.checkpoints_total_limit]:
                         remove_folder(old)
             accelerator.wait_for_everyone()
+        logger.info(f"saved {final}")
         self.runtime.saved = iteration
 
     def check_finished(self, metrics: Metrics, iteration: int) -> None:

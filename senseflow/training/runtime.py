@@ -4,8 +4,10 @@
 import logging
 import os
 import signal
+import sys
 import time
 from datetime import timedelta
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -26,6 +28,7 @@ from accelerate.utils import (
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
+from tqdm.auto import tqdm
 
 from senseflow.errors import INTERRUPTED, TERMINATED, UserError, exit_now, print_from_signal_handler
 from senseflow.models.weights import is_meta, materialize
@@ -54,6 +57,17 @@ def check_launch_supports(args, launch: LaunchConfig) -> None:
         raise UserError(f"--base_quantization {args.base_quantization}: {problem}: {fix}", 2)
 
 
+class ProgressBarHandler(logging.Handler):
+    """Write log lines to stderr above the progress bar, without the "[RANK 0] " that accelerate adds to all."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record).replace("[RANK 0] ", "", 1)
+        if parent_process() is None:
+            tqdm.write(line, file=sys.stderr)
+        else:  # a worker of the DataLoader has a stale copy of the bar
+            print(line, file=sys.stderr)
+
+
 class Runtime:
     """The processes, devices and trackers of a run. It makes roles to fit the way the processes were launched.
 
@@ -71,7 +85,7 @@ class Runtime:
         self.args, self.launch = args, launch_config()
         check_launch_supports(args, self.launch)
         log_format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-        logging.basicConfig(format=log_format, datefmt="%H:%M:%S", level=logging.INFO)
+        logging.basicConfig(format=log_format, datefmt="%H:%M:%S", level=logging.INFO, handlers=[ProgressBarHandler()])
         if not torch.cuda.is_available() and self.launch.world_size > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"  # a multi-GPU configuration on a machine without a GPU
         folder = Path(args.output_dir)

@@ -8,6 +8,7 @@ from typing import Callable, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -18,6 +19,8 @@ from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow.training.signals import SignalMonitor
 
+
+logger = get_logger(__name__)
 
 THUMBNAIL_SIZE = 16  # pixels a side; images of a prompt are compared as thumbnails
 NUM_DEBUG_LATENTS = 4  # rows of the panel of debug latents
@@ -58,6 +61,9 @@ class Validation:
             return
         teacher_kwargs = self.pipeline_kwargs | self.models.teacher_pipeline_kwargs()
         if not self._teacher_images:
+            logger.info(
+                f"the teacher generates its validation images in {teacher_kwargs['num_inference_steps']} steps"
+            )
             images, latents = self._generate(self.models.teacher, self.teacher_scheduler, teacher_kwargs)
             self._teacher_images = images
             self._teacher_statistics = image_statistics(images) | latent_statistics(latents)

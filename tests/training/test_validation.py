@@ -1,8 +1,11 @@
 """Statistics of validation images and latents, and signals: closed forms, and a run that goes wrong."""
 
+import io
 import json
+import logging
 import math
 import re
+import sys
 import time
 
 import numpy as np
@@ -154,6 +157,14 @@ def test_speed_is_that_of_iterations_and_the_bar_shows_running_means(flags, tmp_
     assert all(4 < values["samples_per_second"] <= 40 for values in logged), logged
     assert [values["bar"]["fake_loss"] for values in logged] == ["1", "2", "3", "3"]
     assert all(values["bar"]["dmd_loss"] == "8" for values in logged) and "signal/fake_lag" not in logged[-1]
+
+
+def test_log_lines_stand_above_the_progress_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with tqdm(total=2, file=stream):
+        record = logging.LogRecord("n", logging.INFO, "f", 1, "[RANK 0] saved %s", ("checkpoint-2",), None)
+        runtime_module.ProgressBarHandler().emit(record)
+    assert "\rsaved checkpoint-2\n" in stream.getvalue(), stream.getvalue()
 
 
 def warnings_of(caplog, monitor, name, values) -> list[str]:
