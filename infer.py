@@ -23,7 +23,7 @@ from typing import Any, Optional, Sequence
 
 from senseflow.arguments import DTYPES, SAMPLERS, Parser, dtype, number, torch_device, torch_dtype
 from senseflow.data.prompts import read_lines, read_prompts_file
-from senseflow.errors import UserError, run_script, write_atomically
+from senseflow.errors import UserError, check_launcher, run_script, write_atomically
 from senseflow.released import RELEASED
 
 
@@ -290,6 +290,7 @@ def process_group():
     if world_size == 1:
         yield 0, 1, lambda: None
         return
+    check_launcher()
     distributed.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for the slowest at the end
     yield rank, world_size, distributed.barrier
     distributed.destroy_process_group()

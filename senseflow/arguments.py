@@ -107,6 +107,7 @@ class Parser(argparse.ArgumentParser):
             except UnicodeEncodeError:
                 flag = next((flag for flag in reversed(words[:index]) if flag.startswith("--")), "")
                 self.error(f"{flag} {ascii(word)}: is not UTF-8; rename the file or folder, or give the text in UTF-8")
+        self.check_repeated(words)
         names = [action.dest for action in self._actions if action.default is not argparse.SUPPRESS]
         args = super().parse_args(argv, Arguments(**dict.fromkeys(names)))
         args.given = frozenset(name for name in names if getattr(args, name) is not None)
@@ -114,9 +115,30 @@ class Parser(argparse.ArgumentParser):
             setattr(args, name, self.get_default(name))
         return args
 
+    def check_repeated(self, argv: Sequence[str]) -> None:
+        """Refuse a flag that is given twice and does not collect: only the last one would count."""
+        found: set[argparse.Action] = set()
+        for word in argv:
+            action = self._option_string_actions.get(word.partition("=")[0])
+            if action in found and not isinstance(action, argparse._AppendAction):
+                self.error(f"{word}: is given more than once; give it once")
+            found |= {action} - {None}
+
     def error(self, message):
         message = re.sub(r"^argument (\S+): (must be .*), not (\S*)$", r"\1 \3: \2", message)  # flag, value, fix
         raise UserError(f"{message.removeprefix('argument ')} (see --help)", exit_code=2)
+
+
+def keep_last(argv: Sequence[str]) -> list[str]:
+    """Drop the earlier ones of flags that a command line gives more than once, with their values."""
+    given: dict[str, list[str]] = {}
+    flag = ""
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            given.pop(flag, None)
+        given.setdefault(flag, []).append(word)
+    return [word for words in given.values() for word in words]
 
 
 # fmt: off

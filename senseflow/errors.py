@@ -127,6 +127,14 @@ def loading(flag: str, value):
         raise UserError(message) from error
 
 
+def check_launcher() -> None:
+    """Refuse (exit code 2) a WORLD_SIZE of several processes without what a launcher sets beside it."""
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
+        fix = "start the script by accelerate launch, or unset it"
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {', '.join(missing)}: {fix}", 2)
+
+
 def require_package(name: str, flag: str) -> None:
     """Refuse (exit code 2) a flag whose optional package is not installed, without importing it."""
     if importlib.util.find_spec(name) is None:

@@ -14,6 +14,7 @@ import pytest  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from senseflow.arguments import Parser  # noqa: E402
 from senseflow.models.hub import resolve_repo  # noqa: E402
 from tiny_pipelines import write_discriminator, write_flux  # noqa: E402
 
@@ -22,6 +23,14 @@ from tiny_pipelines import write_discriminator, write_flux  # noqa: E402
 def a_fresh_look_at_the_hub():
     """Each test is a process of its own to the Hub's repositories, which a process sees at one commit."""
     resolve_repo.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_last_of_a_repeated_flag_counts():
+    """So tests change the flags of fixtures; what the scripts do is tested in processes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parser, "check_repeated", lambda *args: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import infer
 from senseflow import errors
+from senseflow.arguments import keep_last
 from senseflow.data.loader import make_dataloader
 from senseflow.training.models import TrainingModels
 from senseflow.training.runtime import Runtime
@@ -68,7 +69,7 @@ def start(
     config = ROOT / "accelerate_configs" / f"{mode or ('single' if processes == 1 else 'ddp')}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes), "--mixed_precision", precision]
-    command += ["--main_process_port", "0", *more, str(ROOT / script), *arguments]  # any free port
+    command += ["--main_process_port", "0", *more, str(ROOT / script), *keep_last(arguments)]  # any free port
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the scripts in tests/workers
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

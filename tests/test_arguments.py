@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -10,7 +12,16 @@ import infer
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from senseflow.arguments import Parser, apply_preset, check_common_args, complete_args, file_size, number
+from helpers import ROOT
+from senseflow.arguments import (
+    Parser,
+    apply_preset,
+    check_common_args,
+    complete_args,
+    file_size,
+    keep_last,
+    number,
+)
 from senseflow.errors import UserError
 
 
@@ -62,6 +73,33 @@ def test_arguments_that_are_not_utf8_are_refused(script):
     with pytest.raises(UserError, match=r"^--prompts_file 'caf\\udce9.txt': is not UTF-8; rename ") as caught:
         script.parse_args(flags)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("script", [*(f"train_senseflow_{name}.py" for name in SCRIPTS), "infer.py", "evaluate.py"])
+def test_a_flag_that_is_given_twice_is_refused(script):
+    flag = "--images" if script == "evaluate.py" else "--output_dir"
+    command = [sys.executable, str(ROOT / script), flag, "a", f"{flag}=b"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    line = f"{script}: error: {flag}=b: is given more than once; give it once (see --help)\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
+
+
+def test_the_last_of_a_repeated_flag_is_kept():
+    words = [
+        "script.py",
+        "--rank",
+        "4",
+        "--anchors",
+        "9",
+        "5",
+        "--dry_run",
+        "48",
+        "--rank=8",
+        "--anchors",
+        "7",
+        "--dry_run",
+    ]
+    assert keep_last(words) == ["script.py", "--rank=8", "--anchors", "7", "--dry_run"]
 
 
 INACTIVE = {

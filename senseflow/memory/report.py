@@ -11,6 +11,7 @@ from typing import Optional
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from senseflow.arguments import keep_last
 from senseflow.memory.counter import GRADIENTS, HOST, KINDS, STATES, WEIGHTS, Counter
 from senseflow.memory.trace import Trace, init_fake_process_group, patch_loaders, trace
 
@@ -94,7 +95,7 @@ def candidates(args, mode: str) -> list[list[str]]:
 def trace_command(command: list[str], environment: dict[str, str], processes: int) -> Optional[float]:
     """Return the peak (bytes) that a command prints with `--dry_run` in its own process; None if it fails."""
     environment = environment | {"WORLD_SIZE": str(processes), "RANK": "0"}
-    command = [sys.executable, *command, "--dry_run"]
+    command = [sys.executable, *keep_last([*command, "--dry_run"])]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     peak = re.search(r"^peak ([\d.]+) GiB", result.stdout, re.MULTILINE)
     return float(peak[1]) * GIB if peak and result.returncode == 0 else None

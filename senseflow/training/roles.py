@@ -54,6 +54,9 @@ class LaunchConfig:
     def __init__(self):
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.mode, self.plugin = "replicated", None
+        for name in ("parallelism_config", "megatron_lm"):
+            if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+                self._reject(name, "remove it; fsdp2.yaml shards over all processes")
         if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             require_package("deepspeed", "the DeepSpeed configuration of accelerate")
             self.plugin = DeepSpeedPlugin()

@@ -30,7 +30,7 @@ from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
-from senseflow.errors import INTERRUPTED, TERMINATED, UserError, exit_now, print_from_signal_handler
+from senseflow.errors import INTERRUPTED, TERMINATED, UserError, check_launcher, exit_now, print_from_signal_handler
 from senseflow.models.weights import is_meta, materialize
 from senseflow.training.lock import OutputLock
 from senseflow.training.roles import LaunchConfig, Role, launch_config, set_schedule_step
@@ -82,6 +82,7 @@ class Runtime:
     """
 
     def __init__(self, args):
+        check_launcher()
         self.args, self.launch = args, launch_config()
         check_launch_supports(args, self.launch)
         log_format = "%(asctime)s %(levelname)s %(name)s: %(message)s"

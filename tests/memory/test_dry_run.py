@@ -18,6 +18,7 @@ import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
 from helpers import ROOT, models_class, refused
+from senseflow.arguments import keep_last
 from senseflow.memory import report
 from senseflow.memory.counter import GRADIENTS, STATES, WEIGHTS, Counter
 from senseflow.memory.report import GIB, apply_zero, candidates, fit
@@ -146,7 +147,12 @@ def dry_run_in(environment: dict, arguments: list[str]) -> list[str]:
     code += "def suggest(args, command, environment, *more):\n"
     code += "    print('FSDP in the next trace:', environment.get('ACCELERATE_USE_FSDP'))\n"
     code += "report.suggest = suggest\n"
-    command = [sys.executable, "-c", code + "report.print_trace = print_trace\nscript.main(sys.argv[1:])", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        code + "report.print_trace = print_trace\nscript.main(sys.argv[1:])",
+        *keep_last(arguments),
+    ]
     environment = {**os.environ, **environment}
     return subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()
 

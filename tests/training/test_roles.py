@@ -18,8 +18,10 @@ from accelerate.tracking import TensorBoardTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
+import infer
 import train_senseflow_flux as script
 from helpers import ROOT, assert_same, refused, states
+from senseflow.arguments import keep_last
 from senseflow.errors import UserError
 from senseflow.models import text_encoders
 from senseflow.training import checkpoints
@@ -63,6 +65,7 @@ def test_a_launch_is_read_from_the_environment_that_accelerate_sets(environment,
     "environment, needle",
     [
         ({**FSDP2, "FSDP_VERSION": "1"}, "fsdp_version 1"),
+        ({**FSDP2, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config is not supported here"),
         ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
         ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage 1"),
@@ -88,6 +91,17 @@ def test_a_deepspeed_file_with_an_optimizer_is_refused(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="optimizer of the DeepSpeed file"):
         LaunchConfig()
+
+
+def test_a_number_of_processes_without_a_launcher_is_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = script.parse_args([*flags, "--output_dir", str(tmp_path)])
+    for start in (lambda: runtime_module.Runtime(args), lambda: infer.process_group().__enter__()):
+        with pytest.raises(
+            UserError, match="^WORLD_SIZE=2 is set without RANK, LOCAL_RANK, MASTER_ADDR, MASTER"
+        ) as error:
+            start()
+        assert error.value.exit_code == 2
 
 
 def patch_launch(monkeypatch, mode: str, processes: int) -> None:
@@ -282,7 +296,7 @@ run_script(lambda: script.main(sys.argv[1:]))
 @pytest.mark.parametrize("when, saved", [("loading", []), ("once", [2, 4]), ("twice", [2])])
 def test_ctrl_c_is_one_line_and_130(when, saved, flags, tmp_path):
     arguments = [*flags, "--max_train_steps", "50", "--dataloader_num_workers", "1", "--output_dir", str(tmp_path)]
-    arguments = [sys.executable, "-c", CTRL_C_SCRIPT, when, *arguments, "--checkpointing_steps", "2"]
+    arguments = [sys.executable, "-c", CTRL_C_SCRIPT, when, *keep_last(arguments)]
     ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
     assert ended.returncode == 130 and "Traceback" not in ended.stderr and "Worker" not in ended.stderr, ended.stderr
     last = {
