@@ -2,14 +2,18 @@
 
 import ast
 import importlib
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import copies
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import tiny_pipelines
 from helpers import ROOT
@@ -187,6 +191,32 @@ def test_imports_go_one_way():
             assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
         else:
             assert not path.read_text(), f"{path}: no re-exports"
+
+
+def requirements(*files: str) -> list[Requirement]:
+    lines = [line for file in files for line in (ROOT / file).read_text().split("\n")]
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def test_what_is_imported_can_be_installed():
+    """Also what is imported inside a function: requirements-dev.txt is for tests alone."""
+    packages = importlib.metadata.packages_distributions()
+    wanted = {requirement.name.lower() for requirement in requirements("requirements.txt", "requirements-gpu.txt")}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "senseflow").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            for name in {module.split(".")[0] for module in modules if module} - sys.stdlib_module_names:
+                own = {distribution.lower() for distribution in packages.get(name, [name])}
+                assert part_of(name) or name == "senseflow" or own & wanted, f"{path.name} imports {name}"
+
+
+def test_the_versions_of_python_are_those_of_the_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = [line.split(" :: ")[-1] for line in project["classifiers"]]
+    assert f">={versions[0]}" == project["requires-python"] and len(versions) > 1
+    for requirement in requirements("requirements.txt"):
+        supported = importlib.metadata.metadata(requirement.name)["Requires-Python"]
+        assert all(version in SpecifierSet(supported) for version in versions), f"{requirement.name} needs {supported}"
 
 
 def test_no_room_has_a_circle_of_imports():
