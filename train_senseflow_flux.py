@@ -88,7 +88,7 @@ from senseflow.models.discriminator import check_discriminator_args, diff_augmen
 from senseflow.models.hub import ModelSource
 from senseflow.models.schedulers import fit_flow_scheduler
 from senseflow.models.vae import latent_shape_of, vae_scale_of
-from senseflow.models.weights import Weights, materialize_submodule, meta_network, weights_of
+from senseflow.models.weights import materialize_submodule, meta_network, weights_of
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
 from senseflow.training.models import TrainingModels, check_models, max_guidance, resolve_teacher
@@ -380,7 +380,7 @@ def fold_guidance_embedder(transformer: FluxTransformer2DModel, scale: float) ->
             projected = transformer.time_text_embed.time_proj(torch.tensor([1000.0 * scale])).float()
             changed[bias] = weights[bias][...].float().cpu() + embedder(projected)[0]
     config = {**transformer.config, "guidance_embeds": False}
-    return meta_network(FluxTransformer2DModel, config, Weights(weights | changed))
+    return meta_network(FluxTransformer2DModel, config, weights | changed)
 
 
 def stock_sigmas(scheduler, steps: int, num_tokens: int) -> list[float]:

@@ -117,13 +117,18 @@ def write_launcher_error(message: str) -> None:
 
 
 @contextmanager
-def loading(flag: str, value):
-    """Turn a library's error over missing or damaged weights into a UserError (exit code 1) that names the flag."""
+def loading(origin: str):
+    """Turn a library's error over missing or damaged weights into a UserError (exit code 1) that names their origin.
+
+    Args:
+        origin: flag and value.
+    """
     try:
         yield
     except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        message = f"{flag} {value}: cannot load the weights ({first_line}); download or copy them again"
+        reason = first_line.partition(". If you want to")[0]  # the rest is for who calls the library
+        message = f"{origin}: cannot load the weights ({reason}); download or copy them again"
         raise UserError(message) from error
 
 

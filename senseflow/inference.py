@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from senseflow.errors import UserError, require_package
-from senseflow.models.hub import ModelSource, load_network, load_pipeline, saved_components
+from senseflow.models.hub import ModelSource, check_weights, load_network, load_pipeline, saved_components
 from senseflow.models.lora import ADAPTER, FILE, fuse_lora, lora_fingerprint, read_adapter, stored_name
 from senseflow.models.quantization import BACKENDS, quantize_network
 from senseflow.models.vae import latent_shape_of, vae_scale_of
@@ -264,7 +264,7 @@ def check_components(model: Model) -> None:
         if source is model.base and source.is_folder and not Path(source.path, name).is_dir():
             raise source.error(f"lacks {name}, which its model_index.json names; copy it")
         if not (name == model.network and model.state_dict):
-            variants.add(source.weight_variant(folder))
+            variants.add(check_weights(source, folder))
     variant = model.source.variant
     if variant not in variants:
         problem = f"{model.base.path} holds no weights *.{variant}.safetensors; drop --variant"
@@ -346,11 +346,10 @@ def load_component(model: Model, name: str, dtype: torch.dtype):
     if name == model.network and model.state_dict is not None:
         return load_state_dict(model, cls, dtype)
     source, folder = model.location(name)
-    if issubclass(cls, diffusers.ModelMixin):
+    if issubclass(cls, torch.nn.Module):
         return load_network(source, cls, folder, dtype=dtype)
-    kwargs = {"dtype": dtype} if issubclass(cls, torch.nn.Module) else {}
     with source.loading():
-        return source.load(cls.from_pretrained, subfolder=folder, **kwargs)
+        return source.load(cls.from_pretrained, subfolder=folder)
 
 
 def read_state_dict(source: ModelSource) -> dict[str, torch.Tensor]:

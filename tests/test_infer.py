@@ -660,8 +660,8 @@ def test_a_folder_that_lacks_weights_is_refused(networks, tmp_path):
     save_file({name: tensor for name, tensor in load_file(path).items() if name != "proj_out.bias"}, path)
     for model, flags in ((networks / "base", ["--transformer", path.parent]), (tmp_path / "checkpoint-7", [])):
         line = refusal("--model", model, *flags, "--output_dir", tmp_path / "out", exit_code=1)
-        flag, value = flags or ("--model", model)
-        assert line.startswith(f"{flag} {value}: 1 weights are missing (proj_out")
+        origin = f"{flags[0]} {flags[1]}" if flags else f"--model {model} (transformer)"
+        assert line.startswith(f"{origin}: 1 weights are missing (proj_out")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from senseflow.arguments import torch_dtype
 from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
 from senseflow.models.discriminator import VisionFeatures
+from senseflow.models.hub import check_stored_values, extremes_of
 from senseflow.models.quantization import quantize_network
 from senseflow.models.text_encoders import text_encoders_of
 from senseflow.models.weights import fingerprint, from_pretrained_meta
@@ -36,6 +37,7 @@ from senseflow.training.runtime import Runtime
 
 
 ENCODERS, FROZEN = "text encoders", "other frozen"
+LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys")  # of from_pretrained
 WITHOUT_STUDENT, WITH_STUDENT = "without student update", "with student update"
 
 
@@ -70,7 +72,7 @@ def fake_from_pretrained(
             if buffer is not None and not isinstance(buffer, FakeTensor):  # such as a position table made by numpy
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     network = network.to(dtype or torch_dtype or torch.float32).eval()
-    return (network, {"missing_keys": [], "unexpected_keys": []}) if output_loading_info else network
+    return (network, dict.fromkeys(LOADING_INFO, ())) if output_loading_info else network
 
 
 def fake_network(source, cls, subfolder, dtype=torch.float32):
@@ -157,6 +159,8 @@ def patch_loaders(args) -> Iterator[None]:
     replacements = {
         from_pretrained_meta: fake_network,
         fingerprint: lambda network: "",
+        check_stored_values: lambda source, subfolder: None,
+        extremes_of: lambda weights: {},
         quantize_network: fake_quantize_network,
     }
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
 
 from senseflow.errors import UserError
-from senseflow.models.hub import ModelSource
+from senseflow.models.hub import ModelSource, load_network
 from senseflow_utils import StatelessRNG
 
 
@@ -94,11 +94,8 @@ class VisionFeatures(nn.Module):
     ):
         super().__init__()
         self.dtype, self.gradient_checkpointing, self.resolution = dtype, gradient_checkpointing, resolution
-        source = ModelSource("--discriminator_backbone", path)
-        with source.loading():
-            model, info = source.load(Dinov2Model.from_pretrained, dtype=torch.float32, output_loading_info=True)
-        # transformers fills missing weights with random numbers. The mask token is for pretraining.
-        source.check_complete(set(info["missing_keys"]) - {"embeddings.mask_token"}, ())
+        source, for_pretraining = ModelSource("--discriminator_backbone", path), ["embeddings.mask_token"]
+        model = load_network(source, Dinov2Model, "", for_pretraining, dtype=torch.float32)
         self.layers = list(layers) if layers is not None else default_layers(model.config.num_hidden_layers)
         self.embeddings = model.embeddings
         self.blocks = model.encoder.layer[: self.layers[-1] + 1]
@@ -151,11 +148,9 @@ class TextFeatures(nn.Module):
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         super().__init__()
         source = ModelSource("--discriminator_text_encoder", path)
-        load = CLIPTextModelWithProjection.from_pretrained
         with source.loading():
             self.tokenizer = source.load(AutoTokenizer.from_pretrained)
-            self.model, info = source.load(load, dtype=dtype, output_loading_info=True)
-        source.check_complete(info["missing_keys"], ())
+        self.model = load_network(source, CLIPTextModelWithProjection, "", dtype=dtype)
         self.channels = self.model.config.projection_dim
         self.requires_grad_(False).eval()
 

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence
 
+import diffusers
 import torch
-from diffusers import SchedulerMixin
+import transformers
+from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import constants, errors, hf_hub_download, list_repo_files, resolve_revision, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
 
 from senseflow.errors import UserError, loading
 
@@ -27,6 +30,8 @@ WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?"
     r"(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}  # in model_index.json
+VALUE_DTYPES = {"F64", "F32", "F16", "BF16"}  # of safetensors files; weights in any other are codes
 
 RETRY = "try again later, or set HF_HUB_OFFLINE=1 if all of it is in the cache"
 NOT_CACHED = "the cache ({cache}) lacks it or a part of it: unset HF_HUB_OFFLINE, or try again when the Hub answers"
@@ -108,15 +113,17 @@ class ModelSource:
         path: a folder or a Hub id.
         revision: of a Hub id: branch, tag or commit.
         variant: of the weight files, such as "fp16"; components without this variant load their plain weights.
+        component: the component of a pipeline that messages name, too.
     """
 
     flag: str
     path: str
     revision: Optional[str] = None
     variant: Optional[str] = None
+    component: Optional[str] = None
 
     def __str__(self) -> str:
-        return f"{self.flag} {self.path}"
+        return f"{self.flag} {self.path}" + (f" ({self.component})" if self.component else "")
 
     def error(self, problem: str, exit_code: int = 2) -> UserError:
         return UserError(f"{self}: {problem}", exit_code)
@@ -179,18 +186,23 @@ class ModelSource:
         """Read the configuration of a component.
 
         Raises:
-            UserError: exit code 2; unreadable, or of another class. A scheduler accepts that of any scheduler.
+            UserError: exit code 2; unreadable, of another class, or quantized. A scheduler accepts that of any
+                scheduler.
         """
         self.check_not_a_file(cls.config_name)
-        where = f" ({subfolder})" if subfolder else ""
+        part = replace(self, component=subfolder)
         try:
             config = self.load(cls.load_config, subfolder=subfolder)
         except UNREADABLE as error:
             unreadable = f"no readable {cls.__name__}; download or copy it again"
-            raise UserError(f"{self}{where}: {unreadable if self.is_folder else hub_reason(error)}", 2) from error
+            raise part.error(unreadable if self.is_folder else hub_reason(error)) from error
         class_name = config.get("_class_name", cls.__name__)
         if class_name != cls.__name__ and not issubclass(cls, SchedulerMixin):
-            raise UserError(f"{self}{where}: is a {class_name}, this script takes a {cls.__name__}", 2)
+            raise part.error(f"is a {class_name}, this script takes a {cls.__name__}")
+        if "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method", "see its config.json")
+            fix = "give the weights it was made from; --base_quantization, with --rank, quantizes them here"
+            raise part.error(f"is quantized ({method}), which cannot be trained; {fix}")
         return config
 
     # Weights --------------------------------------------------------------------------------------------------------
@@ -224,7 +236,7 @@ class ModelSource:
     @contextmanager
     def loading(self):
         """Turn an error while weights load into a UserError (exit code 1), with the Hub's reason if the Hub failed."""
-        with loading(self.flag, self.path):
+        with loading(str(self)):
             try:
                 yield
             except Exception as error:
@@ -232,14 +244,24 @@ class ModelSource:
                     raise
                 raise self.error(hub_reason(error), exit_code=1) from error
 
-    def check_complete(self, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-        """Raise a UserError (exit code 1) if weights are missing; warn of unexpected ones."""
+    def check_complete(self, missing: Sequence[str], unexpected: Sequence[str] = ()) -> None:
+        """Raise a UserError (exit code 1) if weights are missing, or have no place in the network."""
         if missing:
             problem = f"{len(missing)} weights are missing ({abbreviate(missing)}); download or copy them again"
             raise self.error(problem, exit_code=1)
         if unexpected:
-            names = abbreviate(unexpected)
-            logger.warning("%s: %d weights have no place in its config.json (%s)", self, len(unexpected), names)
+            problem = f"{len(unexpected)} weights have no place in its config.json ({abbreviate(unexpected)})"
+            raise self.error(f"{problem}; give weights that were saved with it", exit_code=1)
+
+    def check_finite(self, extremes: dict[str, torch.Tensor]) -> None:
+        """Raise a UserError (exit code 1) if weights hold NaN or infinity, of {name: smallest and largest value}."""
+        if not extremes:
+            return
+        finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()  # waits for the device once
+        damaged = [name for name, is_finite in zip(extremes, finite) if not is_finite]
+        if damaged:
+            problem = f"{len(damaged)} weights hold NaN or infinity ({abbreviate(damaged)})"
+            raise self.error(f"{problem}; download or copy them again, or give others", exit_code=1)
 
 
 def student_source(args, teacher: ModelSource) -> ModelSource:
@@ -308,10 +330,43 @@ def check_pipeline(source: ModelSource, pipeline_class, supported_entries: Seque
             problem = f"has {name} {json.dumps(index[name])} in its model_index.json"
             raise source.error(f"{problem}, which changes a call in a way that this script does not train")
     source, variant = replace(source, revision=source.commit), source.variant
-    if variant not in {None, *map(source.weight_variant, saved_components(index))}:
+    if variant not in {None, *(check_weights(source, name) for name in saved_components(index))}:
         problem = f"{source.path} holds no weights *.{variant}.safetensors; drop --variant"
         raise UserError(f"--variant {variant}: {problem}", exit_code=2)
     return source
+
+
+def check_weights(source: ModelSource, subfolder: Optional[str]) -> Optional[str]:
+    """Check the weights of a component before they load, those of a Hub id by name only; return their variant.
+
+    Raises:
+        UserError: exit code 2; in other variants only, or stored as codes.
+    """
+    if source.is_folder:
+        check_stored_values(source, subfolder)
+    return source.weight_variant(subfolder)
+
+
+def check_stored_values(source: ModelSource, subfolder: Optional[str]) -> None:
+    """Refuse (UserError, exit code 2) weights that are codes with scales beside them: they would load as values.
+
+    Libraries decode a component whose config.json has a quantization_config.
+    """
+    if "quantization_config" in (source.read_json(os.path.join(subfolder or "", "config.json")) or {}):
+        return
+    variant = source.weight_variant(subfolder)
+    for file in source.files(subfolder):
+        match = WEIGHTS.fullmatch(file)
+        if not match or match["variant"] != variant or not file.endswith(".safetensors"):
+            continue
+        with source.loading(), safe_open(source.file(os.path.join(subfolder or "", file)), "pt") as stored:
+            dtypes = {name: stored.get_slice(name).get_dtype() for name in stored.keys() if name.endswith("weight")}
+        codes = {name: dtype for name, dtype in dtypes.items() if dtype not in VALUE_DTYPES}
+        if codes:
+            kinds = ", ".join(sorted(set(codes.values())))
+            problem = f"{len(codes)} weights in {file} are codes of type {kinds}, not values ({abbreviate(codes)})"
+            fix = "give the weights they were made from, in bf16, fp16 or fp32"
+            raise replace(source, component=subfolder).error(f"{problem}; {fix}")
 
 
 def check_compatible(source: ModelSource, cls, subfolder: str, teacher_config: dict, names: Sequence[str]) -> None:
@@ -322,7 +377,7 @@ def check_compatible(source: ModelSource, cls, subfolder: str, teacher_config: d
     """
     location = source.network_subfolder(subfolder)
     config = source.config(cls, location)
-    source.weight_variant(location)
+    check_weights(source, location)
     for name in names:
         if config.get(name) != teacher_config.get(name):
             problem = f"its {name} is {config.get(name)}, the teacher's {teacher_config.get(name)}"
@@ -332,23 +387,51 @@ def check_compatible(source: ModelSource, cls, subfolder: str, teacher_config: d
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-def load_network(source: ModelSource, cls, subfolder: str, **kwargs: Any) -> torch.nn.Module:
-    """Load a network from a pipeline, or by itself. UserError (exit code 1) for missing or damaged weights."""
+def load_network(
+    source: ModelSource, cls, subfolder: str, optional: Sequence[str] = (), **kwargs: Any
+) -> torch.nn.Module:
+    """Load a network of diffusers or transformers from a pipeline, or by itself.
+
+    Args:
+        optional: weights that may be missing.
+    Raises:
+        UserError: exit code 1 for missing or damaged weights, 2 for weights that are stored as codes.
+    """
+    location, of_diffusers = source.network_subfolder(subfolder), issubclass(cls, ModelMixin)
+    source = replace(source, component=location)
     with source.loading():
-        location = source.network_subfolder(subfolder)
-        kwargs |= {"subfolder": location, "variant": source.weight_variant(location), "output_loading_info": True}
+        check_stored_values(source, location)
+        kwargs |= {"subfolder": location or "", "variant": source.weight_variant(location)}
+        kwargs["output_loading_info"] = True
+        if not of_diffusers:
+            kwargs["ignore_mismatched_sizes"] = True  # to name them; diffusers' own error does
         network, info = source.load(cls.from_pretrained, **kwargs)
-    source.check_complete(info["missing_keys"], info["unexpected_keys"])
+    # The weights of a whole CLIP may serve its text encoder.
+    source.check_complete(set(info["missing_keys"]) - set(optional), info["unexpected_keys"] if of_diffusers else ())
+    misshapen = [f"{name} {[*stored]} not {[*shape]}" for name, stored, shape in info["mismatched_keys"]]
+    if misshapen:
+        raise source.error(f"does not fit its config.json: {abbreviate(misshapen)}; download or copy it again", 1)
+    if getattr(network, "hf_quantizer", None) is None:  # else its tensors are the library's own
+        source.check_finite(extremes_of(network.state_dict()))
     return network
 
 
-def load_pipeline(source: ModelSource, cls, **components):
-    """Load a pipeline around `components` (and other arguments of from_pretrained). UserError (1) for bad weights."""
+def extremes_of(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return {name: smallest and largest value} of weights; both are NaN if any value is."""
+    held = {name: weight for name, weight in weights.items() if weight.is_floating_point() and weight.numel()}
+    return {name: torch.stack(weight.aminmax()) for name, weight in held.items()}
+
+
+def load_pipeline(source: ModelSource, cls, dtype: Optional[torch.dtype] = None, **components: Any):
+    """Load a pipeline around `components` (and other arguments of from_pretrained). UserError as by `load_network`."""
+    index = source.read_json("model_index.json")
+    for name in saved_components(index):
+        library, class_name = index[name]
+        network_class = getattr(LIBRARIES.get(library), class_name, object)
+        if name not in components and issubclass(network_class, torch.nn.Module):
+            components[name] = load_network(source, network_class, name, dtype=dtype)
     with source.loading():
-        index = source.read_json("model_index.json")
-        variants = {source.weight_variant(name) for name in saved_components(index) if name not in components}
-        variant = source.variant if source.variant in variants else None
-        return source.load(cls.from_pretrained, **{"variant": variant, **missing_components(cls, index), **components})
+        return source.load(cls.from_pretrained, dtype=dtype, **{**missing_components(cls, index), **components})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def check_lora_layers(layers: Sequence[str], network: torch.nn.Module) -> None:
 def check_initial_adapter(args, network: torch.nn.Module) -> None:
     """Check that --student_model_name_or_path is an adapter like this run's, for a network on the meta device."""
     source = ModelSource("--student_model_name_or_path", args.student_model_name_or_path)
-    with loading(source.flag, source.path):
+    with loading(str(source)):
         weights, _ = read_adapter(find_lora(source), network)
     ranks = {tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name} - {args.rank}
     if ranks:

@@ -10,6 +10,8 @@ import copy
 import hashlib
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
@@ -24,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from senseflow.models.hub import ModelSource, abbreviate, load_network
+from senseflow.models.hub import ModelSource, abbreviate, check_stored_values, extremes_of, load_network
 
 
 DTYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}  # in safetensors files
@@ -47,10 +49,21 @@ class StoredTensor(NamedTuple):
 
 
 class Weights(dict[str, Union[torch.Tensor, StoredTensor]]):
-    """The tensors of a network by name. They are never changed, so copies of the network share them."""
+    """The tensors of a network by name. They are never changed, so copies of the network share them.
+
+    Attributes:
+        source: where they were found, for messages; None for those made here.
+    """
+
+    source: Optional[ModelSource] = None
 
     def __deepcopy__(self, memo):
         return self
+
+    def __or__(self, others: Mapping) -> "Weights":
+        merged = Weights({**self, **others})
+        merged.source = self.source
+        return merged
 
 
 def stored_weights(files: Iterable[Path]) -> Weights:
@@ -140,13 +153,16 @@ def from_pretrained_meta(
     Files other than safetensors are loaded now.
 
     Raises:
-        UserError: exit code 1; weights are missing or damaged.
+        UserError: exit code 1 for weights that are missing, damaged or do not fit, 2 for those stored as codes.
     """
+    location = source.network_subfolder(subfolder)
+    source = replace(source, component=location)
     with source.loading():
-        location = source.network_subfolder(subfolder)
+        check_stored_values(source, location)
         weights = stored_weights(safetensors_files(source, location))
         config = source.load(cls.load_config, subfolder=location)
     weights = weights or Weights(load_network(source, cls, subfolder, dtype=dtype).state_dict())
+    weights.source = source
     network = meta_network(cls, config, weights, dtype)
     network.register_to_config(_name_or_path=source.path)
     network._fix_state_dict_keys_on_load(weights)
@@ -154,7 +170,8 @@ def from_pretrained_meta(
     common = {name: tensor for name, tensor in expected.items() if name in weights}
     stored = set(map(id, common.values()))  # tied tensors are stored once
     missing = [name for name, tensor in expected.items() if id(tensor) not in stored]
-    source.check_complete(missing, weights.keys() - expected.keys())
+    ignored = "|".join(cls._keys_to_ignore_on_load_unexpected or ["(?!)"])
+    source.check_complete(missing, [name for name in weights if name not in expected and not re.search(ignored, name)])
     problem = state_dict_problems(common, {name: weights[name] for name in common})
     if problem:
         raise source.error(f"does not fit its config.json: {problem}; download or copy it again", exit_code=1)
@@ -194,12 +211,16 @@ def materialize(
     Args:
         after_module: called with every module, children before parents, once its own tensors have their values. It may
             replace or free them before the next module is read.
+    Raises:
+        UserError: exit code 1; this process has read NaN or infinity.
     """
     if after_module is None and not is_meta(network):
         return network.to(device)
     stored: dict[torch.Tensor, tuple[Weights, str]] = {}
+    source, extremes = None, {}
     for module in network.modules():
         weights = vars(module).pop("weights", None)
+        source = source or getattr(weights, "source", None)
         tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         for name, tensor in tensors if weights is not None else ():
             if name in weights:
@@ -230,20 +251,23 @@ def materialize(
             module._apply(lambda tensor: tensor, recurse=False)  # lets FSDP notice its new parameters
         for name, tensor in originals.items():
             if tensor in stored:
-                read_into(getattr(module, name), *stored[tensor])
+                weights, stored_name = stored[tensor]
+                extremes |= extremes_of({stored_name: read_into(getattr(module, name), weights, stored_name)})
         if after_module is not None:
             after_module(module)
+    if source is not None:
+        source.check_finite(extremes)
     return network
 
 
-def read_into(tensor: torch.Tensor, weights: Weights, name: str) -> None:
-    """Copy a stored tensor into a tensor of a network; of a sharded tensor only this process's rows are read."""
+def read_into(tensor: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
+    """Copy a stored tensor into a tensor of a network; of a sharded tensor only this process's rows, and return it."""
     if not isinstance(tensor, DTensor):
-        tensor.detach().copy_(weights[name][...])
-        return
+        return tensor.detach().copy_(weights[name][...])
     local = tensor.to_local().detach()
     if local.numel():
         local.copy_(weights[name][local_rows(tensor) if tensor.dim() else ...])
+    return local
 
 
 def local_rows(tensor: DTensor) -> slice:

@@ -324,7 +324,7 @@ class Role:
             UserError: exit code 1; files are missing, damaged, or of another network.
         """
         flag, path = "--resume_from_checkpoint", folder / self.subfolder
-        with loading(flag, path):
+        with loading(f"{flag} {path}"):
             weight_files = sorted(path.glob("*.safetensors"))
             optimizer_files = sorted(folder.glob(f"{self.name}_optimizer-*.pt"))
             if not weight_files or not optimizer_files:

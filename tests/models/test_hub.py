@@ -125,7 +125,7 @@ def test_errors_give_the_hubs_reason(case, hub, tmp_path, monkeypatch):
     cache_repository(hub, "some/model", tmp_path / "model", FIRST)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", library)
-    with pytest.raises(UserError, match=f"^--flag some/model: .*{reason}") as caught:
+    with pytest.raises(UserError, match=f"^--flag some/model.*: .*{reason}") as caught:
         load_network(ModelSource("--flag", "some/model"), FluxTransformer2DModel, "transformer")
     assert caught.value.exit_code == 1 and "download or copy" not in str(caught.value)
 
@@ -217,7 +217,7 @@ def test_a_cached_repository_loads_without_the_hub(offline, teacher, vision, hub
     assert discriminator.TextFeatures("some/clip")(["a cat"]).isfinite().all()
     # A shard that was never downloaded.
     next((hub / "models--some--network/snapshots" / FIRST).glob("*00002-of*")).unlink()
-    with pytest.raises(UserError, match="some/network: cannot load .*00002-of.*download or copy them again"):
+    with pytest.raises(UserError, match="some/network: the cache .* lacks it or a part of it"):
         load_network(ModelSource("--flag", "some/network"), FluxTransformer2DModel, "transformer")
 
 
