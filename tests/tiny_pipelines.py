@@ -10,8 +10,16 @@ Only widths and depths are tiny: classes, schedulers and layouts are those of th
 
 import argparse
 import hashlib
+import logging
+import os
 import string
 from pathlib import Path
+
+
+if __name__ == "__main__":  # a user's first command: no notes of the libraries on packages that are not needed
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 from diffusers import (
