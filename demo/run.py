@@ -4,7 +4,7 @@
     python demo/run.py --steps 2    # two steps
     python demo/run.py --seed 1     # another training seed
 
-It runs the scripts of the repository, train_senseflow_flux.py through `accelerate launch` and infer.py, and writes
+It runs the scripts of the repository, train_senseflow_flux.py and infer.py, and writes
 demo/out: comparison.png, report.json and student, a diffusers pipeline. A stage runs again only if its inputs change.
 """
 
@@ -212,8 +212,7 @@ class Demo:
     def train(self):
         data, student = OUT / "data", OUT / "student"
         self.stages.run("data", [HERE / "scenes.py", SCENES_TO_TRAIN_ON], data, lambda: write_data(data))
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", ROOT / "accelerate_configs" / "single.yaml", ROOT / "train_senseflow_flux.py"]
+        command = [sys.executable, ROOT / "train_senseflow_flux.py"]
         command += ["--pretrained_model_name_or_path", TEACHER, "--dataset_json", data / "data.json"]
         command += ["--output_dir", student, "--seed", self.seed, *flags(TRAINING_FLAGS[self.steps])]
         self.seconds["training"] = self.stages.run(

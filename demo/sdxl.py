@@ -293,8 +293,7 @@ def make_student(variant, seed):
     student, images = OUT / name, OUT / f"{name}-images"
     if not (student / "senseflow.json").exists():
         start = time.monotonic()
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", ROOT / "accelerate_configs" / "single.yaml", ROOT / "train_senseflow_sdxl.py"]
+        command = [sys.executable, ROOT / "train_senseflow_sdxl.py"]
         command += ["--pretrained_model_name_or_path", TEACHER, "--prompts_file", prompts]
         command += ["--output_dir", student, "--seed", seed, *flags(STUDENT | VARIANTS[variant])]
         run_command(name, command, OUT / f"{name}.log")

@@ -133,8 +133,11 @@ class Runtime:
                 exit_now("stopped at once by a second Ctrl-C; complete checkpoints are intact")
         elif name == "SIGINT" and self._interrupted_at is None:
             self._interrupted_at = now
+            again = "a second Ctrl-C"
+            if "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+                again = f"kill -INT {os.getpid()}"  # the launcher of one process dies at once, with a traceback
             print_from_signal_handler(
-                "Ctrl-C: a checkpoint is saved after this iteration or the next; a second Ctrl-C ends at once"
+                f"Ctrl-C: a checkpoint is saved after this iteration or the next; {again} ends at once"
             )
         self.endings.add(name)
 
