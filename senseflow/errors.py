@@ -1,6 +1,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Report what a user can fix as one line and an exit code, and write files so that they are complete or absent."""
 
+import errno
 import importlib.util
 import json
 import logging
@@ -12,13 +13,14 @@ import traceback
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Callable, NoReturn, Optional
 
 from safetensors import SafetensorError
 
 
 # Exit codes: 128 + SIGINT, 128 + SIGTERM.
 INTERRUPTED, TERMINATED = 130, 143
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 LAUNCHER_POLL_SECONDS = 3  # torchrun polls its processes ten times a second
 
 
@@ -114,6 +116,20 @@ def write_launcher_error(message: str) -> None:
     if file:
         record = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
         Path(file).write_text(json.dumps(record))
+
+
+def unwritable_cache(error: Optional[BaseException]) -> Optional[str]:
+    """Explain an error in a chain by which a cache of Hugging Face could not be written to; None for others."""
+    from huggingface_hub import constants
+
+    folders = (constants.HF_HOME, constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", constants.HF_HOME))
+    while error is not None:
+        file = str(getattr(error, "filename", None))
+        in_cache = any(file.startswith(folder) or folder.startswith(file) for folder in folders)
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and in_cache:
+            return f"{file} cannot be written to ({error.strerror}): set HF_HOME to a folder that can"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import datasets
 
 from senseflow.data.rows import ImageRows, data_error, parse_captions, uses_images
 from senseflow.data.streaming import StreamedRows, make_streamed_rows
+from senseflow.errors import UserError, unwritable_cache
 
 
 AnyDataset = Union[datasets.Dataset, datasets.IterableDataset]
@@ -22,6 +23,8 @@ def read_dataset(args) -> Union[ImageRows, StreamedRows]:
         fix = "check the spelling; if it is gated or private, accept its license there and log in with `hf auth login`"
         if os.path.isdir(args.dataset_name):
             fix = "give a folder that datasets.load_dataset takes, or a folder of images to --train_data_dir"
+        if unwritable_cache(error):
+            raise UserError(f"{origin}: {unwritable_cache(error)}", exit_code=2) from error
         # The message of a failed build is in its cause.
         raise data_error(origin, f"cannot be loaded ({error.__cause__ or error})", fix) from error
 

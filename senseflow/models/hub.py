@@ -21,7 +21,7 @@ from huggingface_hub import constants, errors, hf_hub_download, list_repo_files,
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 
-from senseflow.errors import UserError, loading
+from senseflow.errors import UserError, loading, unwritable_cache
 
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,9 @@ def hub_error(error: Optional[BaseException]) -> Optional[BaseException]:
 
 def hub_reason(error: BaseException) -> str:
     """Explain why the Hub or its cache failed and what to do; of another error, return the first line."""
-    cause = hub_error(error)
+    unwritable, cause = unwritable_cache(error), hub_error(error)
+    if unwritable:
+        return f"{unwritable}, or HF_HUB_OFFLINE=1 if all of it is in the cache"
     if cause is None:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     reason = next(reason for cls, reason in HUB_REASONS.items() if isinstance(cause, cls))
@@ -240,7 +242,7 @@ class ModelSource:
             try:
                 yield
             except Exception as error:
-                if self.is_folder or hub_error(error) is None:
+                if self.is_folder or not (hub_error(error) or unwritable_cache(error)):
                     raise
                 raise self.error(hub_reason(error), exit_code=1) from error
 

@@ -21,11 +21,13 @@ from data_sets import (
     write_folder,
     write_json,
 )
+from huggingface_hub import constants
 from PIL import Image
 
 from senseflow.data.loader import PromptImageDataset, make_dataloader
 from senseflow.data.prompts import read_prompts_file
 from senseflow.data.sources import READERS, load_rows
+from senseflow.errors import UserError
 
 
 IN_TABLE = dict(image_column="image", caption_column="caption")
@@ -197,3 +199,14 @@ def test_a_gated_data_set_is_not_called_a_typo(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", gated)
     refusal(make_args(dataset_name="some/data"), "some/data: cannot be loaded ", "is a gated", "accept its license")
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    """No process may make folders in /sys/kernel."""
+    monkeypatch.setattr(constants, "HF_HOME", "/sys/kernel")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/sys/kernel/datasets")
+    args = make_args(dataset_name=write_folder(tmp_path / "a"))
+    with pytest.raises(
+        UserError, match=f"^--dataset_name {tmp_path}/a: /sys/kernel/datasets cannot be .*: set HF_HOME"
+    ):
+        load_rows(args)

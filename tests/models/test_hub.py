@@ -1,6 +1,7 @@
 """Load from folders and the Hub: reasons of failures, the cache without the Hub, variants, commits."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -128,6 +129,21 @@ def test_errors_give_the_hubs_reason(case, hub, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"^--flag some/model.*: .*{reason}") as caught:
         load_network(ModelSource("--flag", "some/model"), FluxTransformer2DModel, "transformer")
     assert caught.value.exit_code == 1 and "download or copy" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(monkeypatch):
+    """At the first look, and while weights load. No process may make folders in /sys/kernel."""
+
+    def write(*args, **kwargs):
+        os.makedirs("/sys/kernel/hub/models--some--model")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/sys/kernel/hub")
+    monkeypatch.setattr(hub_module, "resolve_revision", write)
+    source, reason = ModelSource("--flag", "some/model"), "/sys/kernel/hub cannot be written to .*: set HF_HOME to a"
+    with pytest.raises(UserError, match=f"^--flag some/model: .*{reason}"):
+        source.read_json("model_index.json")
+    with pytest.raises(UserError, match=f"^--flag some/model: {reason}"), source.loading():
+        write()
 
 
 def test_a_revision_that_the_hub_lacks_is_not_taken_from_the_cache(hub, tmp_path, monkeypatch):
