@@ -9,9 +9,14 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Optional
 
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from senseflow.arguments import keep_last
+from senseflow.errors import UserError
 from senseflow.memory.counter import GRADIENTS, HOST, KINDS, STATES, WEIGHTS, Counter
 from senseflow.memory.trace import Trace, init_fake_process_group, patch_loaders, trace
 
@@ -145,8 +150,12 @@ def report(args, source, models_class, make_models, train_iteration) -> None:
         launch.mode = "replicated"  # DeepSpeed is not traced, see `apply_zero`
     init_fake_process_group()
     counter = Counter()
-    with patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True), counter:
-        traced = trace(args, source, models_class, make_models, train_iteration, counter)
+    try:
+        with patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True), counter:
+            traced = trace(args, source, models_class, make_models, train_iteration, counter)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        problem = f"the result of {error.func} depends on values, and a trace has shapes only"
+        raise UserError(f"--dry_run: {problem}; run this command with --max_train_steps 1 instead") from error
     if mode.startswith("zero"):
         traced = apply_zero(traced, mode, launch.world_size, args.mixed_precision == "bf16")
     print_trace(traced, mode, launch.world_size)

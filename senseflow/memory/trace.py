@@ -153,6 +153,15 @@ def all_nonzero(mode, function, values: torch.Tensor) -> torch.Tensor:
     return values.new_empty((values.numel(), values.dim()), dtype=torch.int64)
 
 
+def all_in_first_bin(mode, function, values: torch.Tensor, weights=None, minlength: int = 0) -> torch.Tensor:
+    """Replace `bincount` of a tensor without values, such as the experts that tokens go to: all go to the first.
+
+    The FLOPs are those of any distribution, the activations at least those.
+    """
+    with unset_fake_temporarily():  # what follows depends on the counts
+        return torch.tensor([values.numel()] + [0] * (minlength - 1))
+
+
 @contextmanager
 def patch_loaders(args) -> Iterator[None]:
     """Make networks load without weights, and without what needs values or a GPU."""
@@ -183,7 +192,11 @@ def patch_loaders(args) -> Iterator[None]:
                     patch(module, name, replacements[value])
         if args.use_8bit_adam:
             stack.enter_context(mock.patch("bitsandbytes.optim.AdamW8bit", FakeAdamW8bit))
-        stack.enter_context(mock.patch.dict(op_implementations_dict, {torch.ops.aten.nonzero.default: all_nonzero}))
+        without_values = {
+            torch.ops.aten.nonzero.default: all_nonzero,
+            torch.ops.aten.bincount.default: all_in_first_bin,
+        }
+        stack.enter_context(mock.patch.dict(op_implementations_dict, without_values))
         yield
 
 

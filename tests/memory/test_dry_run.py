@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from diffusers import HiDreamImageTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -19,6 +20,7 @@ import train_senseflow_sd3
 import train_senseflow_sdxl
 from helpers import ROOT, models_class, refused
 from senseflow.arguments import keep_last
+from senseflow.errors import UserError
 from senseflow.memory import report
 from senseflow.memory.counter import GRADIENTS, STATES, WEIGHTS, Counter
 from senseflow.memory.report import GIB, apply_zero, candidates, fit
@@ -92,6 +94,44 @@ def test_text_that_a_mask_selects_counts_whole(flags):
     with patch_loaders(args), FakeTensorMode():
         text, mask = torch.zeros(5, 3), torch.zeros(5) > 0
         assert text[mask].shape == (5, 3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_experts_get_all_tokens(training, flags):
+    """Where the tokens of each expert are counted, one gets all, with the same FLOPs; where they are masked, each."""
+
+    def traced(fake):
+        torch.manual_seed(0)
+        counter, args = Counter(), train_senseflow_sd3.parse_args(flags("sd3"))
+        with ExitStack() as stack:
+            for context in (patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True)) if fake else ():
+                stack.enter_context(context)
+            stack.enter_context(counter)
+            sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4}
+            sizes |= {"axes_dims_rope": (4, 2, 2), "max_resolution": (32, 32), "llama_layers": (0, 1)}
+            sizes |= {"patch_size": 2, "in_channels": 4, "caption_channels": [32, 16], "text_emb_dim": 64}
+            network = HiDreamImageTransformer2DModel(**sizes, num_routed_experts=4, num_activated_experts=2)
+            inputs = {"encoder_hidden_states_t5": (2, 16, 32), "pooled_embeds": (2, 64)}
+            inputs |= {"hidden_states": (2, 4, 8, 8), "encoder_hidden_states_llama3": (2, 2, 16, 16)}
+            inputs = {name: torch.randn(shape) for name, shape in inputs.items()}
+            network.train(training)(timesteps=torch.tensor([3.0, 4.0]), **inputs).sample.square().mean().backward()
+        return sum(counter.flops.values()), counter.peak
+
+    (flops, peak), (fake_flops, fake_peak) = traced(fake=False), traced(fake=True)
+    if training:
+        assert 2 < fake_flops / flops < 4 and fake_peak > peak
+    else:
+        assert fake_flops == flops and peak < fake_peak < 1.02 * peak
+
+
+def test_what_depends_on_values_is_refused(flags, monkeypatch):
+    def train_iteration(iteration, batches, models, args):
+        batches[0]["pixel_values"].sum().item()
+
+    monkeypatch.setattr(train_senseflow_flux, "train_iteration", train_iteration)
+    arguments = flags("flux", "--gan_weight", "0", "--dry_run")
+    with pytest.raises(UserError, match="--dry_run: the result of aten._local_scalar_dense.default depends on values"):
+        train_senseflow_flux.main(arguments)
 
 
 @pytest.mark.parametrize(
