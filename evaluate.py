@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Sequence
 
 from senseflow.arguments import DTYPES, Parser, dtype, number, torch_device
-from senseflow.errors import UserError, require_package, run_script, write_atomically
+from senseflow.errors import UserError, check_writable, require_package, run_script, write_atomically
 
 
 logger = logging.getLogger("evaluate")
@@ -61,6 +61,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     group.add_argument("--reference",
         help="Images to compare with, in the same form: the teacher's for the same prompts, or real images.")
     group.add_argument("--prompts_file", help="File with one prompt per line; default: metadata.jsonl in the folder.")
+    group.add_argument("--num_images_per_prompt", type=number(int, 1),
+        help="Images that each checkpoint generates for a prompt; default: 2 for diversity, else 1.")
     add = parser.add_argument_group("metrics").add_argument
     add("--metrics", nargs="+", choices=METRICS, default=["clip", "diversity"], help="Metrics to compute.")
     for flag, file in FILES.items():
@@ -93,9 +95,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 if __name__ == "__main__":
     run_script(parse_args)  # answer --help and wrong arguments before the imports below, which take seconds
 
+from senseflow.data.prompts import read_prompts_file
 from senseflow.evaluation import metrics
 from senseflow.evaluation.image_sets import ImageSet, read_image_set
 from senseflow.evaluation.scorers import compute_image_features, compute_prompt_features, load_scorer
+from senseflow.models.hub import ModelSource
+from senseflow.student_config import read_student_config
 
 
 def check_args(args) -> None:
@@ -110,6 +115,11 @@ def check_args(args) -> None:
         if args.prompts_file is None:
             raise UserError(f"--checkpoints {args.checkpoints}: give --prompts_file to generate images for", 2)
         require_package("matplotlib", "--checkpoints")
+    elif args.num_images_per_prompt:
+        logger.warning("--num_images_per_prompt %d: no effect without --checkpoints", args.num_images_per_prompt)
+    for flag in ("output", "append_to"):
+        if getattr(args, flag):
+            check_writable(f"--{flag}", Path(getattr(args, flag)))
 
 
 def check_images(args, images: ImageSet, reference: Optional[ImageSet]) -> None:
@@ -118,7 +128,7 @@ def check_images(args, images: ImageSet, reference: Optional[ImageSet]) -> None:
         if METRICS[name].needs_prompts and images.prompts is None:
             raise UserError(f"--metrics {name}: {images.name} has no prompts; give --prompts_file", 2)
         if name == "diversity" and len(set(images.groups)) == len(images.files):
-            raise UserError("--metrics diversity: no prompt has two images; generate several for each", 2)
+            raise UserError("--metrics diversity: no prompt has two images; give --num_images_per_prompt 2", 2)
         if METRICS[name].network == "inception" and Path(args.reference).is_dir():
             if images.prompts and reference.prompts and set(images.prompts) != set(reference.prompts):
                 other = min(set(images.prompts) ^ set(reference.prompts))
@@ -128,7 +138,7 @@ def check_images(args, images: ImageSet, reference: Optional[ImageSet]) -> None:
             for file, size in zip(images.files + reference.files, images.sizes + reference.sizes):
                 if min(size) < metrics.PATCH:
                     problem = f"{file} has {size[0]} x {size[1]} pixels, fewer than the patch of {metrics.PATCH}"
-                    raise UserError(f"--metrics patch_fid: {problem}; remove it", 2)
+                    raise UserError(f"--metrics patch_fid: {problem}; leave out patch_fid, or the image", 2)
 
 
 def compute_metric(args, name: str, images: ImageSet, reference: Optional[ImageSet]) -> dict[str, Any]:
@@ -181,11 +191,27 @@ def find_checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted(checkpoints.items()))
 
 
+def plan_images(args, checkpoint: Path) -> ImageSet:
+    """Return the images that infer.py will generate, so that they can be checked before. They have no files yet."""
+    prompts = [prompt for prompt in read_prompts_file(args.prompts_file) if prompt] * args.num_images_per_prompt
+    call = read_student_config(ModelSource("--checkpoints", str(checkpoint))).get("pipeline_call", {})
+    size = call.get("width", metrics.PATCH), call.get("height", metrics.PATCH)  # a size that is not known passes
+    files = [checkpoint / f"image {number}" for number in range(len(prompts))]
+    return ImageSet(str(checkpoint), files, [size] * len(prompts), prompts, checkpoint)
+
+
 def evaluate_checkpoints(args, reference: Optional[ImageSet]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return {checkpoint-N: {metric: result}}. Write images and curves to the folder evaluation/ of the run."""
+    args.num_images_per_prompt = args.num_images_per_prompt or (2 if "diversity" in args.metrics else 1)
+    checkpoints = find_checkpoints(Path(args.checkpoints))
+    for checkpoint in checkpoints.values():
+        check_images(args, plan_images(args, checkpoint), reference)
+    for name in args.metrics:
+        load_scorer(argparse.Namespace(**vars(args) | {"device": "cpu"}), name)  # it is there, and not damaged
     folder, results = Path(args.checkpoints, "evaluation"), {}
     flags = ["--prompts_file", args.prompts_file, "--batch_size", args.batch_size, "--device", args.device]
-    for iteration, checkpoint in find_checkpoints(Path(args.checkpoints)).items():
+    flags += ["--num_images_per_prompt", args.num_images_per_prompt]
+    for iteration, checkpoint in checkpoints.items():
         output = ["--model", checkpoint, "--output_dir", folder / checkpoint.name]
         command = [sys.executable, Path(__file__).with_name("infer.py"), *output, *flags]
         code = subprocess.run([str(word) for word in command]).returncode  # it generates the missing images
@@ -237,7 +263,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         check_images(args, images, reference)
         report |= {"images": args.images, "metrics": compute_metrics(args, images, reference)}
         results = {args.images: report["metrics"]}
-    Path(args.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=1) + "\n"
+    write_atomically(Path(args.output), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     columns = [metric.column for metric in METRICS.values()]
     head = f"| | n | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}"

@@ -23,7 +23,7 @@ from typing import Any, Optional, Sequence
 
 from senseflow.arguments import DTYPES, SAMPLERS, Parser, dtype, number, torch_device, torch_dtype
 from senseflow.data.prompts import read_lines, read_prompts_file
-from senseflow.errors import UserError, check_launcher, run_script, write_atomically
+from senseflow.errors import UserError, check_launcher, check_writable, run_script, write_atomically
 from senseflow.released import RELEASED
 
 
@@ -31,6 +31,7 @@ from senseflow.released import RELEASED
 CALL_FLAGS = ("num_inference_steps", "guidance_scale", "height", "width")
 # Arguments of the pipeline's call that this script sets, or that change the type of the result.
 RESERVED = ("self", "prompt", "generator", "num_images_per_prompt", "output_type", "return_dict")
+SEED_STEP = 10**6  # from an image of a prompt to the next: larger than the index of a prompt
 GRID_SIDE = 4096  # pixels; images in grid.png are scaled down to it: 1,000 of 1024 pixels would take 3 GB
 
 
@@ -90,11 +91,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--width", type=number(int, 1), help="Width in pixels.")
     add("--pipeline_kwargs", type=pipeline_argument, nargs="+", action="extend", metavar="NAME=VALUE",
         help="Further arguments of the pipeline's call, e.g. true_cfg_scale=4 negative_prompt=blurry.")  # fmt: skip
-    add("--seed", type=number(int, 0, 2**63), default=42, help="Image idx is generated with the seed + idx.")
+    add("--num_images_per_prompt", type=number(int, 1), default=1, help="Images of each prompt, by default 1.")
+    add("--seed", type=number(int, 0, 2**63), default=42,
+        help=f"Image k of prompt idx, both from 0, is generated with the seed + idx + {SEED_STEP} k.")  # fmt: skip
     add("--batch_size", type=number(int, 1), default=1, help="Images generated at a time.")
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="outputs", help="Folder for 0000.png ... and metadata.jsonl.")
-    add("--grid", action="store_true", help="Also write grid.png: the images in order, each with its index.")
+    add("--output_dir", default="outputs",
+        help="Folder for 0000.png, 0001.png, ... of the prompts, their further images 0000_1.png, ..., and "
+        "metadata.jsonl.")  # fmt: skip
+    add("--grid", action="store_true", help="Also write grid.png: the images in order, each with its name.")
     return parser.parse_args(argv)
 
 
@@ -222,21 +227,32 @@ def generate(
         raise UserError(f"--batch_size {len(prompts)}: {problem}") from error
 
 
+def image_name(idx: int, k: int) -> str:
+    """Return the file name of image k of prompt idx."""
+    return f"{idx:04d}_{k}.png" if k else f"{idx:04d}.png"
+
+
+def image_key(record: dict[str, Any]) -> tuple[int, int]:
+    """Return (idx of the prompt, k) of a record in metadata.jsonl."""
+    return record["idx"], record.get("image_idx", 0)
+
+
 def open_folder(folder: Path) -> list[dict[str, Any]]:
     """Make the output folder and return the records in metadata.jsonl of the images that are there.
 
-    Lines that a kill has cut, or whose image is gone, are removed. UserError (2) if it cannot be a folder.
+    Lines that a kill has cut, or whose image is gone, are removed. UserError (2) if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be a folder ({error.strerror}); give another", 2) from error
     path, records = folder / "metadata.jsonl", []
+    check_writable("--output_dir", path)
     lines = read_lines(path, errors="replace") if path.exists() else [""]
     for line in lines:
         try:
             record = json.loads(line)
-            if (folder / f"{record['idx']:04d}.png").is_file():
+            if (folder / image_name(*image_key(record))).is_file():
                 records.append(record)
         except (ValueError, TypeError, KeyError):
             continue
@@ -252,7 +268,8 @@ def check_records(folder: Path, records: list[dict], settings: dict[str, Any], p
         wanted = settings | {"prompt": prompts.get(record["idx"], record.get("prompt"))}
         name = next((name for name, value in wanted.items() if record.get(name) != value), None)
         if name is not None:
-            problem = f"{record['idx']:04d}.png was generated with {name} {record.get(name)}, not {wanted[name]}"
+            file = image_name(*image_key(record))
+            problem = f"{file} was generated with {name} {record.get(name)}, not {wanted[name]}"
             raise UserError(f"--output_dir {folder}: {problem}; give another folder or empty this one", exit_code=2)
 
 
@@ -268,14 +285,15 @@ def save_image(folder: Path, image: Image.Image, record: dict[str, Any]) -> None
         raise UserError(f"--output_dir {folder}: {problem}") from error
 
 
-def write_grid(folder: Path, indices: Sequence[int]) -> None:
-    """Write grid.png: the images row by row, near square, each with its index beneath."""
-    columns, label_height, images = math.ceil(math.sqrt(len(indices))), 14, []
-    for idx in indices:
-        image = Image.open(folder / f"{idx:04d}.png").convert("RGB")
+def write_grid(folder: Path, keys: Sequence[tuple[int, int]], images_per_prompt: int) -> None:
+    """Write grid.png: images (idx, k) row by row, near square, those of a prompt in one row, each with its name."""
+    columns = images_per_prompt * math.ceil(math.sqrt(len(keys)) / images_per_prompt)
+    label_height, images = 14, []
+    for name in (image_name(*key) for key in keys):
+        image = Image.open(folder / name).convert("RGB")
         image.thumbnail((GRID_SIDE // columns, GRID_SIDE // columns))
         image = ImageOps.expand(image, (0, 0, 0, label_height), fill="white")
-        ImageDraw.Draw(image).text((2, image.height - label_height + 1), str(idx), fill="black")
+        ImageDraw.Draw(image).text((2, image.height - label_height + 1), Path(name).stem, fill="black")
         images.append(image)
     rows = math.ceil(len(images) / columns)
     images += [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
@@ -330,27 +348,28 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         barrier()  # nobody writes before all have read
 
         # 2. Generate the missing images, each process its share.
-        missing = sorted(set(selected) - {record["idx"] for record in records})
-        num_done, missing = len(selected) - len(missing), missing[rank::world_size]
+        wanted = [(idx, k) for idx in selected for k in range(args.num_images_per_prompt)]
+        missing = sorted(set(wanted) - set(map(image_key, records)))
+        num_done, missing = len(wanted) - len(missing), missing[rank::world_size]
         pipeline = load_model_pipeline(model, sampler, device, torch_dtype(precision)) if missing else None
         with tqdm(total=num_done + len(missing), initial=num_done, unit="image", disable=rank > 0) as progress:
             for start in range(0, len(missing), args.batch_size):
                 batch = missing[start : start + args.batch_size]
-                seeds = [args.seed + idx for idx in batch]
+                seeds = [args.seed + idx + SEED_STEP * k for idx, k in batch]
                 try:
-                    images = generate(pipeline, [prompts[idx] for idx in batch], seeds, kwargs)
+                    images = generate(pipeline, [prompts[idx] for idx, _ in batch], seeds, kwargs)
                 except (ValueError, TypeError, AttributeError, RuntimeError) as error:
                     if not args.pipeline_kwargs:
                         raise
                     shown = " ".join(f"{name}={value}" for name, value in args.pipeline_kwargs)
                     raise UserError(f"--pipeline_kwargs {shown}: {model.class_name} fails ({error})") from error
-                for idx, image in zip(batch, images):
-                    record = {"file_name": f"{idx:04d}.png", "idx": idx, "prompt": prompts[idx], **settings, **origin}
-                    save_image(folder, image, record)
+                for (idx, k), image in zip(batch, images):
+                    record = {"file_name": image_name(idx, k), "idx": idx, "image_idx": k, "prompt": prompts[idx]}
+                    save_image(folder, image, record | settings | origin)
                 progress.update(len(batch))
         barrier()
         if args.grid and rank == 0:
-            write_grid(folder, selected)
+            write_grid(folder, wanted, args.num_images_per_prompt)
 
 
 if __name__ == "__main__":

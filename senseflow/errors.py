@@ -169,3 +169,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Refuse (exit code 2) a file that `write_atomically` could not write."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{flag} {path}: is not a file; give the path of one", exit_code=2)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.touch()
+        temporary.unlink(missing_ok=True)  # of several processes, another may be first
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror}); make its folder, or give another path"
+        raise UserError(f"{flag} {path}: {problem}", exit_code=2) from error

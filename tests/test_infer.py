@@ -260,6 +260,32 @@ def test_rerun_generates_the_missing_images(models, student_samples, tmp_path, m
     run(models, out)
 
 
+def test_several_images_of_a_prompt(models, student_samples, tmp_path):
+    """They are added to those that are there. Image k has a seed of its own, with which it can be generated alone."""
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    shutil.copytree(student_samples, out)
+    (out / "0003.png").unlink()
+    before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.png")}
+    run(models, out, "--num_images_per_prompt", 3, "--batch_size", 4, "--grid")
+    names = [name for idx in LINES for name in (f"{idx:04d}.png", f"{idx:04d}_1.png", f"{idx:04d}_2.png")]
+    assert sorted(file.name for file in out.glob("0*.png")) == names
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert_same_image(pixels(out / "0003.png"), pixels(student_samples / "0003.png"))
+    assert len({(out / name).read_bytes() for name in names}) == len(names)
+    assert pixels(out / "grid.png").shape == (3 * 78, 6 * 64, 3)  # two prompts in a row
+    found = {record["file_name"]: record for record in records(out)}
+    assert sorted(found) == names
+    assert [found["0002_1.png"][key] for key in ("idx", "image_idx", "prompt")] == [2, 1, PROMPTS[2]]
+    run(models, alone, "--start_idx", 2, "--num_prompts", 1, "--seed", 42 + 10**6)
+    assert_same_image(pixels(alone / "0002.png"), pixels(out / "0002_1.png"))
+    # A rerun, also with fewer, generates what is missing.
+    (out / "0004_1.png").unlink()
+    kept = (out / "0004_2.png").stat().st_mtime_ns
+    run(models, out, "--num_images_per_prompt", 2)
+    assert (out / "0004_1.png").exists() and (out / "0004_2.png").stat().st_mtime_ns == kept
+    assert sorted(record["file_name"] for record in records(out)) == names
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UserError, match=f"^--output_dir {tmp_path}/gone: cannot be written .*; make room") as caught:
         infer.save_image(tmp_path / "gone", Image.new("RGB", (8, 8)), {"file_name": "0000.png"})

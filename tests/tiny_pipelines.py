@@ -4,6 +4,7 @@
     python tests/tiny_pipelines.py sd3 DIR               a StableDiffusion3Pipeline, built as SD 3.5 Medium is
     python tests/tiny_pipelines.py sdxl DIR              a StableDiffusionXLPipeline
     python tests/tiny_pipelines.py discriminator DIR     DIR/dinov2 and DIR/clip, for the discriminator's two flags
+                                                         (and DIR/dinov2 for --feature_model of evaluate.py)
 
 Only widths and depths are tiny: classes, schedulers and layouts are those of the real ones.
 """
@@ -34,6 +35,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import (
+    BitImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -233,12 +235,14 @@ def write_sdxl(path, seed: int = 0) -> None:
 
 
 def write_discriminator(path, seed: int = 0) -> None:
-    """A DINOv2 (4 blocks, 8 px patches) and a CLIP text encoder with projection."""
+    """A DINOv2 (4 blocks, 8 px patches) with its image processor, and a CLIP text encoder with projection."""
     torch.manual_seed(seed)
     config = Dinov2Config(
         hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8
     )
     vivid(Dinov2Model(config)).save_pretrained(Path(path) / "dinov2")
+    size = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    BitImageProcessorPil(**size).save_pretrained(Path(path) / "dinov2")
     tokenizer = clip_tokenizer()
     vivid(CLIPTextModelWithProjection(clip_config(tokenizer))).save_pretrained(Path(path) / "clip")
     tokenizer.save_pretrained(Path(path) / "clip")

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Hashable, Optional, Sequence
@@ -89,9 +90,10 @@ def read_metadata(flag: str, folder: Path, files: list[Path]) -> list[str]:
 
 
 def read_numbered_prompts(path: str, files: list[Path]) -> list[str]:
-    """Return the prompts of images: the number in an image's name is the index of its line, from 0."""
+    """Return the prompts of images: the first number in an image's name is the index of its line, from 0."""
     prompts = {index: line for index, line in enumerate(read_prompts_file(path)) if line}
-    numbers = [int(file.stem) if file.stem.isdecimal() else -1 for file in files]
+    matches = [re.fullmatch(r"([0-9]+)(_[0-9]+)?", file.stem) for file in files]  # 0007_1: its second image
+    numbers = [int(match[1]) if match else -1 for match in matches]
     for file, number in zip(files, numbers):
         if number not in prompts:
             raise UserError(f"--prompts_file {path}: no prompt for {file.name}; that of 0007.png is on line 8", 2)

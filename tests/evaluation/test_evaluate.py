@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from published_files import hpsv2_config, hpsv2_weights, imagereward_config, imagereward_weights
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Model
+from transformers import AutoImageProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Model
 
 import evaluate
 import train_senseflow_flux as script
@@ -138,15 +138,13 @@ def network_flags(tmp_path_factory, vision):
     torch.manual_seed(0)
     CLIPModel(config).save_pretrained(path / "clip")
     tokenizer.save_pretrained(path / "clip")
-    Dinov2Model.from_pretrained(vision / "dinov2").save_pretrained(path / "dinov2")
-    for folder in (path / "clip", path / "dinov2"):
-        size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
-        CLIPImageProcessorPil(**size).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    CLIPImageProcessorPil(**size).save_pretrained(path / "clip")
     torch.save(hpsv2_weights(len(tokenizer)), path / "hps.pt")
     torch.save(imagereward_weights(len(tokenizer)), path / "imagereward.pt")
     flags = ["--inception", path / "inception.pt", "--clip_model", path / "clip", "--pickscore_model", path / "clip"]
     flags += ["--hpsv2", path / "hps.pt", "--imagereward", path / "imagereward.pt"]
-    flags += ["--imagereward_tokenizer", path / "clip", "--feature_model", path / "dinov2", "--device", "cpu"]
+    flags += ["--imagereward_tokenizer", path / "clip", "--feature_model", vision / "dinov2", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(converters, "HPSV2_CONFIG", hpsv2_config(len(tokenizer)))
         patch.setattr(converters, "IMAGEREWARD_CONFIG", imagereward_config(len(tokenizer)))
@@ -212,6 +210,7 @@ def test_all_metrics_and_the_table(folders, network_flags, tmp_path, caplog):
     assert results["imagereward"]["value"] == pytest.approx(scores.mean().item(), rel=1e-4) and scores.std() > 1e-4
 
     dino = Dinov2Model.from_pretrained(path_of("--feature_model")).eval()
+    process = AutoImageProcessor.from_pretrained(path_of("--feature_model"))
     with torch.no_grad():
         features = [dino(**process(images=each, return_tensors="pt")).last_hidden_state[:, 0] for each in images]
     assert results["fd"]["value"] == pytest.approx(frechet_distance(*features), rel=1e-3)
@@ -338,7 +337,7 @@ REFUSED = {
     "unreadable": ("--images {root}/broken", "1 images cannot be read, such as 0001.png"),
     "no reference": ("--metrics fd", "--metrics fd: compares with other images; give --reference"),
     "no prompts": ("--images {root}/bare --metrics clip", "--metrics clip: {root}/bare has no prompts"),
-    "one image": ("--metrics diversity", "--metrics diversity: no prompt has two images; generate several for each"),
+    "one image": ("--metrics diversity", "--metrics diversity: no prompt has two images; give --num_images_per_pr"),
     "too few prompts": ("--images {root}/bare --prompts_file {root}/one.txt", "no prompt for 0001.png"),
     "a line cut": ("--images {root}/cut", "metadata.jsonl lacks the prompt of an image"),
     "a line missing": ("--images {root}/short", "metadata.jsonl lacks the prompt of an image ('0001.png')"),
@@ -358,6 +357,30 @@ REFUSED = {
         "{root}/two.json is a JSON with captions",
     ),
     "half a character": ("--images {root}/half.json", "--images {root}/half.json: row 1 holds '\\ud83d', which is no"),
+    # What the checkpoints' images lack is found before they are generated.
+    "no prompts to generate": (
+        "--checkpoints {root}/run --prompts_file {root}/none",
+        "--prompts_file {root}/none: can",
+    ),
+    "one image of each": (
+        "--checkpoints {root}/run --prompts_file {root}/one.txt --num_images_per_prompt 1",
+        "--metrics diversity: no prompt has two images; give --num_images_per_prompt 2",
+    ),
+    "images to be small": (
+        "--checkpoints {root}/run --prompts_file {root}/two.txt --metrics patch_fid --reference {root}/student",
+        "{root}/run/checkpoint-1/image 0 has 64 x 64 pixels, fewer than the patch of 299",
+    ),
+    "prompts to be others": (
+        "--checkpoints {root}/run --prompts_file {root}/one.txt --metrics fid --reference {root}/student",
+        "{root}/run/checkpoint-1 and {root}/student have different prompts, such as 'b'",
+    ),
+    "no folder for the report": (
+        "--output {root}/none/a.json",
+        "--output {root}/none/a.json: cannot be written (No s",
+    ),
+    "a folder as the report": ("--output {root}/empty", "--output {root}/empty: is not a file"),
+    "below a file": ("--append_to {root}/one.txt/table.md", "--append_to {root}/one.txt/table.md: cannot be written"),
+    "read-only": ("--append_to /sys/table.md", "--append_to /sys/table.md: cannot be written (Permission denied)"),
     "captions": ("--reference {root}/cut/metadata.jsonl --metrics fd", "cannot be read (JSONDecodeError"),
 }
 
@@ -370,7 +393,10 @@ def bad_input(tmp_path_factory):
     generate(root / "other", 0, prompts=["a", "c"])
     generate(root / "small", 0, size=64, prompts=["a", "b"])
     (root / "empty").mkdir()
+    (root / "run/checkpoint-1").mkdir(parents=True)
+    (root / "run/checkpoint-1/senseflow.json").write_text('{"pipeline_call": {"width": 64, "height": 64}}')
     (root / "one.txt").write_text("a\n")
+    (root / "two.txt").write_text("a\nb\n")
     for name, prompts in {"two": ["a", "b"], "half": ["a", "\ud83d"]}.items():
         captions = {"image_paths": ["bare/0000.png", "bare/0001.png"], "prompts": prompts}
         (root / f"{name}.json").write_text(json.dumps(captions))
@@ -385,10 +411,24 @@ def bad_input(tmp_path_factory):
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_line_before_a_network_loads(case, network_flags, bad_input, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "load_scorer", lambda *args: pytest.fail("a network was loaded before the check"))
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda *args: pytest.fail("generated before the check"))
     flags, needle = REFUSED[case]
     images = [] if "--checkpoints" in flags else ["--images", str(bad_input / "student")]
     arguments = [*images, *network_flags, *flags.format(root=bad_input).split()]
     refused(evaluate, arguments, 2, needle.format(root=bad_input), capsys)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_a_scorer_that_does_not_load_is_found_before_images_are_generated(
+    file, network_flags, bad_input, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda *args: pytest.fail("generated before the check"))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(network_flags[network_flags.index("--feature_model") + 1], damaged)
+    (damaged / file).unlink()
+    flags = ["--checkpoints", bad_input / "run", "--prompts_file", bad_input / "one.txt", *network_flags]
+    flags[flags.index("--feature_model") + 1] = damaged
+    refused(evaluate, [str(flag) for flag in flags], 1, f"--feature_model {damaged}: cannot load", capsys)
 
 
 def test_a_truncated_image_is_named(folders, network_flags, tmp_path):
@@ -407,13 +447,16 @@ def test_every_checkpoint_of_a_run(teacher, data, network_flags, tmp_path):
     arguments += ["--lr_warmup_steps", "0"]
     arguments += ["--checkpointing_steps", "1", "--report_to", "none", "--max_sequence_length", "16"]
     script.main([*arguments, "--output_dir", str(run)])
-    (tmp_path / "prompts.txt").write_text("a red circle\na red circle\na cat\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na cat\n")
     command = ["--checkpoints", str(run), "--prompts_file", str(tmp_path / "prompts.txt"), *network_flags]
     command += ["--metrics", "clip", "diversity", "--output", str(tmp_path / "report.json")]
     command += ["--append_to", str(tmp_path / "table.md")]
     evaluate.main(command)
     report = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
     assert list(report) == ["checkpoint-1", "checkpoint-2"] and report["checkpoint-1"] != report["checkpoint-2"]
+    names = [file.name for file in sorted((run / "evaluation" / "checkpoint-2").glob("*.png"))]
+    assert names == ["0000.png", "0000_1.png", "0002.png", "0002_1.png"]
+    assert report["checkpoint-1"]["diversity"]["n"] == 4
     rows = (tmp_path / "table.md").read_text().splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == list(report)
     assert Image.open(run / "evaluation" / "curves.png").size[0] > 500
