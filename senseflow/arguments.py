@@ -266,18 +266,19 @@ def add_precision_arguments(parser: Parser) -> None:
     """Add the flags of precision, memory and speed."""
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", choices=["no", "bf16"], default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        help="bf16: frozen networks in bf16, trained ones with fp32 master weights. The default comes from "
-        "accelerate's configuration.")
+        help="bf16: teacher and text encoders in bf16 (ours; the release's text encoders are fp32 but for FLUX's), "
+        "trained networks with fp32 master weights. The default comes from accelerate's configuration.")
     add("--vae_dtype", choices=["auto", "fp32", "bf16"], default="auto",
-        help="Precision of the VAE. auto: as in the release, that is bf16 for FLUX with --mixed_precision bf16, else "
-        "fp32.")
+        help="Precision of the VAE. auto: as in the release, that is fp32; for FLUX with --mixed_precision bf16, "
+        "weights and encoding are bf16, and decoding computes in fp32 (with --rank in bf16, which is ours).")
     add("--gradient_checkpointing", action="store_true",
         help="Recompute activations of student, fake score, DINOv2 and VAE decoder in the backward pass.")
     add("--offload_text_encoders", action="store_true",
         help="Keep the text encoders on the CPU. If the data set has at most 1,000 prompts, they are encoded once and "
         "the encoders are freed.")
     add("--use_8bit_adam", action="store_true", help="Use 8-bit AdamW. Needs bitsandbytes.")
-    add("--allow_tf32", action="store_true", help="Allow TF32 for matrix products on Ampere and later GPUs.")
+    add("--allow_tf32", action="store_true",
+        help="Allow TF32 for matrix products on Ampere and later GPUs, as the release does.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers. Needs a GPU.")
     add("--dry_run", type=number(float, 0), nargs="?", const=0.0, metavar="GB",
         help="Train nothing: print how much memory this command takes and, if GB is given, flags with which it fits a "

@@ -307,13 +307,23 @@ def test_the_classifier_takes_any_middle(channels, size, convolutions):
         classifier = LatentClassifier(channels, size)
         x = torch.randn(2, channels, size, size, requires_grad=True)
     layers = [module for module in classifier if isinstance(module, torch.nn.Conv2d)]
-    assert len(layers) == convolutions + 1 and classifier(x).shape == (2,)
+    logits = torch.nn.Sequential.forward(classifier, x)  # autocast knows no meta device
+    assert len(layers) == convolutions + 1 and logits.shape == (2,)
     if channels > 1000:
         assert [module.num_groups for module in classifier if isinstance(module, torch.nn.GroupNorm)] == [32] * 4
         return
     (gradient,) = torch.autograd.grad(classifier(x)[0], x)
     assert (gradient[0].abs().sum(0) > 0).all(), "every place of the map counts"
     assert gradient[1].abs().sum() == 0
+
+
+def test_the_classifier_computes_in_the_precision_of_its_weights_under_autocast():
+    torch.manual_seed(0)
+    classifier, features = LatentClassifier(32, 8), torch.randn(2, 32, 8, 8).bfloat16()
+    exact = classifier(features.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(classifier(features), exact)
+        assert classifier.bfloat16()(features.float()).dtype == torch.bfloat16  # gathered in bfloat16
 
 
 BAD = {

@@ -143,14 +143,14 @@ class VisionFeatures(nn.Module):
 
 
 class TextFeatures(nn.Module):
-    """The projected, L2-normalized text embedding of a frozen CLIP (folder or Hub id)."""
+    """The projected, L2-normalized text embedding of a frozen CLIP (folder or Hub id), in float32 (release)."""
 
-    def __init__(self, path: str, dtype: torch.dtype = torch.float32):
+    def __init__(self, path: str):
         super().__init__()
         source = ModelSource("--discriminator_text_encoder", path)
         with source.loading():
             self.tokenizer = source.load(AutoTokenizer.from_pretrained)
-        self.model = load_network(source, CLIPTextModelWithProjection, "", dtype=dtype)
+        self.model = load_network(source, CLIPTextModelWithProjection, "", dtype=torch.float32)
         self.channels = self.model.config.projection_dim
         self.requires_grad_(False).eval()
 
@@ -317,6 +317,8 @@ class LatentClassifier(nn.Sequential):
     Convolutions of stride 2 halve the map down to at most 4, one more reduces it to 1 x 1, a linear map follows. At
     size 32 (SDXL at 1024 px) these are the release's four convolutions of kernel 4. GroupNorm has 32 groups if each
     has 8 channels or more, else fewer: on a 1 x 1 map few values per group would be normalized to almost nothing.
+
+    It computes in the precision of its weights, float32 but where shards are gathered in bfloat16, without autocast.
     """
 
     def __init__(self, channels: int, size: int):
@@ -329,6 +331,10 @@ class LatentClassifier(nn.Sequential):
         blocks = [part for layer in layers for part in (layer, norm(), nn.SiLU())]
         super().__init__(*blocks, nn.Conv2d(channels, 1, 1), nn.Flatten(0))
 
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self[0].weight.dtype))
+
 
 def load_discriminator(
     args, dtype: torch.dtype, device: torch.device
@@ -340,7 +346,7 @@ def load_discriminator(
     """
     kwargs = {"gradient_checkpointing": args.gradient_checkpointing, "resolution": args.discriminator_resolution}
     vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, dtype, **kwargs).to(device)
-    text = TextFeatures(args.discriminator_text_encoder, dtype).to(device)
+    text = TextFeatures(args.discriminator_text_encoder).to(device)
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)
     for tower in (*heads.cls, *heads.refmap):
         tower.gradient_checkpointing = args.gradient_checkpointing

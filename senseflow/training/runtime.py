@@ -174,7 +174,7 @@ class Runtime:
         """Make a trained role with its optimizer and learning-rate schedule, of the parameters that require gradient.
 
         Args:
-            step_every: the role steps in every such iteration; warm-up and decay, in iterations, are divided by it.
+            step_every: the role steps at the end of every so many iterations. Its rate is that of that iteration.
             subfolder: the folder of the weights in a checkpoint (default: the name).
             gather_bf16: whether a sharded network is gathered in bfloat16 under --mixed_precision bf16; not for one
                 that computes with its own weights in float32, as spectral norms do.
@@ -204,16 +204,17 @@ class Runtime:
             cls, kwargs = bitsandbytes.optim.AdamW8bit, {}
         kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         optimizer = cls(parameters, lr=learning_rate, weight_decay=args.adam_weight_decay, **kwargs)
-        warmup, total = args.lr_warmup_steps // step_every, max(1, args.max_train_steps // step_every)
+        warmup, total, start = args.lr_warmup_steps, args.max_train_steps, args.lr_warmup_start_factor
         scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-        start = args.lr_warmup_start_factor
-        if start > 0:  # the warm-up starts from this fraction of the rate, not from 0
+        (factor_at,) = scheduler.lr_lambdas
 
-            def raise_start(factor):
-                return lambda step: start + (1 - start) * factor(step) if step < warmup else factor(step)
+        def factor(step: int) -> float:
+            iteration = step * step_every + step_every - 1
+            # The warm-up starts from a fraction of the rate.
+            return start + (1 - start) * factor_at(iteration) if iteration < warmup else factor_at(iteration)
 
-            scheduler.lr_lambdas = [raise_start(factor) for factor in scheduler.lr_lambdas]
-            set_schedule_step(scheduler, 0)
+        scheduler.lr_lambdas = [factor]
+        set_schedule_step(scheduler, 0)
         return optimizer, scheduler
 
     def _deepspeed_config(self, gather_bf16: bool) -> dict:

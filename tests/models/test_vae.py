@@ -255,7 +255,7 @@ def test_the_order_of_folded_channels_is_never_assumed(folder):
 def test_a_vae_is_loaded_without_its_unused_half(stock, tmp_path):
     """Gradient flows through the decoder, not into its weights."""
     stock.vae.save_pretrained(tmp_path)
-    args = SimpleNamespace(mixed_precision="no", vae_dtype="auto", gradient_checkpointing=True)
+    args = SimpleNamespace(mixed_precision="no", rank=0, vae_dtype="auto", gradient_checkpointing=True)
 
     def load(encodes, decodes):
         return vae_module.load_vae(
@@ -293,17 +293,18 @@ SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": tra
 
 
 @pytest.mark.parametrize(
-    "kind, asked, dtype",
+    "kind, rank, asked, dtype, decoder_dtype",
     [
-        ("flux", "auto", torch.bfloat16),
-        ("flux", "fp32", torch.float32),
-        ("sd3", "auto", torch.float32),
-        ("sdxl", "auto", torch.float32),
-        ("sdxl", "bf16", torch.bfloat16),
+        ("flux", "0", "auto", torch.bfloat16, torch.float32),
+        ("flux", "4", "auto", torch.bfloat16, torch.bfloat16),
+        ("flux", "0", "fp32", torch.float32, torch.float32),
+        ("sd3", "0", "auto", torch.float32, torch.float32),
+        ("sdxl", "4", "auto", torch.float32, torch.float32),
+        ("sdxl", "0", "bf16", torch.bfloat16, torch.bfloat16),
     ],
 )
 def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
-    kind, asked, dtype, folder, data, vision, bf16, tmp_path
+    kind, rank, asked, dtype, decoder_dtype, folder, data, vision, bf16, tmp_path
 ):
     """Under autocast, convolutions of a float32 VAE would return bfloat16.
 
@@ -322,11 +323,12 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
         ),
         *("--discriminator_backbone", str(vision / "dinov2"), "--discriminator_text_encoder", str(vision / "clip")),
         *("--train_batch_size", "2", "--vae_dtype", asked, "--output_dir", str(tmp_path), "--report_to", "none"),
-        *("--validation_prompts", "a red square"),
+        *("--validation_prompts", "a red square", "--rank", rank),
     ]
     run = built(SCRIPTS[kind], flags)
     vae = run.pipeline.vae
-    assert vae.config.force_upcast and vae.dtype == dtype and run.models.student.module.dtype == torch.float32
+    assert vae.config.force_upcast and vae.dtype == dtype
+    assert {tensor.dtype for tensor in run.models.student.parameters.values()} == {torch.float32}
     seen: set = set()
     for half in ("encoder", "decoder"):
         for module in getattr(vae, half).modules():
@@ -335,12 +337,14 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
     batch = {"pixel_values": torch.rand(2, 3, 64, 64) * 2 - 1, "sample_indices": [0, 1]}
     x0 = run.models.real_latents(batch, torch.arange(2), StatelessRNG(0, 0))
     assert x0.dtype == run.models.decode(x0).dtype == torch.float32
-    assert seen == {("encoder", dtype), ("decoder", dtype)}
+    assert seen == {("encoder", dtype), ("decoder", decoder_dtype)}
+    assert all(torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)) for tensor in vae.decoder.parameters())
+    assert {tensor.dtype for tensor in run.models.text_features.parameters()} == {torch.float32}
 
     seen.clear()
     run.pipeline.set_progress_bar_config(disable=True)
     validation.generate_images(run.runtime.accelerator, run.pipeline, run.args, run.pipeline_kwargs)
-    assert seen == {("decoder", dtype)}
+    assert seen == {("decoder", decoder_dtype)}
 
     def stock_call(kind):
         generator = torch.Generator().manual_seed(0)
@@ -358,7 +362,7 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
 def test_a_checkpointed_decoder_gives_the_same_gradient_in_less_memory(tmp_path):
     vae = AutoencoderKL(layers_per_block=3, block_out_channels=[32, 32], norm_num_groups=8, **LEVELS)
     vae.save_pretrained(tmp_path)
-    args, found = SimpleNamespace(mixed_precision="no", vae_dtype="auto"), []
+    args, found = SimpleNamespace(mixed_precision="no", rank=0, vae_dtype="auto"), []
     for args.gradient_checkpointing in (False, True):
         decoder = vae_module.load_vae(
             ModelSource("--vae", str(tmp_path)), AutoencoderKL, args, "cpu", False, True, "fp32"

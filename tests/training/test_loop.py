@@ -205,17 +205,33 @@ def test_the_student_starts_as_the_teacher_at_the_folded_guidance(build):
     assert torch.equal(dropped[name], run.models.teacher.module.state_dict()[name])
 
 
-@pytest.mark.parametrize("name", LR_SCHEDULERS)
-def test_every_learning_rate_schedule_warms_up_in_iterations_and_steps(name, build):
-    args = build("--gan_weight", "0", "--lr_scheduler", name, "--lr_warmup_steps", "4", "--max_train_steps", "12").args
-    role = Runtime(args).trained_role("student", torch.nn.Linear(2, 2), 1e-3, step_every=2)
-    rates = []
-    for _ in range(6):  # a role that steps in every second of 12 iterations
+def rates_of(args, step_every: int, steps: int) -> list[float]:
+    """Return the learning rate of each step of a role that steps in every so many iterations."""
+    role, rates = Runtime(args).trained_role("student", torch.nn.Linear(2, 2), 1e-3, step_every=step_every), []
+    for _ in range(steps):
         with role.accumulate():
             role.backward(role(torch.ones(1, 2)).sum())
         rates.append(role.learning_rate)
         role.step()
-    assert all(0 <= rate <= 1e-3 for rate in rates)
-    warms_up = name != "constant"
-    assert rates[0] == pytest.approx(5e-4 if warms_up else 1e-3) and rates[2] == pytest.approx(1e-3)
-    assert (rates[5] < 5e-4) == (name not in ("constant", "constant_with_warmup")), rates
+    return rates
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_every_learning_rate_schedule_is_read_at_the_iteration_of_the_step(name, build):
+    flags = ["--gan_weight", "0", "--lr_scheduler", name, "--lr_warmup_steps", "4", "--max_train_steps", "12"]
+    args = build(*flags, "--lr_warmup_start_factor", "0").args
+    every, second = rates_of(args, 1, 12), rates_of(args, 2, 6)
+    assert second == every[1::2]
+    assert all(0 <= rate <= 1e-3 for rate in every)
+    warm_up = [1e-3] * 5 if name == "constant" else [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3]
+    assert every[:5] == pytest.approx(warm_up)
+    assert (every[11] < 5e-4) == (name not in ("constant", "constant_with_warmup")), every
+
+
+def test_the_warm_up_of_flux_is_the_releases(build):
+    """Its student's k-th step, from 0, is in iteration 5k + 4, and its fake score's in iteration k."""
+    args = build("--gan_weight", "0", "--lr_warmup_steps", "500").args
+    assert args.lr_warmup_start_factor == 0.5 and args.lr_scheduler == "constant_with_warmup"
+    student = [1e-3 * min(1, 0.5 + 0.5 * (5 * k + 4) / 500) for k in range(103)]
+    assert rates_of(args, 5, 103) == pytest.approx(student, rel=1e-12)
+    assert rates_of(args, 1, 3) == pytest.approx([1e-3 * (0.5 + 0.5 * k / 500) for k in range(3)], rel=1e-12)
