@@ -106,6 +106,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 if __name__ == "__main__":
     run_script(parse_args)  # answer --help and bad arguments before the slow imports
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from diffusers.utils import make_image_grid
@@ -214,17 +215,27 @@ def fit_scheduler(model: Model, steps: Optional[int]) -> None:
 def generate(
     pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], kwargs: dict[str, Any]
 ) -> list[Image.Image]:
-    """Generate a batch of images, each with noise from its own seed: one CPU generator per image."""
+    """Generate a batch of images, each with noise from its own seed: one CPU generator per image.
+
+    UserError (exit code 1) if the memory does not suffice, or an image holds NaN.
+    """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     bind_generator(pipeline.scheduler, generators)  # the pipelines of FLUX and SD 3 call `step` without a generator
     for name, value in kwargs.items():  # not every pipeline repeats a second or negative prompt
         if isinstance(value, str) and re.fullmatch(r"(negative_)?prompt(_\d)?", name):
             kwargs = kwargs | {name: [value] * len(prompts)}
     try:
-        return pipeline(prompt=prompts, generator=generators, **kwargs).images
+        images = pipeline(prompt=prompts, generator=generators, output_type="np", **kwargs).images
     except torch.OutOfMemoryError as error:
         problem = "out of memory; give a smaller one, or smaller images"
         raise UserError(f"--batch_size {len(prompts)}: {problem}") from error
+    for prompt, image in zip(prompts, images):
+        if not np.isfinite(image).all():  # it would be saved as black
+            name = str(pipeline.dtype).removeprefix("torch.")
+            problem = f"the image of {prompt[:60]!r} holds NaN and is not saved"
+            cause = "a value too large for float16, or damaged weights; give bf16 or fp32, or another model"
+            raise UserError(f"--dtype {name}: {problem}: {cause}")
+    return pipeline.numpy_to_pil(images)
 
 
 def image_name(idx: int, k: int) -> str:

@@ -465,13 +465,28 @@ def test_a_negative_prompt_is_repeated_for_a_batch():
         scheduler = FlowMatchEulerDiscreteScheduler()
 
         def __call__(self, **kwargs):
-            self.images = kwargs
+            self.arguments, self.images = kwargs, np.zeros((2, 1, 1, 3))
             return self
 
+        numpy_to_pil = staticmethod(DiffusionPipeline.numpy_to_pil)
+
     kwargs = {"negative_prompt": "b", "prompt_2": "c", "system_prompt": "d", "scale": 2}
-    received = infer.generate(Pipeline(), ["x", "y"], [1, 2], kwargs)
+    pipeline = Pipeline()
+    infer.generate(pipeline, ["x", "y"], [1, 2], kwargs)
+    received = pipeline.arguments
     assert received["negative_prompt"] == ["b", "b"] and received["prompt_2"] == ["c", "c"]
     assert received["system_prompt"] == "d" and received["scale"] == 2 and kwargs["prompt_2"] == "c"
+
+
+def test_an_image_with_nan_is_refused_not_saved_as_black(models, tmp_path):
+    """A guidance beyond the range of float32 makes the teacher's output NaN, in an image after a sound one."""
+    flags = ["--model", models / "teacher", "--height", 64, "--width", 64, "--num_inference_steps", 1]
+    flags += ["--prompt", "a hat", "--output_dir", tmp_path, "--dtype", "fp32"]
+    line = refusal(*flags, "--guidance_scale", "1e38", exit_code=1)
+    assert line.startswith("--dtype float32: the image of 'a hat' holds NaN and is not saved: "), line
+    assert not list(tmp_path.glob("*.png")) and not (tmp_path / "metadata.jsonl").exists()
+    main(*flags)
+    assert records(tmp_path) and pixels(tmp_path / "0000.png").std() > 0
 
 
 def test_the_pixel_multiple_is_that_of_the_training(models, tmp_path):

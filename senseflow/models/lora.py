@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from senseflow.errors import UserError, loading, require_package
 from senseflow.models.hub import UNREADABLE, ModelSource, abbreviate, hub_reason
 from senseflow.models.quantization import quantization_states, quantize_network
-from senseflow.models.weights import fingerprint, materialize, state_dict_problems
+from senseflow.models.weights import check_export_dtype, fingerprint, materialize, state_dict_problems
 
 
 logger = logging.getLogger(__name__)
@@ -362,6 +362,7 @@ def export_lora(
     config = network.peft_config[ADAPTER]
     scale, rank = config.lora_alpha / config.r, str(config.r)
     layers = {name: (tensor * scale if ".lora_B." in name else tensor).to(dtype) for name, tensor in weights.items()}
+    check_export_dtype(layers, dtype)
     metadata = {"format": "pt", "ss_network_dim": rank, "ss_network_alpha": rank}
     if base is not None:
         metadata |= {"modelspec.architecture": f"{base[0]}/lora", "ss_base_model_version": base[1]}

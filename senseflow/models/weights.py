@@ -20,12 +20,13 @@ from accelerate import init_empty_weights
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from senseflow.errors import UserError
 from senseflow.models.hub import ModelSource, abbreviate, check_stored_values, extremes_of, load_network
 
 
@@ -70,9 +71,12 @@ def stored_weights(files: Iterable[Path]) -> Weights:
     """Return the tensors in safetensors files, of which only headers are read; files that are cut off are refused."""
     weights = Weights()
     for path in files:
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            weights |= {name: StoredTensor(path, name, file.get_slice(name).get_shape()) for name in names}
+        try:
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                weights |= {name: StoredTensor(path, name, file.get_slice(name).get_shape()) for name in names}
+        except SafetensorError as error:
+            raise OSError(f"{path.name} is empty or cut: {error}") from error
     return weights
 
 
@@ -120,6 +124,15 @@ def state_dict_problems(expected: Mapping, actual: Mapping) -> str:
         ],
     }
     return ", ".join(f"{len(names)} {problem} ({abbreviate(names)})" for problem, names in problems.items() if names)
+
+
+def check_export_dtype(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Raise a UserError (exit code 1) if weights, cast to the dtype of the export, hold NaN or infinity."""
+    infinite = [name for name, ends in extremes_of(weights).items() if not ends.isfinite().all()]
+    if infinite:
+        problem = f"too narrow for {len(infinite)} weights, which become infinite ({abbreviate(infinite)})"
+        fix = "give bf16 or fp32 with --resume_from_checkpoint latest"
+        raise UserError(f"--export_dtype {str(dtype).removeprefix('torch.')}: {problem}; {fix}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

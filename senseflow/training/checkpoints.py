@@ -69,6 +69,7 @@ class Checkpointer:
             self._check_compatible(checkpoint, state)
             for role in self.runtime.trained:
                 role.load(checkpoint)
+                role.check_finite(f"--resume_from_checkpoint {checkpoint}: ")
         if self.runtime.accelerator.is_main_process:
             remove_leftovers(self.args.output_dir)
             self._check_export(state["iteration"])

@@ -23,6 +23,7 @@ from senseflow.models.hub import (
 )
 from senseflow.models.lora import FILE, export_lora, find_lora
 from senseflow.models.quantization import quantization_config
+from senseflow.models.weights import check_export_dtype
 from senseflow.student_config import write_student_config
 from senseflow.training.models import TrainingModels
 from senseflow_utils import DDPMSchedule, Schedule
@@ -56,6 +57,7 @@ def export_pipeline(
         for file, path in files.items():
             copy_component_file(path, folder / file)
         network = network.to("cpu", torch_dtype(args.export_dtype))
+        check_export_dtype(network.state_dict(), network.dtype)
         network.save_pretrained(folder / models.network_name, max_shard_size=args.max_shard_size)
     return "model_index.json"
 

@@ -23,6 +23,12 @@ MEAN_WINDOW = 100  # values of a loss over which its running mean is taken
 PROGRESS_BAR = ("dmd_loss", "isg_loss", "adversarial_loss", "fake_loss", "discriminator_loss")
 PATIENCE = 3  # iterations with non-finite values, without a good student update between, until a run ends
 
+DIVERGED = "the run has diverged; resume from an earlier checkpoint with a lower --learning_rate"
+BROKEN_FROM_THE_START = (
+    "no iteration of this run was finite, so the student has not diverged: the teacher, its VAE or text encoders, or "
+    "the checkpoint to start from yield values that are not; give others, or --mixed_precision no and --vae_dtype fp32"
+)
+
 
 class Metrics:
     """Log the scalars of the iterations to the trackers and the progress bar.
@@ -47,6 +53,7 @@ class Metrics:
         self.failure: Optional[UserError] = None
         self._pending: Optional[tuple] = None  # what `flush` logs: of the last iteration, read from the device then
         self._num_bad_in_a_row, self._start = 0, self._now()
+        self._was_finite = False  # whether any iteration of this run was
         self._skipped: Counter[str] = Counter()
         self._monitor = SignalMonitor(runtime.args.rank > 0)
         self._means: dict[str, float] = {}
@@ -142,10 +149,11 @@ class Metrics:
             logger.warning(f"iteration {iteration}: {problem}")
             if self._num_bad_in_a_row >= PATIENCE:
                 problem = f"{', '.join(bad)} not finite {PATIENCE} times in a row, last in iteration {iteration}"
-                fix = "resume from an earlier checkpoint with a lower --learning_rate"
-                raise UserError(f"{problem}: the run has diverged; {fix}")
-        elif "dmd_loss" in values:
-            self._num_bad_in_a_row = 0
+                raise UserError(f"{problem}: {DIVERGED if self._was_finite else BROKEN_FROM_THE_START}")
+        else:
+            self._was_finite = True
+            if "dmd_loss" in values:
+                self._num_bad_in_a_row = 0
 
 
 def _leave_process_group(worker: int) -> None:

@@ -9,6 +9,7 @@ its module only (`parameters`) and share other tensors with other roles, as adap
 import copy
 import functools
 import os
+import zipfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, ContextManager, NoReturn, Optional, Sequence
@@ -255,12 +256,18 @@ class Role:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def check_finite(self) -> None:
-        """Raise a UserError in all processes if the weights hold NaN or infinity: they must not replace sound ones."""
-        finite = torch.stack([tensor.isfinite().all() for tensor in self._masters()]).all()
+    def check_finite(self, origin: str = "") -> None:
+        """Raise a UserError in all processes if the weights or moments hold NaN or infinity.
+
+        Args:
+            origin: what a message says before the problem.
+        """
+        moments = [value for state in self._optimizer_state().values() for value in state.values()]
+        tensors = [*self._masters(), *filter(torch.is_tensor, moments)]
+        finite = torch.stack([tensor.isfinite().all().to(self.accelerator.device) for tensor in tensors]).all()
         if self.accelerator.reduce(finite.float(), reduction="mean") < 1:
-            fix = "resume from a checkpoint with a lower --learning_rate"
-            raise UserError(f"the weights of the {self.name} are not finite; {fix}")
+            fix = "resume from an earlier checkpoint with a lower --learning_rate"
+            raise UserError(f"{origin}the weights of the {self.name} are not finite; {fix}")
 
     # What sharded roles override.
     def _masters(self) -> list[torch.Tensor]:
@@ -333,6 +340,13 @@ class Role:
             problem = state_dict_problems(self._stored, weights)
             if problem:
                 raise UserError(f"{flag} {folder}: {self.name} is another network ({problem})")
+            for file in optimizer_files:
+                if not zipfile.is_zipfile(file):
+                    raise UserError(f"{flag} {folder}: {file.name} is empty or cut; resume from another checkpoint")
+            num_files = int(optimizer_files[0].stem.rpartition("-")[2])
+            if len(optimizer_files) != num_files:
+                problem = f"holds {len(optimizer_files)} of the {num_files} files {self.name}_optimizer-*.pt"
+                raise UserError(f"{flag} {folder}: {problem}; copy the others, too")
             # Memory-mapped: of many shards, each process reads only its own rows of every tensor.
             shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in optimizer_files]
             self._load_weights(weights)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import infer
 import train_senseflow_flux
-from helpers import refused
+from helpers import refused, without
 from senseflow.errors import UserError
 from senseflow.models.quantization import quantize_network
 
@@ -126,3 +126,65 @@ def test_a_student_and_an_adapters_base_are_checked_too(teacher, train, tmp_path
     ):
         with pytest.raises(UserError, match=f"^{flag} {damaged} .transformer.: 1 weights hold NaN or infinity"):
             train_senseflow_flux.main(arguments)
+
+
+def put_nan(file) -> None:
+    """Write NaN into a checkpoint's weights."""
+    state = load_file(file)
+    state[first_matrix(state)][1, 1] = float("nan")
+    save_file(state, file, {"format": "pt"})
+
+
+def test_damaged_checkpoints_are_named(teacher, train, tmp_path):
+    flags = train(teacher, "--checkpointing_steps", "1", "--ttur_ratio", "1")
+    train_senseflow_flux.main(flags)
+    checkpoint = tmp_path / "out/checkpoint-2"
+    optimizer, weights = "fake_score_optimizer-00001-of-00001.pt", "transformer/diffusion_pytorch_model.safetensors"
+    contents = {name: (checkpoint / name).read_bytes() for name in (optimizer, weights)}
+    resumed = [*flags, "--resume_from_checkpoint", "latest"]
+    for name, content in contents.items():
+        file = checkpoint / name
+        for damage in (b"", content[: len(content) // 2]):
+            file.write_bytes(damage)
+            with pytest.raises(
+                UserError, match=f"^--resume_from_checkpoint {checkpoint}.*{file.name} is empty or cut"
+            ):
+                train_senseflow_flux.main(resumed)
+        file.write_bytes(content)
+    put_nan(checkpoint / weights)
+    with pytest.raises(UserError, match=f"^--resume_from_checkpoint {checkpoint}: the weights of the student are not"):
+        train_senseflow_flux.main(resumed)
+    (checkpoint / weights).write_bytes(contents[weights])
+    shutil.move(checkpoint / optimizer, checkpoint / optimizer.replace("of-00001", "of-00002"))
+    with pytest.raises(UserError, match="holds 1 of the 2 files fake_score_optimizer-"):
+        train_senseflow_flux.main(resumed)
+
+
+@pytest.mark.parametrize("flags", [[], ["--rank", "2", "--learning_rate", "1e6"]], ids=["pipeline", "adapter"])
+def test_an_export_that_its_dtype_cannot_hold_is_refused(flags, teacher, train, tmp_path):
+    """Of weights that float16 cannot hold nothing is written, and the same command exports them in bf16."""
+
+    def enlarge(state: dict) -> None:
+        state["x_embedder.weight"][0, 0] = 7e4
+
+    model = teacher if flags else changed_teacher(teacher, tmp_path / "model", "transformer", enlarge)
+    arguments = [*train(model, *flags, "--checkpointing_steps", "1", "--ttur_ratio", "1"), "--export_dtype"]
+    with pytest.raises(UserError, match="^--export_dtype float16: too narrow for .* weights, which become infinite"):
+        train_senseflow_flux.main([*arguments, "fp16"])
+    assert not list((tmp_path / "out").glob("*.safetensors")) and not (tmp_path / "out/transformer").exists()
+    train_senseflow_flux.main([*arguments, "bf16", "--resume_from_checkpoint", "latest"])
+    (file,) = [file for file in (tmp_path / "out").glob("**/*.safetensors") if "checkpoint" not in str(file)][:1]
+    assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def test_a_teacher_that_is_not_finite_has_not_diverged(teacher, train, tmp_path):
+    """Its finite weights overflow in the first iteration."""
+
+    def enlarge(state: dict) -> None:
+        state["proj_out.weight"][:] = 3e38
+
+    model = changed_teacher(teacher, tmp_path / "model", "transformer", enlarge)
+    with pytest.raises(
+        UserError, match="times in a row.*: no iteration of this run was finite, so the student has not"
+    ):
+        train_senseflow_flux.main(["--max_train_steps", "5", *without(train(model), "--max_train_steps")])
