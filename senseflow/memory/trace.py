@@ -29,6 +29,7 @@ from senseflow.arguments import torch_dtype
 from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
 from senseflow.models.discriminator import VisionFeatures
 from senseflow.models.hub import check_stored_values, extremes_of
+from senseflow.models.lora import fuse_lora, read_adapter
 from senseflow.models.quantization import quantize_network
 from senseflow.models.text_encoders import text_encoders_of
 from senseflow.models.weights import fingerprint, from_pretrained_meta
@@ -170,6 +171,8 @@ def patch_loaders(args) -> Iterator[None]:
         fingerprint: lambda network: "",
         check_stored_values: lambda source, subfolder: None,
         extremes_of: lambda weights: {},
+        fuse_lora: lambda source, pipeline, scale: None,  # the sizes stay
+        read_adapter: unset_fake_temporarily()(read_adapter),
         quantize_network: fake_quantize_network,
     }
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")

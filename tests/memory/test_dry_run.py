@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from helpers import ROOT, models_class, refused
+from helpers import ROOT, models_class, refused, without
 from senseflow.arguments import keep_last
 from senseflow.errors import UserError
 from senseflow.memory import report
@@ -237,6 +237,24 @@ def test_configurations_suffice_and_the_cards_are_printed(flags, teacher, tmp_pa
     needle = "--dry_run: reads no checkpoint; leave out --resume_from_checkpoint latest"
     arguments = [*flags("flux", "--dry_run"), "--resume_from_checkpoint", "latest"]
     refused(train_senseflow_flux, arguments, 2, needle, capsys)
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [("flux", ""), ("sd3", ""), ("sdxl", ""), ("flux", "--teacher_lora"), ("flux", "--student_model_name_or_path")],
+)
+def test_runs_without_a_vae_and_with_loras_are_traced(name, given, flags, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    arguments = [*without(flags(name, "--gan_weight", "0", "--ttur_ratio", "1"), "--dataset_json", "--output_dir")]
+    arguments += ["--prompts_file", str(tmp_path / "prompts.txt"), "--backward_simulation_prob", "1"]
+    if given:
+        arguments += ["--rank", "4", "--max_train_steps", "1", "--learning_rate", "0"]
+        SCRIPTS[name].main([*arguments, "--output_dir", str(tmp_path)])
+        arguments += [given, str(tmp_path / "pytorch_lora_weights.safetensors")]
+    capsys.readouterr()
+    SCRIPTS[name].main([*arguments, "--output_dir", str(tmp_path / "dry"), "--dry_run"])
+    output = capsys.readouterr().out
+    assert re.search(r"^peak [\d.]+ GiB, in: ", output, re.MULTILINE) and "with student update: " in output
 
 
 def test_flags_are_added_until_the_command_fits(flags, capsys, monkeypatch):
