@@ -14,6 +14,7 @@ import pytest  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from helpers import dry_runs, record_runs, training_runs  # noqa: E402
 from senseflow.arguments import Parser  # noqa: E402
 from senseflow.models.hub import resolve_repo  # noqa: E402
 from tiny_pipelines import write_discriminator, write_flux  # noqa: E402
@@ -31,6 +32,22 @@ def the_last_of_a_repeated_flag_counts():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parser, "check_repeated", lambda *args: None)
         yield
+
+
+DRY_RUNS: set = set()  # the kinds of runs that this process has traced
+
+
+@pytest.fixture(autouse="DRY_RUNS" in os.environ)
+def every_training_run_also_runs_dry(tmp_path):
+    """What a test has trained, here or launched, --dry_run traces as well: `make test-dry-runs`."""
+    training_runs.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        record_runs(patch)
+        yield
+    for script, arguments in dry_runs(DRY_RUNS):
+        AcceleratorState._reset_state()  # its precision
+        script.main([*arguments, "--output_dir", str(tmp_path / "dry_run")])
+        AcceleratorState._reset_state()
 
 
 @pytest.fixture(autouse=True)

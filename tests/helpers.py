@@ -1,14 +1,16 @@
 """Launch the training scripts, read their checkpoints and generate with their pipelines."""
 
+import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Optional
+from types import ModuleType, SimpleNamespace
+from typing import Iterator, Optional
 
 import numpy as np
 import pytest
@@ -57,22 +59,78 @@ def assert_same_image(a: np.ndarray, b: np.ndarray) -> None:
     assert largest <= 1, f"images differ by up to {largest} of 255"
 
 
+training_runs: list[tuple[str, list[str], str]] = []  # (script's name, arguments, precision) of this test's runs
+# What a dry run does not see, or only counts.
+NOT_TRACED = (
+    "--output_dir --resume_from_checkpoint --validation_prompts --validation_steps --num_validation_images "
+    "--report_to --max_train_steps --checkpointing_steps --checkpoints_total_limit --export_dtype --seed "
+    "--random_flip --learning_rate --learning_rate_fake --learning_rate_disc --lr_scheduler --lr_warmup_steps "
+    "--adam_epsilon --max_grad_norm --mixed_precision"
+).split()
+
+
+def record_runs(patch: pytest.MonkeyPatch) -> None:
+    """Add the training runs that start in this process to `training_runs`; `start` adds those that it launches."""
+    arguments_of: dict[int, tuple] = {}
+    for script in [module for name, module in sys.modules.items() if name.startswith("train_senseflow_")]:
+
+        def parse_args(argv=None, name=script.__name__, parse=script.parse_args):
+            args = parse(argv)
+            arguments_of[id(args)] = args, name, argv
+            return args
+
+        patch.setattr(script, "parse_args", parse_args)
+    initialize = Runtime.__init__
+
+    def recording(runtime, args):
+        initialize(runtime, args)
+        if id(args) in arguments_of and args.dry_run is None:
+            training_runs.append((*arguments_of[id(args)][1:], args.mixed_precision))
+
+    patch.setattr(Runtime, "__init__", recording)
+
+
+def dry_runs(known: set) -> Iterator[tuple[ModuleType, list[str]]]:
+    """Yield (script, arguments) of --dry_run for the recorded runs that go another way than those `known`."""
+    for name, arguments, precision in training_runs:
+        arguments = without(arguments, *NOT_TRACED)
+        # Numbers count as 0, 1 or more, paths by their last names without digits.
+        words = [re.sub(r"\d+$", "", Path(word).name) if "/" in word else word for word in arguments]
+        shape = (name, precision, *(str(min(float(word), 2)) if is_number(word) else word for word in words))
+        if shape not in known:
+            known.add(shape)
+            yield importlib.import_module(name), [*arguments, "--mixed_precision", precision, "--dry_run"]
+
+
+def is_number(word: str) -> bool:
+    return word.replace(".", "", 1).replace("e-", "", 1).isdigit()
+
+
 def start(
-    script, arguments, processes: int = 1, precision: str = "no", mode: str = "", *more: str
+    script,
+    arguments,
+    processes: int = 1,
+    precision: str = "no",
+    mode: str = "",
+    *more: str,
+    stdout: int = subprocess.DEVNULL,
 ) -> subprocess.Popen:
     """Launch a script as a user does.
 
     Args:
         mode: name of a file in accelerate_configs/, or a path without .yaml.
         more: flags of `accelerate launch`.
+        stdout: as for `Popen`.
     """
+    if script.startswith("train_"):
+        training_runs.append((script.removesuffix(".py"), arguments, precision))
     config = ROOT / "accelerate_configs" / f"{mode or ('single' if processes == 1 else 'ddp')}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes), "--mixed_precision", precision]
     command += ["--main_process_port", "0", *more, str(ROOT / script), *keep_last(arguments)]  # any free port
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the scripts in tests/workers
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=environment, start_new_session=True)
 
 

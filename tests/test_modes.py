@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from helpers import ROOT, assert_same, launch, start, states, without
+from helpers import ROOT, assert_same, launch, start, states, without, without_gan
 from senseflow.models.weights import stored_weights
 from tiny_pipelines import write_sd3, write_sdxl
 from workers.load_memory import write_network
@@ -309,6 +309,33 @@ def test_a_process_holds_its_shard_of_a_network_and_one_tensor(mode, large, tmp_
 
 def test_under_fsdp2_a_process_gathers_one_tower_of_the_discriminator(tmp_path):
     launch("tests/workers/gathered_towers.py", [str(tmp_path)], 2, "no", "fsdp2")
+
+
+@pytest.mark.parametrize("mode", sorted(file.stem for file in (ROOT / "accelerate_configs").glob("*.yaml")))
+def test_what_the_dry_run_suggests_needs_the_memory_that_it_prints(mode, flags, tmp_path):
+    """The suggested command, launched by itself, traces the same peak as the process that traced the suggestion."""
+    arguments = [*without_gan(without(flags("flux"), *ADVERSARIAL_FLAGS)), "--train_batch_size", "1"]
+    arguments += ["--gradient_checkpointing", "--offload_text_encoders", "--output_dir", str(tmp_path / "out")]
+    machines = [[]]
+    if mode == "fsdp2_2nodes":
+        machines = [["--main_process_port", "29533", "--machine_rank", rank] for rank in "01"]
+
+    def dry_run(processes, *more):
+        command = ("train_senseflow_flux.py", [*arguments, *more], processes, "no", mode)
+        launched = [start(*command, *machine, stdout=subprocess.PIPE) for machine in machines]
+        outputs = [process.communicate() for process in launched]
+        assert all(process.returncode == 0 for process in launched), outputs
+        return "".join(stdout for stdout, _ in outputs)
+
+    processes = 1 if mode == "single" else 2
+    output = dry_run(processes, "--dry_run", "0.00001")
+    assert output.startswith(f"{mode.removesuffix('_2nodes')}, {processes} process")
+    suggested, peak = re.findall(r"^with (.*): ([\d.]+) GiB$", output, re.MULTILINE)[-1]
+    more = re.search(r" ?(\d+) processes", suggested)
+    assert (more is not None) == (mode not in ("single", "ddp"))
+    if more:
+        suggested, processes = suggested.replace(more[0], ""), int(more[1])
+    assert re.search(rf"^peak {peak} GiB", dry_run(processes, *suggested.split(), "--dry_run"), re.MULTILINE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
