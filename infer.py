@@ -225,7 +225,7 @@ def generate(
         if isinstance(value, str) and re.fullmatch(r"(negative_)?prompt(_\d)?", name):
             kwargs = kwargs | {name: [value] * len(prompts)}
     try:
-        images = pipeline(prompt=prompts, generator=generators, output_type="np", **kwargs).images
+        images = pipeline(prompt=prompts, generator=generators, **kwargs | {"output_type": "np"}).images
     except torch.OutOfMemoryError as error:
         problem = "out of memory; give a smaller one, or smaller images"
         raise UserError(f"--batch_size {len(prompts)}: {problem}") from error

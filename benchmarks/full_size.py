@@ -24,6 +24,7 @@ from senseflow.models.discriminator import Discriminator
 
 
 ROOT = Path(__file__).resolve().parents[1]
+LOADING_INFO = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ())
 
 CLIP_L = {
     "hidden_size": 768,
@@ -154,13 +155,12 @@ def random_weights(device="cpu"):
     def load_diffusers(cls, path, subfolder=None, dtype=None, torch_dtype=None, output_loading_info=False, **_):
         config = cls.load_config(path, subfolder=subfolder)
         network = build(lambda: cls.from_config(config), dtype or torch_dtype)
-        return (network, {"missing_keys": [], "unexpected_keys": []}) if output_loading_info else network
+        return (network, LOADING_INFO) if output_loading_info else network
 
     def load_transformers(cls, path, subfolder="", dtype=None, torch_dtype=None, output_loading_info=False, **_):
         config = cls.config_class.from_pretrained(path, subfolder=subfolder or "")
         network = build(lambda: cls(config)).to(dtype or torch_dtype)
-        info = {name: set() for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
-        return (network, info) if output_loading_info else network
+        return (network, LOADING_INFO) if output_loading_info else network
 
     def build(make, dtype=None):
         default_dtype = torch.get_default_dtype()
