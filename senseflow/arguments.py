@@ -336,7 +336,7 @@ def describe_presets(presets: dict[str, dict]) -> str:
 
 
 def complete_args(args) -> None:
-    """Set what follows from other flags: learning rates, --lora_alpha, and guidance scales as [MIN, MAX].
+    """Set what follows from other flags: learning rates, --lora_alpha, attention, and guidance scales as [MIN, MAX].
 
     Raises:
         UserError: exit code 2; more than two guidance scales.
@@ -362,6 +362,8 @@ def complete_args(args) -> None:
         args.learning_rate_disc = decimal(args.learning_rate * discriminator / student)
     if args.lora_alpha is None and args.rank:
         args.lora_alpha = float(args.rank)
+    if args.dry_run is not None:  # needs no GPU, which xformers does
+        args.enable_xformers_memory_efficient_attention = False
 
 
 def check_common_args(args, inactive_flags: Sequence[tuple] = ()) -> None:
@@ -415,6 +417,11 @@ INACTIVE_FLAGS = (
         "a run with --gan_weight 0",
         ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_resolution",
          "discriminator_text_encoder", "classifier_weight"),
+    ),
+    (
+        lambda args: args.dry_run is not None,
+        "--dry_run: torch's attention, which it traces, takes as much memory",
+        ("enable_xformers_memory_efficient_attention",),
     ),
     (lambda args: args.isg_weight == 0, "a run with --isg_weight 0", ("isg_margin", "isg_guidance_scale")),
     (

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tempfile
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,17 +38,21 @@ def the_last_of_a_repeated_flag_counts():
 DRY_RUNS: set = set()  # the kinds of runs that this process has traced
 
 
-@pytest.fixture(autouse="DRY_RUNS" in os.environ)
-def every_training_run_also_runs_dry(tmp_path):
-    """What a test has trained, here or launched, --dry_run traces as well: `make test-dry-runs`."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """What a test has trained, here or launched, --dry_run traces as well, with its fixtures: `make test-dry-runs`."""
+    if "DRY_RUNS" not in os.environ:
+        return (yield)
     training_runs.clear()
     with pytest.MonkeyPatch.context() as patch:
         record_runs(patch)
-        yield
-    for script, arguments in dry_runs(DRY_RUNS):
-        AcceleratorState._reset_state()  # its precision
-        script.main([*arguments, "--output_dir", str(tmp_path / "dry_run")])
-        AcceleratorState._reset_state()
+        result = yield
+    with tempfile.TemporaryDirectory() as folder:
+        for script, arguments in dry_runs(DRY_RUNS):
+            AcceleratorState._reset_state()  # its precision
+            script.main([*arguments, "--output_dir", folder])
+            AcceleratorState._reset_state()
+    return result
 
 
 @pytest.fixture(autouse=True)
