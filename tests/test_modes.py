@@ -371,7 +371,7 @@ def test_what_ends_one_process_ends_all_and_is_printed_last(mode, fault, message
 def test_a_signal_to_the_launcher_saves_a_checkpoint(mode, name, flags, tmp_path):
     """As a cluster or a terminal sends it; all processes stop after the same iteration."""
     arguments = [*flags("flux"), "--output_dir", str(tmp_path)]
-    arguments += "--train_batch_size 1 --max_train_steps 100000".split()
+    arguments += "--train_batch_size 1 --max_train_steps 100000 --checkpoints_total_limit 3".split()
     arguments += ["--dataloader_num_workers", "1"]  # the launcher signals its workers, too
     process = start("train_senseflow_flux.py", arguments, 2, "no", mode)
     while not (tmp_path / "checkpoint-3").exists():
