@@ -6,13 +6,12 @@
     python benchmarks/memory_table.py --teachers sdxl --rows full
 
 1024 px, one image per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, else the
-defaults. Outputs of --dry_run are kept in benchmarks/out/memory.json; delete an entry there to trace it again.
+defaults. What --dry_run writes is kept in benchmarks/out/memory.json; delete an entry there to trace it again.
 """
 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,8 @@ from pathlib import Path
 from full_size import ROOT, script_of, write_configs
 from gpu import launch_environment, write_data
 
-from senseflow.memory.report import CARDS, USABLE
+from senseflow.memory.report import SIZES, USABLE
+from senseflow.memory.trace import ORDINARY, WITH_STUDENT
 
 
 OUTPUTS = ROOT / "benchmarks" / "out" / "memory.json"
@@ -40,8 +40,8 @@ ROWS = {
 COMMON = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--offload_text_encoders", "--resolution", "1024"]
 
 
-def dry_run(teacher: str, row: str, folder: Path) -> str:
-    """Return what the teacher's script prints with --dry_run."""
+def dry_run(teacher: str, row: str, folder: Path) -> dict:
+    """Return what the teacher's script writes with --dry_run_output."""
     configuration, processes, flags = ROWS[row]
     discriminator = "discriminator-small" if SMALL in row else "discriminator"
     for name in (teacher, discriminator):
@@ -50,13 +50,13 @@ def dry_run(teacher: str, row: str, folder: Path) -> str:
     command += ["--dataset_json", write_data(folder / "data", 64), "--output_dir", folder / "out"]
     command += ["--discriminator_backbone", folder / discriminator / "dinov2"]
     command += ["--discriminator_text_encoder", folder / discriminator / "clip"]
-    command += ["--report_to", "none", "--dry_run", *COMMON, *flags]
+    command += ["--report_to", "none", "--dry_run", "--dry_run_output", folder / "dry_run.json", *COMMON, *flags]
     with launch_environment(configuration):
         environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
-    result = subprocess.run([str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run([str(part) for part in command], env=environment, stdout=subprocess.DEVNULL)
     if result.returncode:
         sys.exit(f"{teacher}, {row}: exit code {result.returncode}")
-    return result.stdout
+    return json.loads((folder / "dry_run.json").read_text())
 
 
 def main() -> None:
@@ -76,22 +76,27 @@ def main() -> None:
     for teacher in args.teachers:
         cells = []
         for row in args.rows:
-            peak = float(re.search(r"^peak ([\d.]+) GiB", outputs[f"{teacher}, {row}"], re.MULTILINE)[1])
-            card = next((card for card in CARDS if peak <= USABLE * card), None)
+            peak = outputs[f"{teacher}, {row}"]["peak_gib"]
+            card = next((card for card in SIZES if peak <= USABLE * card), None)
             cells.append(f"{peak:.1f}" + (f" ({card} GB)" if card else ""))
         print(f"| {NAMES[teacher]} | " + " | ".join(cells) + " |")
-    print("\n| | GiB on the disk: a checkpoint | the export |\n|---|---|---|")
-    for teacher in args.teachers:
-        for row in args.rows:
-            sizes = re.search(r"a checkpoint ([\d.]+) GiB, the export ([\d.]+) GiB", outputs[f"{teacher}, {row}"])
-            print(f"| {NAMES[teacher]}, {row} | {' | '.join(sizes.groups())} |")
-    print("\n| | peak in | TFLOP of an iteration without / with student update |\n|---|---|---|")
-    for teacher in args.teachers:
-        for row in args.rows:
-            output = outputs[f"{teacher}, {row}"]
-            phase = re.search(r"^peak .*, in: (.*)$", output, re.MULTILINE)[1]
-            tflop = " / ".join(re.findall(r"^[a-z' ]+: ([\d.]+) TFLOP", output, re.MULTILINE))
-            print(f"| {NAMES[teacher]}, {row} | {phase} | {tflop} |")
+    rows = [
+        (f"{NAMES[teacher]}, {row}", outputs[f"{teacher}, {row}"]) for teacher in args.teachers for row in args.rows
+    ]
+    print("\n| | peak in | GiB on the disk: a checkpoint | the export |\n" + "|---" * 4 + "|")
+    for name, output in rows:
+        print(f"| {name} | {output['peak_phase']} | {output['checkpoint_gib']:.1f} | {output['export_gib']:.1f} |")
+    print("\n| iteration, ordinary / with the student's update | operations | GB moved | TFLOP | H200, s |")
+    print("|---" * 5 + "|")
+    for name, output in rows:
+        kinds = [output["iterations"][kind] for kind in (ORDINARY, WITH_STUDENT)]
+        cells = (
+            " / ".join(f"{kind['operations']:,}" for kind in kinds),
+            " / ".join(f"{kind['gigabytes']:,.0f}" for kind in kinds),
+            " / ".join(f"{kind['tflops']:,.0f}" for kind in kinds),
+            " / ".join(f"{kind['seconds']['H200']:.2f}" for kind in kinds),
+        )
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

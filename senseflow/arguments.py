@@ -281,8 +281,9 @@ def add_precision_arguments(parser: Parser) -> None:
         help="Allow TF32 for matrix products on Ampere and later GPUs, as the release does.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers. Needs a GPU.")
     add("--dry_run", type=number(float, 0), nargs="?", const=0.0, metavar="GB",
-        help="Train nothing: print how much memory this command takes and, if GB is given, flags with which it fits a "
-        "GPU of that size.")
+        help="Train nothing: print the memory, the operations and the estimated time of this command and, if GB is "
+        "given, flags with which it fits a GPU of that size.")
+    add("--dry_run_output", metavar="FILE", help="With --dry_run: JSON file for its numbers.")
 
 
 def add_checkpointing_arguments(parser: Parser) -> None:
@@ -423,6 +424,7 @@ INACTIVE_FLAGS = (
         "--dry_run: torch's attention, which it traces, takes as much memory",
         ("enable_xformers_memory_efficient_attention",),
     ),
+    (lambda args: args.dry_run is None, "a run without --dry_run", ("dry_run_output",)),
     (lambda args: args.isg_weight == 0, "a run with --isg_weight 0", ("isg_margin", "isg_guidance_scale")),
     (
         lambda args: args.lr_scheduler == "constant" or args.lr_warmup_steps == 0,

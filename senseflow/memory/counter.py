@@ -1,9 +1,14 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Count memory and FLOPs by owner: every storage is counted from its allocation to its release."""
+"""Count memory, operations, bytes moved and FLOPs by owner.
+
+Every storage is counted from its allocation to its release.
+"""
 
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from unittest import mock
 
 import torch
@@ -17,10 +22,30 @@ from torch.utils.flop_counter import flop_registry
 KINDS = WEIGHTS, GRADIENTS, STATES, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
 HOST = "host"  # owner of what is not on the GPU
 NEEDS_VALUES = (torch.ops.aten.arange, torch.ops.aten.linspace)
+# Operations that launch nothing on a GPU, besides views.
+NO_KERNEL = {
+    "aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty",
+    "aten::new_empty_strided", "aten::set_", "aten::resize_", "aten::lift_fresh", "prim::device",
+}  # fmt: skip
+
+
+@dataclass
+class Work:
+    """The work of a phase on a GPU."""
+
+    operations: float = 0  # that launch a kernel; one on a list of tensors (foreach) counts as one
+    bytes_moved: float = 0  # of inputs and outputs
+    flops: float = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.operations + other.operations, self.bytes_moved + other.bytes_moved, self.flops + other.flops)
+
+    def __mul__(self, factor: float) -> "Work":
+        return Work(self.operations * factor, self.bytes_moved * factor, self.flops * factor)
 
 
 class Counter(TorchDispatchMode):
-    """Count bytes of live storages by label, their peak, and FLOPs, of fake and of real tensors.
+    """Count bytes of live storages by label, their peak, and work, of fake and of real tensors.
 
     Inside a FakeTensorMode large tensors are fake. Results of real tensors alone, and random numbers of a generator,
     stay real, because control flow may depend on their values.
@@ -29,7 +54,7 @@ class Counter(TorchDispatchMode):
         live, peak: bytes now, and at most since `reset`, without the owner HOST.
         by_label, at_peak: {(owner, one of KINDS): bytes} now, and at the peak.
         phase, peak_phase: (owner, activity) now, and at the peak.
-        flops: {phase: FLOPs} since it was last cleared.
+        work: {phase: Work} since it was last cleared.
     """
 
     def __init__(self):
@@ -44,7 +69,7 @@ class Counter(TorchDispatchMode):
 
     def reset(self) -> None:
         self.peak, self.at_peak, self.peak_phase = self.live, dict(self.by_label), self.phase
-        self.flops = defaultdict(int)
+        self.work: dict[tuple, Work] = defaultdict(Work)
 
     @contextmanager
     def in_phase(self, owner: str, activity: str):
@@ -67,10 +92,14 @@ class Counter(TorchDispatchMode):
                 out = function(*args, **kwargs)
         else:
             out = function(*args, **kwargs)
-        count = flop_registry.get(function._overloadpacket)
-        if count is not None:
-            self.flops[self.phase] += count(*args, **kwargs, out_val=out)
-        for tensor in tensors_in(out):
+        outputs = tensors_in(out)
+        if not function.is_view and function._schema.name not in NO_KERNEL:
+            work = self.work[self.phase]
+            work.operations += 1
+            written = outputs or written_tensors(function, args)
+            work.bytes_moved += sum(map(moved_bytes, (*tensors, *written)))
+            work.flops += flops_of(function, args, kwargs, out)
+        for tensor in outputs:
             self.track(tensor)
         return out
 
@@ -127,3 +156,24 @@ class Counter(TorchDispatchMode):
 def tensors_in(values) -> list[torch.Tensor]:
     """Return the tensors of nested lists, tuples and dictionaries."""
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def written_tensors(function, args) -> list[torch.Tensor]:
+    """Return the arguments that an operation without results, such as a fused optimizer's, writes to."""
+    schema = function._schema.arguments
+    return tensors_in([value for value, argument in zip(args, schema) if argument.is_write])
+
+
+def moved_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor's different values: those of an expanded dimension are one in memory."""
+    return tensor.element_size() * prod(size for size, stride in zip(tensor.shape, tensor.stride()) if stride)
+
+
+def flops_of(function, args, kwargs, out) -> int:
+    """Return the FLOPs of an operation by torch's formulas."""
+    if function is torch.ops.aten.convolution_backward.default:  # torch's formula ignores groups
+        (gradient, x, weight), transposed, needed = args[:3], args[7], args[10]
+        positions = (x if transposed else gradient).shape
+        return 2 * positions[0] * prod(positions[2:]) * weight.numel() * sum(needed[:2])
+    count = flop_registry.get(function._overloadpacket)
+    return 0 if count is None else count(*args, **kwargs, out_val=out)

@@ -1,12 +1,14 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """`--dry_run`: trace a training command (senseflow.memory.trace) and print its memory, FLOPs and the cards it fits."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import Optional
 
 from torch._subclasses.fake_tensor import (
@@ -16,13 +18,14 @@ from torch._subclasses.fake_tensor import (
 )
 
 from senseflow.arguments import keep_last
-from senseflow.errors import UserError
-from senseflow.memory.counter import GRADIENTS, HOST, KINDS, STATES, WEIGHTS, Counter
-from senseflow.memory.trace import Trace, init_fake_process_group, patch_loaders, trace
+from senseflow.errors import UserError, check_writable, write_atomically
+from senseflow.memory.counter import GRADIENTS, HOST, KINDS, STATES, WEIGHTS, Counter, Work
+from senseflow.memory.speed import CARDS, seconds_of
+from senseflow.memory.trace import ORDINARY, WITH_STUDENT, Trace, init_fake_process_group, patch_loaders, trace
 
 
 GIB = 2**30
-CARDS = (24, 40, 48, 80, 141)  # nominal GiB of memory
+SIZES = sorted({card.gib for card in CARDS.values()})
 USABLE = 0.93  # assumed share of it; the rest is for the driver, workspaces of kernels and fragmentation
 MORE_PROCESSES = "twice as many processes"
 
@@ -46,35 +49,95 @@ def apply_zero(traced: Trace, mode: str, processes: int, bf16: bool) -> Trace:
 
 
 def gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size >= 0.1 * GIB else f"{size / GIB:.5f}"
+    return f"{size:.2f}" if size >= 0.1 else f"{size:.5f}"
 
 
-def print_trace(traced: Trace, mode: str, processes: int) -> None:
-    """Print the tables of memory and FLOPs."""
+def summarize(args, traced: Trace, mode: str, processes: int) -> dict:
+    """Return what is printed, and what --dry_run_output writes, as numbers by name.
+
+    Args:
+        processes: number of processes, one on each GPU.
+    """
+    iterations = {}
+    for name, phases in traced.work.items():
+        phases = {phase: work for phase, work in phases.items() if phase[0] != HOST}
+        roles: dict[str, dict] = defaultdict(dict)
+        for (role, activity), work in phases.items():
+            roles[role][activity or "other"] = work_numbers({(role, activity): work})
+        iterations[name] = {**work_numbers(phases), "roles": roles}
+    with_student, share = iterations[WITH_STUDENT], 1 / args.ttur_ratio
+    without = iterations.get(ORDINARY, with_student)
+    seconds = {card: (1 - share) * without["seconds"][card] + share * with_student["seconds"][card] for card in CARDS}
+    return {
+        "mode": mode,
+        "processes": processes,
+        "peak_gib": traced.peak / GIB,
+        "peak_phase": ", ".join(filter(None, traced.peak_phase)),
+        "memory_gib": nested({label: size / GIB for label, size in traced.at_peak.items() if label[0] != HOST}),
+        "parameters": traced.num_params,
+        "host_gib": traced.encoder_bytes / GIB,
+        "checkpoint_gib": traced.checkpoint_bytes / GIB,
+        "export_gib": traced.export_bytes / GIB,
+        "fits": [name for name, card in CARDS.items() if traced.peak <= USABLE * card.gib * GIB],
+        "iterations": iterations,
+        "hours": {card: args.max_train_steps * mean / 3600 for card, mean in seconds.items()},
+    }
+
+
+def work_numbers(phases: dict[tuple[str, str], Work]) -> dict:
+    """Return the work of phases together, and its estimated seconds on each card."""
+    work = sum(phases.values(), Work())
+    return {
+        "operations": round(work.operations),
+        "gigabytes": work.bytes_moved / 1e9,
+        "tflops": work.flops / 1e12,
+        "seconds": {name: sum(seconds_of(phases, card).values()) for name, card in CARDS.items()},
+    }
+
+
+def nested(values: dict[tuple[str, str], float]) -> dict[str, dict[str, float]]:
+    result: dict[str, dict[str, float]] = defaultdict(dict)
+    for (outer, inner), value in values.items():
+        result[outer][inner] = value
+    return result
+
+
+def print_summary(summary: dict, args) -> None:
+    """Print the tables of memory, work and time."""
+    mode, processes = summary["mode"], summary["processes"]
     arithmetic = "; weights, gradients and optimizer by arithmetic" if mode.startswith("zero") else ""
     print(f"{mode}, {processes} process{'es' if processes > 1 else ''}: GiB per process at the peak{arithmetic}")
     print(f"{'':15}" + "".join(f"{kind:>13}" for kind in KINDS))
-    for owner in dict.fromkeys(owner for owner, _ in traced.at_peak if owner != HOST):
-        row = [traced.at_peak.get((owner, kind), 0) for kind in KINDS]
-        if sum(row) >= 0.0005 * traced.peak:
+    for owner, sizes in summary["memory_gib"].items():
+        row = [sizes.get(kind, 0) for kind in KINDS]
+        if sum(row) >= 0.0005 * summary["peak_gib"]:
             print(f"{owner:15}" + "".join(f"{gib(size) if size else '':>13}" for size in row))
-    print(f"peak {gib(traced.peak)} GiB, in: {', '.join(filter(None, traced.peak_phase))}")
-    duration = "during the run" if traced.at_peak.get((HOST, WEIGHTS)) else "while they load"
-    print(f"in host memory: text encoders, {gib(traced.encoder_bytes)} GiB, {duration}; one tensor of other networks")
-    print(f"on disk: a checkpoint {gib(traced.checkpoint_bytes)} GiB, the export {gib(traced.export_bytes)} GiB")
-    for stage, flops in traced.flops.items():
-        by_owner: dict[str, float] = defaultdict(float)
-        for (owner, _), count in flops.items():
-            by_owner[owner] += count / 1e12
-        shown = ", ".join(f"{owner} {count:.1f}" for owner, count in by_owner.items() if count >= 0.05)
-        print(f"{stage}: {sum(by_owner.values()):.1f} TFLOP ({shown})")
+    print(f"peak {gib(summary['peak_gib'])} GiB, in: {summary['peak_phase']}")
+    duration = "during the run" if args.offload_text_encoders else "while they load"
+    print(f"in host memory: text encoders, {gib(summary['host_gib'])} GiB, {duration}; one tensor of other networks")
+    sizes = f"a checkpoint {gib(summary['checkpoint_gib'])} GiB, the export {gib(summary['export_gib'])} GiB"
+    print(f"on disk: {sizes}")
+    cards = summary["fits"] or list(CARDS)
+    for name, iteration in summary["iterations"].items():
+        print(f"\niteration {name.replace('_', ' '):24}{'operations':>12}{'GB moved':>12}{'TFLOP':>10}")
+        rows = {f"{role}, {act}": row for role, acts in iteration["roles"].items() for act, row in acts.items()}
+        for label, row in (*rows.items(), ("all", iteration)):
+            print(f"{label:34}{row['operations']:12,}{row['gigabytes']:12,.1f}{row['tflops']:10.1f}")
+        print("estimated seconds: " + ", ".join(f"{card} {iteration['seconds'][card]:.2f}" for card in cards))
+    hours = ", ".join(
+        f"{card} {summary['hours'][card]:,.0f}"
+        + (f" ({processes * summary['hours'][card]:,.0f} GPU-hours)" if processes > 1 else "")
+        for card in cards
+    )
+    print(f"\nestimated hours of {args.max_train_steps:,} iterations: {hours}")
+    print("These times are estimates, without data, validation, checkpoints and communication between GPUs.")
 
 
 def fit(peak: float) -> str:
     """Return a line with the cards that `peak` bytes fit, and by how much they exceed the others."""
-    excess = {card: peak / GIB - USABLE * card for card in CARDS}
-    fits = ", ".join(str(card) for card, gib in excess.items() if gib <= 0)
-    fails = ", ".join(f"{card} by {gib:.1f}" for card, gib in excess.items() if gib > 0)
+    excess = {size: peak / GIB - USABLE * size for size in SIZES}
+    fits = ", ".join(str(size) for size, gib in excess.items() if gib <= 0)
+    fails = ", ".join(f"{size} by {gib:.1f}" for size, gib in excess.items() if gib > 0)
     parts = [f"fits in {fits} GB"] * bool(fits) + [f"does not fit in {fails} GiB"] * bool(fails)
     return "; ".join(parts) + f" ({USABLE:.0%} of a card are assumed to be usable)"
 
@@ -122,7 +185,9 @@ def suggest(args, command: list[str], environment: dict, mode: str, processes: i
         name = f"{new_processes} processes" if more else " ".join(flags)
         helps = new_peak is not None and new_peak < 0.99 * peak
         verdict = (
-            "fails, left out" if new_peak is None else f"{gib(new_peak)} GiB" + "; no help, left out" * (not helps)
+            "fails, left out"
+            if new_peak is None
+            else f"{gib(new_peak / GIB)} GiB" + "; no help, left out" * (not helps)
         )
         print(f"with {' '.join([*added, name])}: {verdict}", flush=True)
         if helps:
@@ -142,6 +207,8 @@ def report(args, source, models_class, make_models, train_iteration) -> None:
         return
     from senseflow.training.roles import launch_config
 
+    if args.dry_run_output:
+        check_writable("--dry_run_output", Path(args.dry_run_output))
     os.environ["ACCELERATE_USE_CPU"] = "true"  # also on a machine with a GPU
     environment = dict(os.environ)
     launch = launch_config()
@@ -158,8 +225,12 @@ def report(args, source, models_class, make_models, train_iteration) -> None:
         raise UserError(f"--dry_run: {problem}; run this command with --max_train_steps 1 instead") from error
     if mode.startswith("zero"):
         traced = apply_zero(traced, mode, launch.world_size, args.mixed_precision == "bf16")
-    print_trace(traced, mode, launch.world_size)
+    summary = summarize(args, traced, mode, launch.world_size)
+    print_summary(summary, args)
     print(fit(traced.peak))
+    if args.dry_run_output:
+        text = json.dumps(summary, indent=1) + "\n"
+        write_atomically(Path(args.dry_run_output), lambda file: file.write_text(text))
     if args.dry_run and traced.peak > USABLE * args.dry_run * GIB:
         command = [make_models.__code__.co_filename, *sys.argv[1:]]
         suggest(args, command, environment, mode, launch.world_size, traced.peak, args.dry_run)

@@ -1,5 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Run a training script on fake tensors, and count its memory and FLOPs.
+"""Run a training script on fake tensors, and count its memory and work.
 
 The script's `make_models` and `train_iteration` run on fake tensors, which have shapes but no values. Of the teacher
 only configurations are read. A sharded run of many processes is traced in one process, with a process group that does
@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from transformers import PreTrainedModel
 
 from senseflow.arguments import torch_dtype
-from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, tensors_in
+from senseflow.memory.counter import GRADIENTS, HOST, STATES, WEIGHTS, Counter, Work, tensors_in
+from senseflow.memory.gpu_rules import gpu_rules
 from senseflow.models.discriminator import VisionFeatures
 from senseflow.models.hub import check_stored_values, extremes_of
 from senseflow.models.lora import fuse_lora, read_adapter
@@ -39,18 +40,18 @@ from senseflow.training.runtime import Runtime
 
 ENCODERS, FROZEN = "text encoders", "other frozen"
 LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys")  # of from_pretrained
-WITHOUT_STUDENT, WITH_STUDENT = "without student update", "with student update"
+ORDINARY, WITH_STUDENT = "ordinary", "with_student"  # iterations without and with an update of the student
 
 
 @dataclass
 class Trace:
-    """The memory of one process, in bytes, and its FLOPs."""
+    """The memory of one process, in bytes, and its work in an iteration."""
 
     peak: int
     at_peak: dict[tuple[str, str], float]  # {(owner, kind): bytes}, see senseflow.memory.counter
     peak_phase: tuple[str, str]
     encoder_bytes: int  # of the text encoders, which load in host memory
-    flops: dict[str, dict[tuple[str, str], float]]  # {WITHOUT_STUDENT or WITH_STUDENT: {(owner, activity): FLOPs}}
+    work: dict[str, dict[tuple[str, str], Work]]  # {ORDINARY or WITH_STUDENT: {(owner, activity): Work}}
     checkpoint_bytes: int
     export_bytes: int
     num_params: dict[str, int]  # {role: number}
@@ -112,6 +113,7 @@ class FakeAdamW8bit(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if quantized else torch.float32)
                 if quantized:
                     state[f"absmax_{name}"] = torch.zeros(math.ceil(parameter.numel() / 256))  # one scale per block
+            parameter.add_(parameter.grad)  # its work: a kernel per tensor
 
 
 class FakeQuantizedLinear(torch.nn.Linear):
@@ -268,6 +270,8 @@ def trace(args, source, models_class, make_models, train_iteration, counter: Cou
     with ExitStack() as stack:
         stack.enter_context(counter.patch_resize())
         patch_training(stack, counter)
+        if device == "cpu":
+            stack.enter_context(gpu_rules())
         with unset_fake_temporarily():
             runtime = Runtime(args)
             runtime.device = torch.device(device)  # cpu:0 is another device to fake tensors
@@ -281,25 +285,25 @@ def trace(args, source, models_class, make_models, train_iteration, counter: Cou
         encoders = HOST if args.offload_text_encoders else ENCODERS
         label_networks(counter, models, encoders)
         encoder_bytes = counter.by_label[encoders, WEIGHTS]
-        for method in ("encode", "decode"):
-            stack.enter_context(patch_phase(counter, models.vae_class, method, "VAE", method))
+        for method in ("encode", "decode") if models.vae is not None else ():
+            stack.enter_context(patch_phase(counter, models.vae, method, "VAE", method))
         stack.enter_context(patch_phase(counter, models, "condition", encoders, "forward"))
 
         print_stage("optimizers")
         is_ddp = runtime.launch.mode == "replicated" and runtime.launch.world_size > 1
         optimizer_bytes = allocate_states(counter, roles, stack, keep_gradients=is_ddp)
         counter.reset()
-        flops = {}
-        for stage in (WITHOUT_STUDENT, WITH_STUDENT):
+        work = {}
+        for stage in (ORDINARY, WITH_STUDENT):
             print_stage(f"iteration {stage}")
             if stage == WITH_STUDENT or args.ttur_ratio > 1:
-                flops[stage] = run_iteration(args, models, train_iteration, counter, stage)
+                work[stage] = run_iteration(args, models, train_iteration, counter, stage)
         return Trace(
             counter.peak,
             counter.at_peak,
             counter.peak_phase,
             encoder_bytes,
-            flops,
+            work,
             *sizes_on_disk(args, models),
             num_params={name: sum(p.numel() for p in role.module.parameters()) for name, role in roles.items()},
             optimizer_bytes=optimizer_bytes,
@@ -339,18 +343,19 @@ def allocate_states(
     return {name: counter.by_label[name, STATES] for name in roles}
 
 
-def run_iteration(args, models, train_iteration, counter: Counter, stage: str) -> dict[tuple[str, str], float]:
-    """Run an iteration with at most two micro-batches; return the FLOPs of all of them by phase."""
+def run_iteration(args, models, train_iteration, counter: Counter, stage: str) -> dict[tuple[str, str], Work]:
+    """Run an iteration with at most two micro-batches; return the work of all of them by phase."""
     micro_batches = min(2, args.gradient_accumulation_steps)  # the second adds to existing gradients
     sample_indices = list(range(args.train_batch_size * micro_batches))
-    counter.flops.clear()
+    counter.work.clear()
     with counter.in_phase("loop", ""):
         batches = [
             make_batch(args, models, sample_indices[i::micro_batches], models.device) for i in range(micro_batches)
         ]
         train_iteration(args.ttur_ratio - (stage == WITH_STUDENT), batches, models, args)
     scale = args.gradient_accumulation_steps / micro_batches
-    return {phase: count * scale for phase, count in counter.flops.items()}
+    once = ("step", "IDA")  # in an iteration, whatever the number of micro-batches
+    return {phase: work * (1 if phase[1] in once else scale) for phase, work in counter.work.items()}
 
 
 def module_tensors(*modules) -> Iterator[torch.Tensor]:

@@ -7,10 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import HiDreamImageTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
@@ -22,7 +23,8 @@ from helpers import ROOT, models_class, refused, without
 from senseflow.arguments import keep_last
 from senseflow.errors import UserError
 from senseflow.memory import report
-from senseflow.memory.counter import GRADIENTS, STATES, WEIGHTS, Counter
+from senseflow.memory.counter import GRADIENTS, STATES, WEIGHTS, Counter, Work
+from senseflow.memory.gpu_rules import FLOAT32, gpu_rules
 from senseflow.memory.report import GIB, apply_zero, candidates, fit
 from senseflow.memory.trace import Trace, patch_loaders, trace
 from tiny_pipelines import write_sd3, write_sdxl
@@ -85,7 +87,42 @@ def test_the_counter_agrees_with_torchs_allocator_and_with_flops_by_hand():
     assert counter.peak == pytest.approx(allocator_peak(profiler), rel=0.001)
     assert counter.peak > 4 * weight_bytes  # with gradients and two moments
     # Two products forward and three backward: the input needs no gradient.
-    assert sum(counter.flops.values()) == 2 * 2 * 96 * 64 * 512 * (2 + 3)
+    assert sum(counter.work.values(), Work()).flops == 2 * 2 * 96 * 64 * 512 * (2 + 3)
+
+
+def test_operations_and_bytes_by_hand():
+    x, weight = torch.zeros(8, 32), torch.zeros(16, 32)
+    with Counter() as counter:
+        y = (x @ weight.T).view(4, 2, 16)  # neither the transpose nor the view is an operation
+        torch._foreach_mul_([y, weight], 2)
+        _ = y + torch.zeros(16).expand(2, 16)
+        work = sum(counter.work.values(), Work())
+    values = (8 * 32 + 16 * 32 + 8 * 16) + 2 * (8 * 16 + 16 * 32) + 16 + (2 * 8 * 16 + 16)
+    assert (work.operations, work.bytes_moved, work.flops) == (4, 4 * values, 2 * 8 * 32 * 16)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_flops_of_grouped_convolutions(groups):
+    conv = torch.nn.Conv2d(8, 16, 3, stride=2, groups=groups)
+    x = torch.zeros(2, 8, 9, 9, requires_grad=True)
+    with Counter() as counter:
+        conv(x).sum().backward()  # (2, 16, 4, 4)
+    assert sum(counter.work.values(), Work()).flops == 3 * 2 * 2 * 16 * 16 * (8 // groups * 9)
+
+
+def test_autocast_of_the_trace_is_cudas():
+    """What CUDA's autocast computes in float32 does so, and nothing that the CPU's own autocast rules already."""
+    cuda, cpu = (torch._C._dispatch_get_registrations_for_dispatch_key(key) for key in ("AutocastCUDA", "AutocastCPU"))
+    names = {f"aten::{name}" for name in FLOAT32}
+    assert names <= set(cuda) and not names & set(cpu)
+    x = torch.ones(4, 8, dtype=torch.bfloat16)
+    results = {}
+    for rules in (nullcontext(), gpu_rules(), nullcontext()):
+        with rules, torch.autocast("cpu", torch.bfloat16):
+            outputs = F.layer_norm(x, (8,)), x.softmax(-1), x.pow(2), x.sum(-1), F.linear(x, x)
+        results.setdefault(type(rules), []).append([output.dtype for output in outputs])
+    half, full = torch.bfloat16, torch.float32
+    assert list(results.values()) == [[[half] * 5, [half] * 5], [[full] * 4 + [half]]]
 
 
 def test_text_that_a_mask_selects_counts_whole(flags):
@@ -115,7 +152,7 @@ def test_experts_get_all_tokens(training, flags):
             inputs |= {"hidden_states": (2, 4, 8, 8), "encoder_hidden_states_llama3": (2, 2, 16, 16)}
             inputs = {name: torch.randn(shape) for name, shape in inputs.items()}
             network.train(training)(timesteps=torch.tensor([3.0, 4.0]), **inputs).sample.square().mean().backward()
-        return sum(counter.flops.values()), counter.peak
+        return sum(counter.work.values(), Work()).flops, counter.peak
 
     (flops, peak), (fake_flops, fake_peak) = traced(fake=False), traced(fake=True)
     if training:
@@ -151,7 +188,13 @@ def test_a_trace_equals_a_run_with_real_tensors(name, more, flags):
     assert real.peak == pytest.approx(allocator_peak(profiler), rel=0.03)
     for key in {*fake.at_peak, *real.at_peak}:
         assert fake.at_peak.get(key, 0) == real.at_peak.get(key, 0), key
-    assert (fake.peak, fake.peak_phase, fake.flops) == (real.peak, real.peak_phase, real.flops)
+    assert (fake.peak, fake.peak_phase) == (real.peak, real.peak_phase)
+    for stage, phases in fake.work.items():
+        for phase, work in phases.items():
+            other = real.work[stage][phase]
+            assert work.flops == other.flops, (stage, phase)  # kernels of attention may differ
+            assert work.operations == pytest.approx(other.operations, rel=0.02), (stage, phase)
+            assert work.bytes_moved == pytest.approx(other.bytes_moved, rel=0.02), (stage, phase)
     student_bytes = 4 * fake.num_params["student"]
     if "--rank" not in more:
         assert student_bytes <= fake.at_peak["student", WEIGHTS] <= 1.01 * student_bytes
@@ -178,44 +221,31 @@ def test_devices_are_not_mixed(name, precision, flags, bfloat16, monkeypatch):
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
-def dry_run_in(environment: dict, arguments: list[str]) -> list[str]:
-    """Run --dry_run in a process with this environment; return its lines, with JSON in place of the tables."""
-    code = "import train_senseflow_flux as script, senseflow.memory.report as report, sys, json\n"
-    code += "def print_trace(traced, mode, processes):\n"
-    code += "    at_peak = [[*key, size] for key, size in traced.at_peak.items()]\n"
-    code += "    print(json.dumps([mode, processes, traced.num_params, at_peak]))\n"
-    code += "def suggest(args, command, environment, *more):\n"
-    code += "    print('FSDP in the next trace:', environment.get('ACCELERATE_USE_FSDP'))\n"
-    code += "report.suggest = suggest\n"
-    command = [
-        sys.executable,
-        "-c",
-        code + "report.print_trace = print_trace\nscript.main(sys.argv[1:])",
-        *keep_last(arguments),
-    ]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-
-
 @pytest.mark.parametrize("mode, environment, processes", [("fsdp2", FSDP2, 8), ("ddp", {}, 2)])
-def test_one_process_of_many(mode, environment, processes, flags):
+def test_one_process_of_many(mode, environment, processes, flags, tmp_path):
     """Under FSDP2 it has its part of weights, gradients and states; under DDP always the gradients of all networks."""
-    arguments = flags("flux", "--gan_weight", "0", "--dry_run", "0.00001")
-    lines = dry_run_in({**environment, "WORLD_SIZE": str(processes)}, arguments)
-    assert lines[-1] == f"FSDP in the next trace: {environment.get('ACCELERATE_USE_FSDP')}"
-    printed_mode, printed_processes, num_params, at_peak = json.loads(lines[0])
-    at_peak = {(owner, kind): size for owner, kind, size in at_peak}
-    assert (printed_mode, printed_processes) == (mode, processes)
+    output = tmp_path / "dry_run.json"
+    command = [ROOT / "train_senseflow_flux.py", *flags("flux", "--gan_weight", "0", "--dry_run")]
+    command = [sys.executable, *command, "--dry_run_output", output]
+    environment = {**os.environ, **environment, "WORLD_SIZE": str(processes)}
+
+    def run(rank: int) -> str:
+        kwargs = {"env": {**environment, "RANK": str(rank)}, "stdout": subprocess.PIPE, "text": True, "check": True}
+        return subprocess.run(keep_last(map(str, command)), **kwargs).stdout
+
+    assert run(1) == "" and not output.exists()
+    printed, summary = run(0), json.loads(output.read_text())
+    assert (summary["mode"], summary["processes"]) == (mode, processes)
+    assert f"\npeak {summary['peak_gib']:.5f} GiB, in: {summary['peak_phase']}\n" in printed
     shards = processes if mode == "fsdp2" else 1
     for role in ("student", "fake_score"):
-        total = 4 * num_params[role]
-        assert total / shards <= at_peak[role, WEIGHTS] <= 1.1 * total / shards
-        assert 2 * total / shards <= at_peak[role, STATES] <= 2.2 * total / shards
+        total, memory = 4 * summary["parameters"][role] / GIB, summary["memory_gib"][role]
+        assert total / shards <= memory[WEIGHTS] <= 1.1 * total / shards
+        assert 2 * total / shards <= memory[STATES] <= 2.2 * total / shards
         if mode == "ddp":
-            assert at_peak[role, GRADIENTS] == total
+            assert memory[GRADIENTS] == total
         else:  # weights gathered earlier are freed
-            assert at_peak.get((role, "activations"), 0) < total
-    assert dry_run_in({**environment, "WORLD_SIZE": str(processes), "RANK": "1"}, arguments) == []
+            assert memory.get("activations", 0) < total
 
 
 def test_configurations_suffice_and_the_cards_are_printed(flags, teacher, tmp_path, capsys):
@@ -230,7 +260,7 @@ def test_configurations_suffice_and_the_cards_are_printed(flags, teacher, tmp_pa
     peak = float(re.search(r"^peak ([\d.]+) GiB, in: ", output, re.MULTILINE)[1])
     assert 0 < peak < 0.1 and output.strip().splitlines()[-1].startswith("fits in 24, 40, 48, 80, 141 GB")
     assert re.search(r"^student +[\d.]+ +[\d.]+ +[\d.]+", output, re.MULTILINE)
-    assert "\nwith student update: " in output and "on disk: a checkpoint " in output
+    assert "\niteration with student " in output and "on disk: a checkpoint " in output
     assert not (tmp_path / "out").exists()
     (bare / "transformer" / "config.json").unlink()
     refused(train_senseflow_flux, arguments, 2, f"{bare} (transformer): no readable FluxTransformer2DModel", capsys)
@@ -254,7 +284,7 @@ def test_runs_without_a_vae_and_with_loras_are_traced(name, given, flags, tmp_pa
     capsys.readouterr()
     SCRIPTS[name].main([*arguments, "--output_dir", str(tmp_path / "dry"), "--dry_run"])
     output = capsys.readouterr().out
-    assert re.search(r"^peak [\d.]+ GiB, in: ", output, re.MULTILINE) and "with student update: " in output
+    assert re.search(r"^peak [\d.]+ GiB, in: ", output, re.MULTILINE) and "\niteration with student " in output
 
 
 def test_flags_are_added_until_the_command_fits(flags, capsys, monkeypatch):
@@ -301,7 +331,7 @@ def test_zero_by_arithmetic():
         at_peak={**student, ("teacher", WEIGHTS): 200},
         peak_phase=("student", "step"),
         encoder_bytes=0,
-        flops={},
+        work={},
         checkpoint_bytes=0,
         export_bytes=0,
         num_params={"student": 100, "teacher": 100},
