@@ -9,15 +9,12 @@ DiffAugment changes the images that are classified, never the reference.
 """
 
 import math
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Optional, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
 
@@ -166,6 +163,9 @@ class TextFeatures(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The heads
 # ---------------------------------------------------------------------------------------------------------------------
+TOWERS_PER_GROUP = 4  # run side by side: fewer operations on the GPU, and more memory, than one after the other
+
+
 class LocalBatchNorm(nn.Module):
     """Batch norm over groups of at most `virtual_batch` neighboring samples, without running statistics (StyleGAN-T).
 
@@ -179,96 +179,150 @@ class LocalBatchNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize x (B, C, H, W)."""
-        batch = x.shape[0]
+    def forward(self, x: torch.Tensor, num_batches: int = 1) -> torch.Tensor:
+        """Normalize x (num_batches * B, C, H, W); no group has samples of two batches."""
+        batch = len(x) // num_batches
         size = max(d for d in range(1, min(batch, self.virtual_batch) + 1) if batch % d == 0)
-        groups = x.float().unflatten(0, (batch // size, size))
-        variance, mean = torch.var_mean(groups, dim=(1, 3, 4), keepdim=True, correction=0)
-        x = ((groups - mean) * torch.rsqrt(variance + 1e-5)).flatten(0, 1).to(x.dtype)
-        return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        groups = len(x) // size
+        x = x.unflatten(0, (groups, size)).transpose(0, 1).flatten(1, 2)  # (size, groups * C, H, W)
+        weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
+        x = torch.batch_norm(x, weight, bias, None, None, True, 0.0, 1e-5, torch.backends.cudnn.enabled)
+        return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Module:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, padding_mode="circular")
-    return spectral_norm(conv, n_power_iterations=1, eps=1e-12)
+class CircularPad(torch.autograd.Function):
+    """Pad (..., H, W) by one on each side, circularly: F.pad(mode="circular") in a quarter of its operations."""
+
+    @staticmethod
+    def forward(context, x):
+        for dim in (-2, -1):
+            x = torch.cat([x.narrow(dim, -1, 1), x, x.narrow(dim, 0, 1)], dim)
+        return x
+
+    @staticmethod
+    def backward(context, gradient):
+        for dim in (-1, -2):
+            size = gradient.shape[dim] - 2
+            inner = gradient.narrow(dim, 1, size).clone(memory_format=torch.contiguous_format)
+            inner.narrow(dim, -1, 1).add_(gradient.narrow(dim, 0, 1))
+            inner.narrow(dim, 0, 1).add_(gradient.narrow(dim, -1, 1))
+            gradient = inner
+        return gradient
 
 
-class Block(nn.Sequential):
-    """Spectral-norm convolution, local batch norm, LeakyReLU."""
+class SpectralConv(nn.Module):
+    """Convolutions of several towers side by side, with circular padding and spectral norm (Miyato et al., 2018).
 
-    def __init__(self, channels: int, kernel: int):
-        super().__init__(_conv(channels, channels, kernel), LocalBatchNorm(channels), nn.LeakyReLU(0.2))
+    x (B, towers * inputs, H, W) -> (B, towers * outputs, H', W'). The largest singular value of each tower's weights W
+    is estimated by u W v, where u and v follow W by a power iteration. It divides the output, which is smaller than W.
+    """
+
+    def __init__(self, towers: int, inputs: int, outputs: int, kernel: int, stride: int = 1):
+        super().__init__()
+        self.towers, self.kernel, self.stride = towers, kernel, stride
+        self.weight = nn.Parameter(torch.empty(towers * outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.empty(towers * outputs))
+        self.register_buffer("u", torch.empty(towers, outputs, 1))
+        self.register_buffer("v", torch.empty(towers, inputs * kernel**2, 1))
+
+    @torch.no_grad()
+    def init_tower(self, tower: int) -> None:
+        """Draw one tower's weights as nn.Conv2d does, and its u and v."""
+        outputs, inputs = len(self.bias) // self.towers, self.weight.shape[1]
+        conv, rows = nn.Conv2d(inputs, outputs, self.kernel), slice(tower * outputs, (tower + 1) * outputs)
+        self.weight[rows], self.bias[rows] = conv.weight, conv.bias
+        for vectors in (self.u, self.v):
+            vectors[tower, :, 0] = F.normalize(torch.randn(vectors.shape[1]), dim=0, eps=1e-12)
+
+    def forward(
+        self, x: Optional[torch.Tensor] = None, scale: Optional[torch.Tensor] = None, iterate: bool = False
+    ) -> Optional[torch.Tensor]:
+        """Convolve x, multiply by a scale (towers, 1, 1, 1) and add the bias.
+
+        Without x return the singular values (towers, 1, 1), float32, with gradient to the weights. With `iterate` run
+        a power iteration. All is done here because ZeRO-3 gathers the weights for calls of the module.
+        """
+        if x is not None:
+            x = CircularPad.apply(x) if self.kernel == 3 else x
+            x = F.conv2d(x, self.weight, stride=self.stride, groups=self.towers).unflatten(1, (self.towers, -1))
+            return torch.addcmul(self.bias.view(self.towers, -1, 1, 1), x, scale).flatten(1, 2)
+        if iterate:
+            return self.iterate()
+        return self.u.transpose(1, 2) @ (self._matrices() @ self.v)
+
+    @torch.no_grad()
+    def iterate(self, steps: int = 1) -> None:
+        """Move u and v towards the first singular vectors of the weights, in place."""
+        matrices = self._matrices()
+        for _ in range(steps):
+            for vector, product in ((self.u, lambda: matrices @ self.v), (self.v, lambda: matrices.mT @ self.u)):
+                result = product()
+                torch.div(result, result.norm(dim=1, keepdim=True).clamp(min=1e-12), out=vector)
+
+    def _matrices(self) -> torch.Tensor:
+        """Return the weights as a view (towers, outputs, inputs * kernel^2)."""
+        return self.weight.flatten(1).unflatten(0, (self.towers, -1))
 
 
-class Residual(Block):
-    """(f(x) + x) / sqrt(2) of a 3x3 block."""
+class TowerGroup(nn.Module):
+    """Towers of convolutions, side by side: maps to 64 channels at an eighth of the sides, rounded up.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (super().forward(x) + x) / 2**0.5
-
-
-class Tower(nn.Sequential):
-    """Convolutions from maps (B, C, h, w) to 64 channels at an eighth of the sides, rounded up.
+    A tower is a 1x1 block, then three 3x3 convolutions of stride 2 with residual 3x3 blocks between them, then a 1x1
+    convolution. A block f is a convolution, local batch norm and LeakyReLU; a residual block is (f(x) + x) / sqrt(2).
 
     Attributes:
-        gradient_checkpointing: keep only the input for the backward pass, neither activations nor normalized weights.
+        gradient_checkpointing: keep only the input for the backward pass.
     """
 
     gradient_checkpointing = False
 
-    def __init__(self, channels: int):
-        layers = [Block(channels, 1)]
-        for stage in range(3):
-            layers.append(_conv(channels, channels, 3, stride=2))
-            if stage < 2:
-                layers.append(Residual(channels, 3))
-        super().__init__(*layers, _conv(channels, CONDITION_CHANNELS, 1))
+    def __init__(self, towers: int, channels: int):
+        super().__init__()
+        conv = partial(SpectralConv, towers, channels)
+        shapes = [(channels, 1), (channels, 3, 2), (channels, 3), (channels, 3, 2), (channels, 3), (channels, 3, 2)]
+        self.convs = nn.ModuleList(conv(*shape) for shape in (*shapes, (CONDITION_CHANNELS, 1)))
+        self.norms = nn.ModuleDict({str(index): LocalBatchNorm(towers * channels) for index in (0, 2, 4)})
+        for tower in range(towers):
+            for conv in self.convs:
+                conv.init_tower(tower)
+        for conv in self.convs:
+            conv.iterate(16)  # as often as nn.utils.parametrizations.spectral_norm does
 
-    def forward(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
-        """Run on each of the maps separately, with weights that are normalized once.
+    def forward(self, batches: Sequence[Sequence[torch.Tensor]], one: torch.Tensor) -> torch.Tensor:
+        """Run on batches of maps, a map (B, C, h, w) per tower; each batch is normalized by itself.
 
         Args:
-            one: 1, with gradient in training: FSDP2 frees a tower after its backward only if an input takes gradient.
+            one: 1, with gradient in training: FSDP2 frees the weights after the backward only if an input takes it.
+        Returns:
+            (batches, B, towers, 64, h', w').
         """
+        with torch.autocast(one.device.type, enabled=False):
+            for conv in self.convs if self.training else ():
+                conv(iterate=True)  # here, because `_run` may run again in the backward pass
         if self.gradient_checkpointing:
-            kwargs = {"context_fn": lambda: (nullcontext(), self._without_power_iteration())}
-            return checkpoint(self._run, maps, one, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return self._run(maps, one)
+            return checkpoint(self._run, batches, one, use_reentrant=False, preserve_rng_state=False)
+        return self._run(batches, one)
 
-    def _run(self, maps: Sequence[torch.Tensor], one: torch.Tensor) -> list[torch.Tensor]:
-        with parametrize.cached():
-            self._normalize_weights(one.device.type)
-            return [nn.Sequential.forward(self, features.float()) * one for features in maps]
-
-    def _normalize_weights(self, device_type: str) -> None:
-        """Run every convolution's power iteration and division in float32; `parametrize.cached` keeps the result."""
-        with torch.autocast(device_type, enabled=False):
-            for module in self.modules():
-                if parametrize.is_parametrized(module):
-                    _ = module.weight
-
-    @contextmanager
-    def _without_power_iteration(self):
-        """Reuse the norms of the first run in the recomputation."""
-        norms = [module for module in self.modules() if hasattr(module, "_power_method")]
-        training = [norm.training for norm in norms]
-        for norm in norms:
-            norm.eval()
-        try:
-            yield
-        finally:
-            for norm, mode in zip(norms, training):
-                norm.train(mode)
+    def _run(self, batches: Sequence[Sequence[torch.Tensor]], one: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([torch.cat(list(maps), 1) for maps in batches]).float()
+        with torch.autocast(one.device.type, enabled=False):
+            scales = (one / torch.stack([conv() for conv in self.convs])).unsqueeze(-1)
+        for index, (conv, scale) in enumerate(zip(self.convs, scales)):
+            before, x = x, conv(x, scale)
+            if str(index) in self.norms:
+                x = F.leaky_relu(self.norms[str(index)](x, len(batches)), 0.2)
+                if index > 0:
+                    x = (x + before) / 2**0.5
+        return x.unflatten(0, (len(batches), -1)).unflatten(2, (-1, CONDITION_CHANNELS))
 
 
 class TextMap(nn.Module):
     """A linear map with weights initialized from N(0, 1), scaled by 1 / sqrt(inputs) in the forward, and zero bias."""
 
-    def __init__(self, inputs: int):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(CONDITION_CHANNELS, inputs))
-        self.bias = nn.Parameter(torch.zeros(CONDITION_CHANNELS))
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         return F.linear(text, self.weight / self.weight.shape[1] ** 0.5, self.bias)
@@ -283,13 +337,16 @@ class Discriminator(nn.Module):
         text_channels: of the text embedding.
     """
 
-    _no_split_modules = ("Tower",)  # sharded, and gathered, one by one
+    _no_split_modules = ("TowerGroup",)  # sharded, and gathered, one by one
 
     def __init__(self, channels: int, num_maps: int, text_channels: int):
         super().__init__()
-        self.cls = nn.ModuleList(Tower(channels) for _ in range(num_maps))
-        self.refmap = nn.ModuleList(Tower(channels) for _ in range(num_maps))
-        self.cmap = nn.ModuleList(TextMap(text_channels) for _ in range(num_maps))
+        starts = range(0, num_maps, TOWERS_PER_GROUP)
+        self.groups = [slice(start, min(start + TOWERS_PER_GROUP, num_maps)) for start in starts]
+        self.cls, self.refmap = (
+            nn.ModuleList(TowerGroup(group.stop - group.start, channels) for group in self.groups) for _ in range(2)
+        )
+        self.cmap = TextMap(text_channels, num_maps * CONDITION_CHANNELS)
 
     def forward(
         self, images: Sequence[Sequence[torch.Tensor]], reference: Sequence[torch.Tensor], text: torch.Tensor
@@ -301,14 +358,14 @@ class Discriminator(nn.Module):
             reference: output for the images that the prompts belong to, not augmented.
             text: (B, T) of `TextFeatures`.
         """
-        logits = [[] for _ in images]
         one = torch.ones((), device=text.device, requires_grad=self.training and torch.is_grad_enabled())
-        for head, (cls, refmap, cmap) in enumerate(zip(self.cls, self.refmap, self.cmap)):
-            condition = cmap(text)[:, :, None, None] + refmap(reference[head : head + 1], one)[0]
-            for per_head, features in zip(logits, cls([features[head] for features in images], one)):
-                scores = (features * condition).float().sum(1) / CONDITION_CHANNELS**0.5
-                per_head.append(scores.flatten(1))
-        return tuple(torch.cat(per_head, 1) for per_head in logits)
+        text = self.cmap(text).unflatten(1, (-1, CONDITION_CHANNELS))[..., None, None]  # (B, heads, 64, 1, 1)
+        logits = []
+        for group, cls, refmap in zip(self.groups, self.cls, self.refmap):
+            condition = text[:, group] + refmap([reference[group]], one)[0]
+            scores = cls([maps[group] for maps in images], one) * condition
+            logits.append(scores.float().sum(3).flatten(2) / CONDITION_CHANNELS**0.5)
+        return torch.cat(logits, 2).unbind()
 
 
 class LatentClassifier(nn.Sequential):
@@ -348,8 +405,8 @@ def load_discriminator(
     vision = VisionFeatures(args.discriminator_backbone, args.discriminator_layers, dtype, **kwargs).to(device)
     text = TextFeatures(args.discriminator_text_encoder).to(device)
     heads = Discriminator(vision.channels, vision.num_maps, text.channels)
-    for tower in (*heads.cls, *heads.refmap):
-        tower.gradient_checkpointing = args.gradient_checkpointing
+    for group in (*heads.cls, *heads.refmap):
+        group.gradient_checkpointing = args.gradient_checkpointing
     return heads, vision, text
 
 

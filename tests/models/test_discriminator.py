@@ -7,17 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import Dinov2Config, Dinov2Model
 
 from senseflow.errors import UserError
-from senseflow.memory.counter import Counter
+from senseflow.memory.counter import Counter, Work
+from senseflow.memory.gpu_rules import gpu_rules
 from senseflow.models.discriminator import (
     Discriminator,
     LocalBatchNorm,
     TextFeatures,
-    TextMap,
-    Tower,
     VisionFeatures,
     check_discriminator_args,
     default_layers,
@@ -55,46 +56,124 @@ def test_sizes_equal_the_release():
     (logits,) = heads((features(1, 4, [73] * 8),), features(1, 4, [73] * 8), torch.randn(1, 6))
     assert logits.shape == (1, 800)
     with torch.device("meta"):
-        tower = sum(p.numel() for p in Tower(1024).parameters())
-        text = sum(p.numel() for p in TextMap(768).parameters())
-    assert round(8 * (2 * tower + text) / 1e6) in (772, 773)
+        weights = sum(p.numel() for p in Discriminator(1024, 8, 768).parameters())
+    assert round(weights / 1e6) in (772, 773)
 
 
-def test_logits_are_the_products_of_the_towers():
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> torch.nn.Module:
+    padding = {"padding": kernel // 2, "padding_mode": "circular"}
+    return spectral_norm(torch.nn.Conv2d(inputs, outputs, kernel, stride, **padding))
+
+
+class Block(torch.nn.Sequential):
+    def __init__(self, channels: int, kernel: int):
+        layers = conv(channels, channels, kernel), LocalBatchNorm(channels), torch.nn.LeakyReLU(0.2)
+        super().__init__(*layers)
+
+
+class Residual(Block):
+    def forward(self, x):
+        return (super().forward(x) + x) / 2**0.5
+
+
+class OneByOne(torch.nn.Module):
+    """The discriminator as a list of towers over torch's own spectral norm, with weights of its own."""
+
+    def __init__(self, channels: int, num_maps: int, text_channels: int):
+        super().__init__()
+
+        def tower():
+            layers = [Block(channels, 1)]
+            for stage in range(3):
+                layers += [conv(channels, channels, 3, 2)]
+                layers += [Residual(channels, 3)] if stage < 2 else [conv(channels, 64, 1)]
+            return torch.nn.Sequential(*layers)
+
+        self.cls, self.refmap = (torch.nn.ModuleList(tower() for _ in range(num_maps)) for _ in range(2))
+        self.cmap = torch.nn.Parameter(torch.randn(num_maps, 64, text_channels))
+
+    def forward(self, images, reference, text):
+        logits = [[] for _ in images]
+        for head, (cls, refmap) in enumerate(zip(self.cls, self.refmap)):
+            condition = F.linear(text, self.cmap[head] / text.shape[1] ** 0.5)[..., None, None]
+            condition = condition + refmap(reference[head])
+            with parametrize.cached():  # one power iteration for all images
+                for per_head, maps in zip(logits, images):
+                    per_head.append((cls(maps[head]) * condition).sum(1).flatten(1) / 8)
+        return [torch.cat(per_head, 1) for per_head in logits]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_towers_side_by_side_equal_towers_one_by_one(batch, checkpointing):
+    """Logits, gradients and power iterations of three steps; the random weights at the start are the same, too."""
+    torch.manual_seed(0)
+    plain = OneByOne(8, 5, 6).train()  # a group of four maps and one of one
+    torch.manual_seed(0)
+    heads = Discriminator(8, 5, 6).train()
+    for group in (*heads.cls, *heads.refmap):
+        group.gradient_checkpointing = checkpointing
+    for step in range(3):
+        results = []
+        for network in (plain, heads):
+            images = [[f.requires_grad_() for f in features(batch, 8, [9] * 5, 10 * step + i)] for i in range(2)]
+            logits = network(images, features(batch, 8, [9] * 5, 10 * step + 5), torch.full((batch, 6), step - 1.0))
+            (logits[0].relu().mean() - logits[1].square().mean()).backward()
+            results.append([*logits, *(f.grad for maps in images for f in maps)])
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    convolutions = [
+        [module for module in tower.modules() if parametrize.is_parametrized(module)] for tower in plain.cls[:4]
+    ]
+    for index, stacked in enumerate(heads.cls[0].convs):
+        norms = [tower[index].parametrizations.weight for tower in convolutions]
+        weights = torch.cat([norm.original for norm in norms])
+        torch.testing.assert_close(stacked.weight, weights, rtol=0, atol=0)
+        gradients = torch.cat([norm.original.grad for norm in norms])
+        torch.testing.assert_close(stacked.weight.grad, gradients, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stacked.u[..., 0], torch.stack([norm[0]._u for norm in norms]))
+        torch.testing.assert_close(stacked.v[..., 0], torch.stack([norm[0]._v for norm in norms]))
+    torch.testing.assert_close(heads.cmap.weight.grad, plain.cmap.grad.flatten(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_logits_depend_on_text_and_reference_and_not_on_other_images():
     torch.manual_seed(0)
     heads = Discriminator(8, 2, 6).eval()
     image, reference, text = features(2, seed=1), features(2, seed=2), torch.randn(2, 6)
     (logits,) = heads((image,), reference, text)
-    expected = []
-    for k in range(2):
-        condition = F.linear(text, heads.cmap[k].weight) / 6**0.5 + heads.cmap[k].bias
-        (own,), (other,) = heads.cls[k]([image[k]], torch.ones(())), heads.refmap[k]([reference[k]], torch.ones(()))
-        maps = own * (condition[:, :, None, None] + other)
-        expected.append(maps.sum(1).flatten(1) / 8)
-    torch.testing.assert_close(logits, torch.cat(expected, 1))
-    # Logits depend on text and reference, but not on other images in the tuple.
-    (other,) = heads((image,), reference, text + 1)
-    assert not torch.allclose(other, logits)
+    for changed in (((image,), reference, text + 1), ((image,), features(2, seed=4), text)):
+        (other,) = heads(*changed)
+        assert not torch.allclose(other, logits)
     first, _ = heads((image, features(2, seed=3)), reference, text)
-    assert torch.equal(first, logits)
+    torch.testing.assert_close(first, logits)
 
 
 def test_weights_are_normalized_and_the_reference_is_processed_once_per_call():
     torch.manual_seed(0)
     heads = Discriminator(8, 2, 6)
-    convolutions = [module for module in heads.modules() if parametrize.is_parametrized(module)]
-    runs = dict.fromkeys(("norm", "reference", "cls"), 0)
-    convolutions[0].parametrizations.weight[0].register_forward_hook(
-        lambda *_: runs.__setitem__("norm", runs["norm"] + 1)
-    )
-    heads.refmap[0].register_forward_hook(lambda *_: runs.__setitem__("reference", runs["reference"] + 1))
-    heads.cls[0].register_forward_hook(lambda *_: runs.__setitem__("cls", runs["cls"] + 1))
+    runs = []
+    for name in ("cls", "refmap"):
+        getattr(heads, name)[0].register_forward_hook(lambda *_, name=name: runs.append(name))
     for _ in range(20):
         heads((features(2), features(2, seed=1)), features(2, seed=2), torch.randn(2, 6))
-    assert runs == {"norm": 20, "reference": 20, "cls": 20}
-    heads.eval()
-    for conv in convolutions:
-        assert torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
+    assert sorted(runs) == ["cls"] * 20 + ["refmap"] * 20
+    for conv in heads.cls[0].convs:
+        largest = torch.linalg.matrix_norm(conv.weight.flatten(1).unflatten(0, (2, -1)), 2)
+        torch.testing.assert_close(conv().flatten(), largest, rtol=0.05, atol=0)
+
+
+def test_operations_and_bytes_of_its_turn():
+    """At the width of DINOv2 large, one image of 1024 px, bf16 and checkpointing."""
+    with FakeTensorMode(), Counter() as counter, gpu_rules():
+        heads = Discriminator(1024, 8, 1280).train()
+        for group in (*heads.cls, *heads.refmap):
+            group.gradient_checkpointing = True
+        real, fake, reference = ([torch.zeros(1, 1024, 73, 73) for _ in range(8)] for _ in range(3))
+        counter.work.clear()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            logits = heads((real, fake), reference, torch.zeros(1, 1280))
+        (logits[0].mean() - logits[1].mean()).backward()
+        work = sum(counter.work.values(), Work())
+    assert work.operations < 1.05 * 1408 and work.bytes_moved < 1.05 * 93e9
 
 
 def test_a_frozen_discriminator_does_not_change_and_passes_gradient_to_the_image():
@@ -119,8 +198,8 @@ def test_checkpointed_towers_train_identically_and_keep_only_their_input(dtype):
     for again in (False, True):
         torch.manual_seed(0)
         heads, kept, gradients = Discriminator(8, 2, 6).train(), [], []
-        for tower in (*heads.cls, *heads.refmap):
-            tower.gradient_checkpointing = again
+        for group in (*heads.cls, *heads.refmap):
+            group.gradient_checkpointing = again
         for step in range(3):
             heads.train(step < 2).requires_grad_(step < 2)
             image = [f.requires_grad_() for f in features(2)]
@@ -209,7 +288,7 @@ def test_load_discriminator_applies_dtype_checkpointing_and_resolution(vision):
     paths = {"discriminator_backbone": vision / "dinov2", "discriminator_text_encoder": vision / "clip"}
     args = SimpleNamespace(**paths, discriminator_layers=None, discriminator_resolution=24, gradient_checkpointing=1)
     heads, network, _ = load_discriminator(args, torch.bfloat16, "cpu")
-    assert all(tower.gradient_checkpointing for tower in (*heads.cls, *heads.refmap))
+    assert all(group.gradient_checkpointing for group in (*heads.cls, *heads.refmap))
     assert network.dtype == torch.bfloat16 and network.gradient_checkpointing and network.resolution == 24
 
 
