@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,7 @@ from helpers import (
 )
 from senseflow.errors import UserError
 from senseflow.inference import find_model, load_model_pipeline
-from senseflow.models.lora import FILE, export_lora, lora_config
+from senseflow.models.lora import FILE, export_lora, fuse_applications, lora_config
 from senseflow.models.quantization import quantization_states
 from senseflow.training.roles import LaunchConfig, Role
 from senseflow_utils import Guidance
@@ -703,3 +703,32 @@ def test_a_run_over_a_quantized_base_resumes_and_samples_as_trained(name, flags,
         "latest",
     ]
     refused(script, other, 1, f"--base_quantization none: {tmp_path}", capsys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_applied_as_by_peft(dtype):
+    """To rounding in float32; under autocast at least as exactly as by peft, output and gradients."""
+
+    def run(fused: bool, autocast: bool):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 32)).to(dtype)
+        inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]), network)
+        adapters = [p for p in network.parameters() if p.requires_grad]
+        for parameter in adapters:
+            parameter.data = torch.randn(parameter.shape) / 4
+        if fused:
+            fuse_applications(network)
+        x = torch.randn(2, 5, 32, requires_grad=True)
+        if not autocast:
+            network.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = network(x)
+        (out.float() * torch.randn(out.shape)).sum().backward()
+        return [out.float(), x.grad, *(p.grad for p in adapters)]
+
+    exact = run(fused=False, autocast=False)
+    torch.testing.assert_close(run(fused=True, autocast=False), exact)
+    if dtype == torch.bfloat16:
+        by_peft, ours = run(False, True), run(True, True)
+        for wanted, theirs, own in zip(exact, by_peft, ours):
+            assert 0 < (own - wanted).norm() < 1.1 * (theirs - wanted).norm()
