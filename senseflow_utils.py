@@ -413,5 +413,4 @@ def ida_update(
     fake_parameters: Sequence[torch.Tensor], student_parameters: Sequence[torch.Tensor], decay: float
 ) -> None:
     """Set fake <- decay * fake + (1 - decay) * student, in place: IDA (SenseFlow, section 3.2)."""
-    for fake, student in zip(fake_parameters, student_parameters, strict=True):
-        fake.lerp_(student, 1 - decay)
+    torch._foreach_lerp_(fake_parameters, student_parameters, 1 - decay)

@@ -250,7 +250,7 @@ class Role:
 
     def ida_update_from(self, other: "Role", decay: float) -> None:
         """IDA: move every parameter towards the other role's: own <- decay * own + (1 - decay) * other."""
-        ida_update(list(self.parameters.values()), list(other.parameters.values()), decay)
+        ida_update(self._masters(), other._masters(), decay)
 
     @property
     def learning_rate(self) -> float:

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from senseflow.models.lora import share_base
 from senseflow.models.weights import Weights, is_meta, local_rows, materialize, meta_network, read_into
 from senseflow.training.roles import Role, join_shards
-from senseflow_utils import ida_update
 
 
 class ShardedRole(Role):
@@ -192,7 +191,7 @@ class ZeroRole(ShardedRole):
         return torch.as_tensor(self._wrapped.get_global_grad_norm(), device=self.accelerator.device)
 
     def ida_update_from(self, other, decay):
-        ida_update(self._masters(), other._masters(), decay)
+        super().ida_update_from(other, decay)
         self._copy_masters_to_network()
 
     def _masters(self):
