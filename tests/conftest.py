@@ -18,7 +18,7 @@ from PIL import Image  # noqa: E402
 from helpers import dry_runs, record_runs, training_runs  # noqa: E402
 from senseflow.arguments import Parser  # noqa: E402
 from senseflow.models.hub import resolve_repo  # noqa: E402
-from tiny_pipelines import write_discriminator, write_flux  # noqa: E402
+from tiny_pipelines import write_discriminator, write_flux, write_sd3, write_sdxl  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,16 @@ def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("flux")
     write_flux(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def teachers(teacher, tmp_path_factory):
+    """Return {script: folder of a tiny pipeline}."""
+    found = {"flux": teacher}
+    for name, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
+        found[name] = tmp_path_factory.mktemp(name)
+        write(found[name])
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -38,22 +38,12 @@ from senseflow.models.lora import FILE, export_lora, fuse_applications, lora_con
 from senseflow.models.quantization import quantization_states
 from senseflow.training.roles import LaunchConfig, Role
 from senseflow_utils import Guidance
-from tiny_pipelines import cache_repository, write_sd3, write_sdxl
+from tiny_pipelines import cache_repository
 
 
 SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
 NETWORK = {"flux": "transformer", "sd3": "transformer", "sdxl": "unet"}
 QUANTIZED = ["flux 4bit", "sd3 8bit", "sdxl 4bit", "sdxl 8bit"]
-
-
-@pytest.fixture(scope="module")
-def teachers(teacher, tmp_path_factory):
-    """Return {script: folder of a tiny pipeline}."""
-    found = {"flux": teacher}
-    for name, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
-        found[name] = tmp_path_factory.mktemp(name)
-        write(found[name])
-    return found
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from senseflow.errors import UserError
 from senseflow.inference import find_model, load_model_pipeline
 from senseflow.models.lora import check_lora_args
 from senseflow_utils import Guidance
-from tiny_pipelines import write_sd3, write_sdxl
 
 
 SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
@@ -27,16 +26,6 @@ ENCODERS = {
     "sd3": ["text_encoder", "text_encoder_2"],
     "sdxl": ["text_encoder", "text_encoder_2"],
 }
-
-
-@pytest.fixture(scope="module")
-def teachers(teacher, tmp_path_factory):
-    """Return {script: folder of a tiny pipeline}."""
-    found = {"flux": teacher}
-    for name, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
-        found[name] = tmp_path_factory.mktemp(name)
-        write(found[name])
-    return found
 
 
 @pytest.fixture
