@@ -1,6 +1,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Report what a user can fix as one line and an exit code, and write files so that they are complete or absent."""
 
+import atexit
 import errno
 import importlib.util
 import json
@@ -43,6 +44,8 @@ def run_script(main: Callable[[], object]) -> None:
     """Run a script's main function. Print a UserError or Ctrl-C as one line on stderr, without a traceback, and exit.
 
     If several processes run, the launcher gets the message, too; it ends the others and prints the message last.
+    A complete run of several processes ends without Python's finalization: a thread of the process group that asks for
+    the interpreter then would abort the process, and the launcher would report a failure.
     """
     quiet_libraries()
     rank = os.environ.get("RANK", "0")
@@ -74,6 +77,11 @@ def run_script(main: Callable[[], object]) -> None:
             sys.exit(1)
         write_launcher_error(traceback.format_exc())
         raise
+    if "torch" in sys.modules and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def quiet_libraries() -> None:

@@ -313,6 +313,33 @@ def test_ctrl_c_is_one_line_and_130(when, saved, flags, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{number}" for number in saved]
 
 
+LATE_THREAD_SCRIPT = """
+import atexit, os, torch
+from senseflow.errors import run_script
+
+
+class Thread:
+    def __del__(self, abort=os.abort):
+        abort()
+
+
+thread = Thread()  # as one of gloo's that asks for the interpreter when it ends
+atexit.register(print, "and unlocked")
+run_script(lambda: print("trained", end=" "))
+"""
+
+
+def test_several_processes_end_without_finalization():
+    ended = subprocess.run(
+        [sys.executable, "-c", LATE_THREAD_SCRIPT],
+        env={**os.environ, "WORLD_SIZE": "2"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "trained and unlocked\n")
+
+
 def fail_on_sync(*_):
     raise AssertionError("the host waits for the device")
 
