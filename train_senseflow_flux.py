@@ -22,8 +22,6 @@ from senseflow.arguments import (
     add_precision_arguments,
     add_senseflow_arguments,
     add_validation_arguments,
-    check_common_args,
-    complete_args,
     number,
     warn_inactive,
 )
@@ -74,6 +72,7 @@ if __name__ == "__main__":
 
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,14 +83,14 @@ from tqdm.auto import tqdm
 from senseflow.data.loader import make_dataloader
 from senseflow.data.sources import check_latents, load_rows
 from senseflow.memory.report import report
-from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
+from senseflow.models.discriminator import diff_augment, load_discriminator
 from senseflow.models.hub import ModelSource
 from senseflow.models.schedulers import fit_flow_scheduler
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import materialize_submodule, meta_network, weights_of
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
-from senseflow.training.models import TrainingModels, check_models, max_guidance, resolve_teacher
+from senseflow.training.models import TrainingModels, resolve_teacher
 from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation
 from senseflow_utils import (
@@ -102,7 +101,6 @@ from senseflow_utils import (
     denoising_loss,
     dmd_loss,
     draw_guidance,
-    guide,
     hinge_loss,
     isg_loss,
     isg_target,
@@ -260,43 +258,70 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 class FluxModels(TrainingModels):
     """FLUX: packed latents, T5 and pooled CLIP embeddings, guidance by an embedder or by a second pass."""
 
+    parse_args = staticmethod(parse_args)
     pipeline_class, network_class, vae_class = FluxPipeline, FluxTransformer2DModel, AutoencoderKL
     vae_auto_dtype = "bf16"
+    scheduler_sets_shift = True  # whether a stock call computes its shift from the scheduler's configuration
     comfyui_shift = math.exp(1.15)
     recipe_batch_size = 8  # the release's 8 GPUs, with an image each
     compatible_config = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
 
-    def __init__(self, args, source: ModelSource, schedule: FlowSchedule, runtime: Runtime):
-        super().__init__(args, source, schedule, runtime)
-        two_passes = max_guidance(args) > 1 and not self.network.config.guidance_embeds
-        self.empty_condition = self.encode_prompts([""]) if two_passes else None
+    @classmethod
+    def check_args(cls, args, source: ModelSource) -> None:
+        source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
+        super().check_args(args, source)
+        has_embedder = cls.has_embedder(source)
+        if has_embedder and args.rank and args.student_guidance_scale == 0:
+            fix = "with --rank the teacher's embedder stays; give a guidance, such as 3.5"
+            raise UserError(f"--student_guidance_scale 0: {fix}", exit_code=2)
+        if not has_embedder and not args.validation_prompts:
+            warn_inactive(args, "a run whose teacher has no guidance embedder", ["student_guidance_scale"])
 
-    @staticmethod
-    def make_schedule(args, source: ModelSource, device):
+    @classmethod
+    def has_embedder(cls, source: ModelSource) -> bool:
+        return bool(source.config(cls.network_class, cls.network_name).get("guidance_embeds"))
+
+    @classmethod
+    def make_schedule(cls, args, source: ModelSource, device):
         teacher_scheduler = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
-        num_tokens = (args.resolution // FluxModels.pixel_multiple(source)) ** 2
+        num_tokens = (args.resolution // cls.pixel_multiple(source)) ** 2
+        stock_sigmas = partial(cls.stock_sigmas, num_tokens=num_tokens)
         train_timesteps = teacher_scheduler.timesteps.clone()
-        wanted = [t / 1000 for t in args.anchors] if args.anchors else stock_sigmas(teacher_scheduler, 4, num_tokens)
+        wanted = [t / 1000 for t in args.anchors] if args.anchors else stock_sigmas(teacher_scheduler, 4)
         scheduler, sigmas = fit_flow_scheduler(
-            wanted, lambda s: stock_sigmas(s, len(wanted), num_tokens), args.sampler
+            wanted, lambda s: stock_sigmas(s, len(wanted)), args.sampler, cls.scheduler_sets_shift
         )
         schedule = FlowSchedule(train_timesteps, [1000 * sigma for sigma in sigmas], device=device)
-        # An adapter keeps the guidance embedder; a network without one ignores the call's guidance.
-        keeps_embedder = args.rank and source.config(FluxTransformer2DModel, "transformer").get("guidance_embeds")
         pipeline_kwargs = {
             "num_inference_steps": len(sigmas),
-            "guidance_scale": args.student_guidance_scale if keeps_embedder else 1.0,
+            **cls.student_guidance_kwargs(args, source),
             "height": args.resolution,
             "width": args.resolution,
         }
-        visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas), num_tokens)
+        visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
         if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:  # no scheduler visits them by itself
             pipeline_kwargs["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
         return schedule, scheduler, {**pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
 
     @staticmethod
-    def pixel_multiple(source: ModelSource) -> int:
-        return 2 * vae_scale_of(source.config(AutoencoderKL, "vae"))
+    def stock_sigmas(scheduler, steps: int, num_tokens: int) -> list[float]:
+        """Set a scheduler to the levels that a stock call visits; return them without the final 0."""
+        config = scheduler.config
+        lengths = config.base_image_seq_len, config.max_image_seq_len
+        mu = calculate_shift(num_tokens, *lengths, config.base_shift, config.max_shift)
+        retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        return scheduler.sigmas[:-1].tolist()
+
+    @classmethod
+    def student_guidance_kwargs(cls, args, source: ModelSource) -> dict[str, Any]:
+        """Return what the student's stock call is told about guidance."""
+        # An adapter keeps the guidance embedder; a network without one ignores the call's guidance.
+        keeps_embedder = args.rank and cls.has_embedder(source)
+        return {"guidance_scale": args.student_guidance_scale if keeps_embedder else 1.0}
+
+    @classmethod
+    def pixel_multiple(cls, source: ModelSource) -> int:
+        return 2 * vae_scale_of(source.config(cls.vae_class, "vae"))
 
     def lora_base(self):
         return "flux-1-dev" if self.network.config.guidance_embeds else "flux-1-schnell", "flux1"
@@ -315,27 +340,23 @@ class FluxModels(TrainingModels):
         return self.pipeline.encode_prompt(list(prompts), None, device=self.device, max_sequence_length=length)[:2]
 
     def predict(self, role, x_t, t, condition, guidance=None):
-        """Call the network of a role at latents x_t (B, C, H, W) and timesteps t (B,).
-
-        Args:
-            condition: of `encode_prompts`.
-            guidance: for the teacher alone. The other roles' embedders get --student_guidance_scale.
-        """
-        batch, channels, height, width = x_t.shape
-        has_embedder = role.module.config.guidance_embeds
-        two_passes = guidance is not None and not has_embedder and guidance.above_one
-        latents, timesteps = x_t, t
-        if two_passes:
-            latents, timesteps, batch = torch.cat([x_t, x_t]), torch.cat([t, t]), 2 * batch
-            pairs = zip(self.empty_condition, condition)
-            condition = [torch.cat([empty.expand_as(tensor), tensor]) for empty, tensor in pairs]
-        embeds, pooled = condition
-        scale = torch.full_like(timesteps, self.args.student_guidance_scale, dtype=torch.float32)
+        """Predict (x0, noise); a guidance embedder gets `guidance`, --student_guidance_scale in the other roles."""
+        if not role.module.config.get("guidance_embeds"):
+            return super().predict(role, x_t, t, condition, guidance)
+        scale = torch.full_like(t, self.args.student_guidance_scale, dtype=torch.float32)
         scale = scale if guidance is None else guidance.scale
+        return self.schedule.as_prediction(x_t, self.network_output(role, x_t, t, condition, scale), t)
+
+    def calls_twice(self):
+        return super().calls_twice() and not self.network.config.get("guidance_embeds")
+
+    def network_output(self, role, x_t, t, condition, scale=None):
+        batch, channels, height, width = x_t.shape
+        embeds, pooled = condition
         output = role(
-            hidden_states=FluxPipeline._pack_latents(latents.to(role.dtype), batch, channels, height, width),
-            timestep=timesteps.to(role.dtype) / 1000,  # rounded as the stock pipeline rounds in this dtype
-            guidance=scale.to(role.dtype) if has_embedder else None,
+            hidden_states=FluxPipeline._pack_latents(x_t.to(role.dtype), batch, channels, height, width),
+            timestep=t.to(role.dtype) / 1000,  # rounded as the stock pipeline rounds in this dtype
+            guidance=None if scale is None else scale.to(role.dtype),
             pooled_projections=pooled,
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=role.dtype),
@@ -343,16 +364,15 @@ class FluxModels(TrainingModels):
             return_dict=False,
         )[0]
         output = output.view(batch, height // 2, width // 2, channels, 2, 2)
-        output = output.permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
-        if two_passes:
-            output = guide(*output.float().chunk(2), guidance.scale)
-        return self.schedule.as_prediction(x_t, output, t)
+        return output.permute(0, 3, 1, 4, 2, 5).reshape(x_t.shape)
 
     def omega(self, t):
         return ((1 - t / 1000) ** 2).float()
 
     def make_student(self):
-        return fold_guidance_embedder(super().make_student(), self.args.student_guidance_scale)
+        student = super().make_student()
+        has_embedder = student.config.get("guidance_embeds")
+        return fold_guidance_embedder(student, self.args.student_guidance_scale) if has_embedder else student
 
     def enable_xformers(self, network):
         network.set_attention_backend("xformers")
@@ -383,48 +403,23 @@ def fold_guidance_embedder(transformer: FluxTransformer2DModel, scale: float) ->
     return meta_network(FluxTransformer2DModel, config, weights | changed)
 
 
-def stock_sigmas(scheduler, steps: int, num_tokens: int) -> list[float]:
-    """Set a scheduler to the noise levels that a stock FluxPipeline call visits; return them without the final 0."""
-    config = scheduler.config
-    lengths = config.base_image_seq_len, config.max_image_seq_len
-    mu = calculate_shift(num_tokens, *lengths, config.base_shift, config.max_shift)
-    retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    return scheduler.sigmas[:-1].tolist()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-def check_args(args, source: ModelSource) -> None:
-    """Refuse (UserError, exit code 2) arguments that do not fit each other or the teacher; no weights load."""
-    check_common_args(args)
-    source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
-    check_models(args, source, FluxModels)
-    has_embedder = source.config(FluxTransformer2DModel, "transformer").get("guidance_embeds")
-    if args.rank and args.student_guidance_scale == 0 and has_embedder:
-        message = "--student_guidance_scale 0: with --rank the teacher's embedder stays; give a guidance, such as 3.5"
-        raise UserError(message, exit_code=2)
-    if not has_embedder and not args.validation_prompts:
-        warn_inactive(args, "a run whose teacher has no guidance embedder", ["student_guidance_scale"])
-    if args.gan_weight > 0:
-        check_discriminator_args(args)
+def prepare(models: type[TrainingModels], args):
+    """Complete and check the arguments and read the rows of data; no weights load. Return (teacher's source, rows)."""
+    source = resolve_teacher(args, models)
+    models.check_args(args, source)
     if args.dry_run is None:
         find_checkpoint(args)  # refuses an unknown checkpoint, and an --output_dir that holds another run
-
-
-def prepare(args):
-    """Complete and check the arguments and read the rows of data; no weights load. Return (teacher's source, rows)."""
-    source = resolve_teacher(args, FluxModels)
-    complete_args(args)
-    check_args(args, source)
     rows = load_rows(args)
-    check_latents(args, rows, latent_shape_of(source.config(FluxModels.vae_class, "vae"), args.resolution))
+    check_latents(args, rows, latent_shape_of(source.config(models.vae_class, "vae"), args.resolution))
     return source, rows
 
 
-def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> TrainingModels:
+def make_models(models: type[TrainingModels], args, source: ModelSource, schedule, runtime: Runtime) -> TrainingModels:
     """Load the networks and make the four roles."""
-    models = FluxModels(args, source, schedule, runtime)
+    models = models(args, source, schedule, runtime)
     student, fake_score = models.student_and_fake_score()
     models.teacher = runtime.frozen_role("teacher", models.network)  # first: adapters share the weights of its role
     models.student = runtime.trained_role(
@@ -439,17 +434,17 @@ def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> Traini
     return models
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    source, rows = prepare(args)
+def main(argv=None, models: type[TrainingModels] = FluxModels):
+    args = models.parse_args(argv)
+    source, rows = prepare(models, args)
     if args.dry_run is not None:
-        return report(args, source, FluxModels, make_models, train_iteration)
+        return report(args, source, models, make_models, train_iteration)
 
     # Processes, noise levels, networks.
     runtime = Runtime(args)
     runtime.start("senseflow")
-    schedule, scheduler, pipeline_kwargs = FluxModels.make_schedule(args, source, runtime.device)
-    models = make_models(args, source, schedule, runtime)
+    schedule, scheduler, pipeline_kwargs = models.make_schedule(args, source, runtime.device)
+    models = make_models(models, args, source, schedule, runtime)
     models.cache_prompts(rows)
 
     # The iteration to start or resume from, and the data from there.

@@ -22,9 +22,6 @@ from senseflow.arguments import (
     add_precision_arguments,
     add_senseflow_arguments,
     add_validation_arguments,
-    apply_preset,
-    check_common_args,
-    complete_args,
     describe_presets,
     number,
 )
@@ -87,23 +84,24 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     run_script(parse_args)  # answer --help and bad arguments before the slow imports
 
+import math
 from functools import partial
+from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tqdm.auto import tqdm
 
 from senseflow.data.loader import make_dataloader
 from senseflow.data.sources import check_latents, load_rows
 from senseflow.memory.report import report
-from senseflow.models.discriminator import check_discriminator_args, diff_augment, load_discriminator
+from senseflow.models.discriminator import diff_augment, load_discriminator
 from senseflow.models.hub import ModelSource
 from senseflow.models.schedulers import fit_flow_scheduler
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
-from senseflow.training.models import TrainingModels, check_models, max_guidance, resolve_teacher
+from senseflow.training.models import TrainingModels, resolve_teacher
 from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation
 from senseflow_utils import (
@@ -114,16 +112,12 @@ from senseflow_utils import (
     denoising_loss,
     dmd_loss,
     draw_guidance,
-    guide,
     hinge_loss,
     isg_loss,
     isg_target,
     needs_images,
     num_simulated_steps,
 )
-
-
-logger = get_logger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,6 +272,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 class SD3Models(TrainingModels):
     """SD 3.5: joint CLIP and T5 embeddings, pooled CLIP embeddings, classifier-free guidance with the empty prompt."""
 
+    parse_args, presets = staticmethod(parse_args), PRESETS
     comfyui_shift = 3.0
     pipeline_class, network_class, vae_class = StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL
     recipe_batch_size = 8  # the release's 8 GPUs, with an image each
@@ -286,39 +281,59 @@ class SD3Models(TrainingModels):
         "pos_embed_max_size",
     )  # fmt: skip
 
-    def __init__(self, args, source: ModelSource, schedule: IndexedFlowSchedule, runtime: Runtime):
-        preset = preset_name(args, source)
-        values = ", ".join(f"{name} {getattr(args, name)}" for name in PRESETS[preset])
-        logger.info(f"preset {preset}: {values}")
-        super().__init__(args, source, schedule, runtime)
-        self.empty_condition = self.encode_prompts([""]) if max_guidance(args) > 1 else None
+    @classmethod
+    def preset_name(cls, args, source: ModelSource) -> str:
+        if args.preset != "auto":
+            return args.preset
+        return "large" if source.config(cls.network_class, "transformer")["num_layers"] > 30 else "medium"
 
-    @staticmethod
-    def make_schedule(args, source: ModelSource, device):
+    @classmethod
+    def check_args(cls, args, source: ModelSource) -> None:
+        source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
+        super().check_args(args, source)
+        side = source.config(cls.network_class, "transformer").get("pos_embed_max_size", math.inf)
+        if args.resolution > side * cls.pixel_multiple(source):
+            problem = f"this teacher has positions for {side * cls.pixel_multiple(source)} pixels at most"
+            raise UserError(f"--resolution {args.resolution}: {problem}", exit_code=2)
+
+    @classmethod
+    def make_schedule(cls, args, source: ModelSource, device):
         teacher_scheduler = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
         train_timesteps = teacher_scheduler.timesteps.flip(0)
         wanted = [t / 1000 for t in args.anchors or train_timesteps[[999, 749, 499, 249]].tolist()]
-        scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: stock_sigmas(s, len(wanted)), args.sampler)
+        scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: cls.stock_sigmas(s, len(wanted)), args.sampler)
         anchors = [1000 * sigma for sigma in sigmas]
         schedule = IndexedFlowSchedule(train_timesteps, anchors, dmd_range=(20, 980), device=device)
         pipeline_kwargs = {
             "num_inference_steps": len(sigmas),
-            "guidance_scale": 1.0,
+            **cls.student_guidance_kwargs(args, source),
             "height": args.resolution,
             "width": args.resolution,
         }
-        visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
+        visited = cls.stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
         if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:  # no scheduler visits them by itself
             pipeline_kwargs["sigmas"] = schedule.levels(schedule.anchors)[1].tolist()
         return schedule, scheduler, {**pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
 
     @staticmethod
-    def pixel_multiple(source: ModelSource) -> int:
-        patch_size = source.config(SD3Transformer2DModel, "transformer")["patch_size"]
-        return patch_size * vae_scale_of(source.config(AutoencoderKL, "vae"))
+    def stock_sigmas(scheduler, steps: int) -> list[float]:
+        """Set a scheduler to the levels that a stock call visits; return them without the final 0."""
+        shift = {"mu": scheduler.config.base_shift} if scheduler.config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(steps, **shift)
+        return scheduler.sigmas[:-1].tolist()
+
+    @classmethod
+    def student_guidance_kwargs(cls, args, source: ModelSource) -> dict[str, Any]:
+        """Return what the student's stock call is told about guidance."""
+        return {"guidance_scale": 1.0}
+
+    @classmethod
+    def pixel_multiple(cls, source: ModelSource) -> int:
+        patch_size = source.config(cls.network_class, "transformer")["patch_size"]
+        return patch_size * vae_scale_of(source.config(cls.vae_class, "vae"))
 
     def lora_base(self):
-        size = f"5-{preset_name(self.args, self.source)}"
+        size = f"5-{self.preset_name(self.args, self.source)}"
         return f"stable-diffusion-3-{size}", size
 
     @torch.no_grad()
@@ -328,30 +343,15 @@ class SD3Models(TrainingModels):
         embeds, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, None, device=self.device, **kwargs)
         return embeds, pooled
 
-    def predict(self, role, x_t, t, condition, guidance=None):
-        """Call the network of a role at latents x_t (B, C, H, W) and timesteps t (B,).
-
-        Args:
-            condition: of `encode_prompts`.
-            guidance: for the teacher alone. If no scale can be above 1, the pass with the empty prompt is left out.
-        """
-        two_passes = guidance is not None and guidance.above_one
-        latents, timesteps = x_t, t
-        if two_passes:
-            latents, timesteps = torch.cat([x_t, x_t]), torch.cat([t, t])
-            pairs = zip(self.empty_condition, condition)
-            condition = [torch.cat([empty.expand_as(tensor), tensor]) for empty, tensor in pairs]
+    def network_output(self, role, x_t, t, condition):
         embeds, pooled = condition
-        output = role(
-            hidden_states=latents.to(role.dtype),
-            timestep=timesteps.float(),
+        return role(
+            hidden_states=x_t.to(role.dtype),
+            timestep=t.float(),
             encoder_hidden_states=embeds,
             pooled_projections=pooled,
             return_dict=False,
         )[0]
-        if two_passes:
-            output = guide(*output.float().chunk(2), guidance.scale)
-        return self.schedule.as_prediction(x_t, output, t)
 
     def omega(self, t):
         return self.schedule.descending_sigma_squared(t)
@@ -359,13 +359,6 @@ class SD3Models(TrainingModels):
     def teacher_pipeline_kwargs(self):
         steps, guidance = self.args.teacher_num_inference_steps, self.args.teacher_guidance_scale
         return {"num_inference_steps": steps, "guidance_scale": guidance, "sigmas": None}
-
-
-def stock_sigmas(scheduler, steps: int) -> list[float]:
-    """Set a scheduler of `fit_flow_scheduler` to the levels that a stock call visits; return them without the 0."""
-    shift = {"mu": scheduler.config.base_shift} if scheduler.config.use_dynamic_shifting else {}
-    scheduler.set_timesteps(steps, **shift)
-    return scheduler.sigmas[:-1].tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,37 +371,22 @@ def preset_name(args, source: ModelSource) -> str:
     return "large" if source.config(SD3Transformer2DModel, "transformer")["num_layers"] > 30 else "medium"
 
 
-def check_args(args, source: ModelSource) -> None:
-    """Refuse (UserError, exit code 2) arguments that do not fit each other or the teacher; no weights load."""
-    check_common_args(args)
-    source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
-    check_models(args, source, SD3Models)
-    transformer = source.config(SD3Transformer2DModel, "transformer")
-    largest = transformer["pos_embed_max_size"] * SD3Models.pixel_multiple(source)
-    if args.resolution > largest:
-        raise UserError(f"--resolution {args.resolution}: this teacher has positions for {largest} pixels at most", 2)
-    if args.gan_weight > 0:
-        check_discriminator_args(args)
+# Copied from train_senseflow_flux.prepare
+def prepare(models: type[TrainingModels], args):
+    """Complete and check the arguments and read the rows of data; no weights load. Return (teacher's source, rows)."""
+    source = resolve_teacher(args, models)
+    models.check_args(args, source)
     if args.dry_run is None:
         find_checkpoint(args)  # refuses an unknown checkpoint, and an --output_dir that holds another run
-
-
-# Copied from train_senseflow_flux.prepare but for lines marked preset with FluxModels->SD3Models
-def prepare(args):
-    """Complete and check the arguments and read the rows of data; no weights load. Return (teacher's source, rows)."""
-    source = resolve_teacher(args, SD3Models)
-    apply_preset(args, PRESETS[preset_name(args, source)])  # preset
-    complete_args(args)
-    check_args(args, source)
     rows = load_rows(args)
-    check_latents(args, rows, latent_shape_of(source.config(SD3Models.vae_class, "vae"), args.resolution))
+    check_latents(args, rows, latent_shape_of(source.config(models.vae_class, "vae"), args.resolution))
     return source, rows
 
 
-# Copied from train_senseflow_flux.make_models with FluxModels->SD3Models
-def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> TrainingModels:
+# Copied from train_senseflow_flux.make_models
+def make_models(models: type[TrainingModels], args, source: ModelSource, schedule, runtime: Runtime) -> TrainingModels:
     """Load the networks and make the four roles."""
-    models = SD3Models(args, source, schedule, runtime)
+    models = models(args, source, schedule, runtime)
     student, fake_score = models.student_and_fake_score()
     models.teacher = runtime.frozen_role("teacher", models.network)  # first: adapters share the weights of its role
     models.student = runtime.trained_role(
@@ -424,17 +402,17 @@ def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> Traini
 
 
 # Copied from train_senseflow_flux.main with FluxModels->SD3Models
-def main(argv=None):
-    args = parse_args(argv)
-    source, rows = prepare(args)
+def main(argv=None, models: type[TrainingModels] = SD3Models):
+    args = models.parse_args(argv)
+    source, rows = prepare(models, args)
     if args.dry_run is not None:
-        return report(args, source, SD3Models, make_models, train_iteration)
+        return report(args, source, models, make_models, train_iteration)
 
     # Processes, noise levels, networks.
     runtime = Runtime(args)
     runtime.start("senseflow")
-    schedule, scheduler, pipeline_kwargs = SD3Models.make_schedule(args, source, runtime.device)
-    models = make_models(args, source, schedule, runtime)
+    schedule, scheduler, pipeline_kwargs = models.make_schedule(args, source, runtime.device)
+    models = make_models(models, args, source, schedule, runtime)
     models.cache_prompts(rows)
 
     # The iteration to start or resume from, and the data from there.

@@ -26,8 +26,6 @@ from senseflow.arguments import (
     add_senseflow_arguments,
     add_validation_arguments,
     apply_preset,
-    check_common_args,
-    complete_args,
     describe_presets,
     number,
 )
@@ -113,14 +111,14 @@ from tqdm.auto import tqdm
 from senseflow.data.loader import make_dataloader
 from senseflow.data.sources import check_latents, load_rows
 from senseflow.memory.report import report
-from senseflow.models.discriminator import LatentClassifier, check_discriminator_args, diff_augment, load_discriminator
+from senseflow.models.discriminator import LatentClassifier, diff_augment, load_discriminator
 from senseflow.models.hub import ModelSource, check_compatible, load_network
 from senseflow.models.schedulers import DDPM_LEVELS, check_ddpm_scheduler
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import fingerprint
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
-from senseflow.training.models import TrainingModels, check_models, max_guidance, resolve_teacher
+from senseflow.training.models import TrainingModels, resolve_teacher
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation
@@ -132,7 +130,6 @@ from senseflow_utils import (
     denoising_loss,
     dmd_loss,
     draw_guidance,
-    guide,
     hinge_loss,
     isg_loss,
     isg_target,
@@ -311,6 +308,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 class SDXLModels(TrainingModels):
     """SDXL: CLIP embeddings, pooled embeddings and time ids; guidance with zeros or the empty prompt."""
 
+    parse_args, inactive_flags = staticmethod(parse_args), INACTIVE_FLAGS
     pipeline_class, network_class, vae_class = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
     network_name, kohya_names, comfyui_shift = "unet", True, 1.0
     pipeline_entries = ("force_zeros_for_empty_prompt", "add_watermarker")  # the latter is about finished images
@@ -323,17 +321,35 @@ class SDXLModels(TrainingModels):
     def __init__(self, args, source: ModelSource, schedule: DDPMSchedule, runtime: Runtime):
         self.has_classifier = args.method == "dmd2" and args.gan_weight > 0
         self.method = "DMD2 (arXiv 2405.14867)" if args.method == "dmd2" else super().method
-        super().__init__(args, source, schedule, runtime)
         size = (args.resolution, args.resolution)  # whole images, as in a stock call
-        self.time_ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=runtime.weight_dtype)
-        self.empty_condition = self.encode_prompts([""]) if max_guidance(args) > 1 else None
+        self.time_ids = torch.tensor([[*size, 0, 0, *size]], device=runtime.device, dtype=runtime.weight_dtype)
+        super().__init__(args, source, schedule, runtime)
         if self.empty_condition is not None and self.pipeline.config.force_zeros_for_empty_prompt:
             self.empty_condition = *map(torch.zeros_like, self.empty_condition[:2]), self.time_ids
         if args.pretrained_vae_model_name_or_path:
             self.extra_components["vae"] = load_network(self.vae_source(args, source), self.vae_class, "vae")
 
-    @staticmethod
-    def make_schedule(args, source: ModelSource, device):
+    @classmethod
+    def check_args(cls, args, source: ModelSource) -> None:
+        if any(t != int(t) or t > 999 for t in args.anchors):
+            shown = " ".join(f"{t:g}" for t in args.anchors)
+            raise UserError(f"--anchors {shown}: SDXL has integer timesteps up to 999", exit_code=2)
+        if args.pretrained_vae_model_name_or_path:
+            names = ("latent_channels", "block_out_channels", "latents_mean", "latents_std")
+            vae_config = source.config(cls.vae_class, "vae")
+            check_compatible(cls.vae_source(args, source), cls.vae_class, "vae", vae_config, names)
+        check_ddpm_scheduler(source)
+        super().check_args(args, source)
+        if args.gan_weight > 0 and args.method == "dmd2":
+            if source.config(UNet2DConditionModel, "unet").get("mid_block_type", "") is None:
+                fix = "give --gan_weight 0 or another teacher"
+                raise source.error(f"its UNet has no mid-block for --method dmd2's classifier; {fix}")
+            if args.classifier_weight == 0:
+                fix = "give --gan_weight 0 to train without it"
+                raise UserError(f"--classifier_weight 0: the classifier would never learn; {fix}", exit_code=2)
+
+    @classmethod
+    def make_schedule(cls, args, source: ModelSource, device):
         teacher_scheduler = DDPMScheduler.from_config(source.config(DDPMScheduler, "scheduler"))
         num_timesteps, num_steps = teacher_scheduler.config.num_train_timesteps, len(args.anchors)
         schedule = DDPMSchedule(
@@ -359,9 +375,9 @@ class SDXLModels(TrainingModels):
             pipeline_kwargs["timesteps"] = [int(t) for t in args.anchors]
         return schedule, scheduler, pipeline_kwargs
 
-    @staticmethod
-    def pixel_multiple(source: ModelSource) -> int:
-        return vae_scale_of(source.config(AutoencoderKL, "vae"))
+    @classmethod
+    def pixel_multiple(cls, source: ModelSource) -> int:
+        return vae_scale_of(source.config(cls.vae_class, "vae"))
 
     @staticmethod
     def vae_source(args, source: ModelSource) -> ModelSource:
@@ -385,23 +401,8 @@ class SDXLModels(TrainingModels):
         )
         return embeds, pooled, self.time_ids.expand(len(prompts), -1)
 
-    def predict(self, role, x_t, t, condition, guidance=None):
-        """Call the network of a role at latents x_t (B, C, H, W) and timesteps t (B,).
-
-        Args:
-            condition: of `encode_prompts`.
-            guidance: for the teacher alone. If no scale can be above 1, the unconditional pass is left out.
-        """
-        two_passes = guidance is not None and guidance.above_one
-        latents, timesteps = x_t, t
-        if two_passes:
-            latents, timesteps = torch.cat([x_t, x_t]), torch.cat([t, t])
-            pairs = zip(self.empty_condition, condition)
-            condition = [torch.cat([empty.expand_as(tensor), tensor]) for empty, tensor in pairs]
-        output = role(**unet_inputs(role, latents, timesteps, condition), return_dict=False)[0]
-        if two_passes:
-            output = guide(*output.float().chunk(2), guidance.scale)
-        return self.schedule.as_prediction(x_t, output, t)
+    def network_output(self, role, x_t, t, condition):
+        return role(**unet_inputs(role, x_t, t, condition), return_dict=False)[0]
 
     def omega(self, t):
         return self.schedule.levels(t)[0].float()
@@ -476,46 +477,22 @@ def mid_block_size(unet: UNet2DConditionModel, latent_size: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-def check_args(args, source: ModelSource) -> None:
-    """Refuse (UserError, exit code 2) arguments that do not fit each other or the teacher; no weights load."""
-    check_common_args(args, INACTIVE_FLAGS)
-    if any(t != int(t) or t > 999 for t in args.anchors):
-        shown = " ".join(f"{t:g}" for t in args.anchors)
-        raise UserError(f"--anchors {shown}: SDXL has integer timesteps up to 999", exit_code=2)
-    if args.pretrained_vae_model_name_or_path:
-        names = ("latent_channels", "block_out_channels", "latents_mean", "latents_std")
-        vae_config = source.config(AutoencoderKL, "vae")
-        check_compatible(SDXLModels.vae_source(args, source), AutoencoderKL, "vae", vae_config, names)
-    check_ddpm_scheduler(source)
-    check_models(args, source, SDXLModels)
-    if args.gan_weight > 0 and args.method == "dmd2":
-        if source.config(UNet2DConditionModel, "unet").get("mid_block_type", "") is None:
-            fix = "give --gan_weight 0 or another teacher"
-            raise source.error(f"its UNet has no mid-block for --method dmd2's classifier; {fix}")
-        if args.classifier_weight == 0:
-            fix = "give --gan_weight 0 to train without it"
-            raise UserError(f"--classifier_weight 0: the classifier would never learn; {fix}", exit_code=2)
-    elif args.gan_weight > 0:
-        check_discriminator_args(args)
+# Copied from train_senseflow_flux.prepare
+def prepare(models: type[TrainingModels], args):
+    """Complete and check the arguments and read the rows of data; no weights load. Return (teacher's source, rows)."""
+    source = resolve_teacher(args, models)
+    models.check_args(args, source)
     if args.dry_run is None:
         find_checkpoint(args)  # refuses an unknown checkpoint, and an --output_dir that holds another run
-
-
-# Copied from train_senseflow_flux.prepare with FluxModels->SDXLModels
-def prepare(args):
-    """Complete and check the arguments and read the rows of data; no weights load. Return (teacher's source, rows)."""
-    source = resolve_teacher(args, SDXLModels)
-    complete_args(args)
-    check_args(args, source)
     rows = load_rows(args)
-    check_latents(args, rows, latent_shape_of(source.config(SDXLModels.vae_class, "vae"), args.resolution))
+    check_latents(args, rows, latent_shape_of(source.config(models.vae_class, "vae"), args.resolution))
     return source, rows
 
 
-# Copied from train_senseflow_flux.make_models with FluxModels->SDXLModels
-def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> TrainingModels:
+# Copied from train_senseflow_flux.make_models
+def make_models(models: type[TrainingModels], args, source: ModelSource, schedule, runtime: Runtime) -> TrainingModels:
     """Load the networks and make the four roles."""
-    models = SDXLModels(args, source, schedule, runtime)
+    models = models(args, source, schedule, runtime)
     student, fake_score = models.student_and_fake_score()
     models.teacher = runtime.frozen_role("teacher", models.network)  # first: adapters share the weights of its role
     models.student = runtime.trained_role(
@@ -531,17 +508,17 @@ def make_models(args, source: ModelSource, schedule, runtime: Runtime) -> Traini
 
 
 # Copied from train_senseflow_flux.main with FluxModels->SDXLModels
-def main(argv=None):
-    args = parse_args(argv)
-    source, rows = prepare(args)
+def main(argv=None, models: type[TrainingModels] = SDXLModels):
+    args = models.parse_args(argv)
+    source, rows = prepare(models, args)
     if args.dry_run is not None:
-        return report(args, source, SDXLModels, make_models, train_iteration)
+        return report(args, source, models, make_models, train_iteration)
 
     # Processes, noise levels, networks.
     runtime = Runtime(args)
     runtime.start("senseflow")
-    schedule, scheduler, pipeline_kwargs = SDXLModels.make_schedule(args, source, runtime.device)
-    models = make_models(args, source, schedule, runtime)
+    schedule, scheduler, pipeline_kwargs = models.make_schedule(args, source, runtime.device)
+    models = make_models(models, args, source, schedule, runtime)
     models.cache_prompts(rows)
 
     # The iteration to start or resume from, and the data from there.

@@ -68,9 +68,9 @@ def load(script, models_class, teacher, settings, iterations=0):
     if iterations and not (run / f"checkpoint-{iterations}").exists():
         script.main(arguments)
     args = script.parse_args([*arguments, "--output_dir", str(OUT / "not_written")])
-    source, _ = script.prepare(args)
+    source, _ = script.prepare(models_class, args)
     schedule = models_class.make_schedule(args, source, "cpu")[0]
-    models = script.make_models(args, source, schedule, Runtime(args))
+    models = script.make_models(models_class, args, source, schedule, Runtime(args))
     for role in (models.student, models.fake_score) if iterations else ():
         role.load(run / f"checkpoint-{iterations}")
     return args, schedule, models

@@ -73,13 +73,14 @@ def record_runs(patch: pytest.MonkeyPatch) -> None:
     """Add the training runs that start in this process to `training_runs`; `start` adds those that it launches."""
     arguments_of: dict[int, tuple] = {}
     for script in [module for name, module in sys.modules.items() if name.startswith("train_senseflow_")]:
+        cls = models_class(script)
 
-        def parse_args(argv=None, name=script.__name__, parse=script.parse_args):
+        def parse_args(argv=None, name=script.__name__, parse=cls.parse_args):
             args = parse(argv)
             arguments_of[id(args)] = args, name, argv
             return args
 
-        patch.setattr(script, "parse_args", parse_args)
+        patch.setattr(cls, "parse_args", staticmethod(parse_args))
     initialize = Runtime.__init__
 
     def recording(runtime, args):
@@ -248,7 +249,7 @@ def models_class(script) -> type[TrainingModels]:
     classes = [
         value for value in vars(script).values() if isinstance(value, type) and issubclass(value, TrainingModels)
     ]
-    (cls,) = set(classes) - {TrainingModels}
+    (cls,) = [cls for cls in set(classes) if cls.__module__ == script.__name__]
     return cls
 
 
@@ -260,10 +261,11 @@ def built(script, arguments: list[str]) -> SimpleNamespace:
         step: step(iteration) -> (what `train_iteration` returns, its batches).
     """
     args = script.parse_args(arguments)
-    source, rows = script.prepare(args)
-    schedule, scheduler, pipeline_kwargs = models_class(script).make_schedule(args, source, "cpu")
+    cls = models_class(script)
+    source, rows = script.prepare(cls, args)
+    schedule, scheduler, pipeline_kwargs = cls.make_schedule(args, source, "cpu")
     runtime = Runtime(args)
-    models = script.make_models(args, source, schedule, runtime)
+    models = script.make_models(cls, args, source, schedule, runtime)
     models.pipeline.register_modules(scheduler=scheduler)
     reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
     data = iter(make_dataloader(args, rows, 0, 1, 0, 0, reads_images))

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 UTILS, LORA = "senseflow_utils.py", "senseflow/models/lora.py"
 ROLES, SHARDED = "senseflow/training/roles.py", "senseflow/training/sharded.py"
+MODELS = "senseflow/training/models.py"
 FLUX, SD3, SDXL = "train_senseflow_flux.py", "train_senseflow_sd3.py", "train_senseflow_sdxl.py"
 
 MATH = "tests/test_math.py"
@@ -196,12 +197,12 @@ MUTANTS = [  # name, file, test, text, replacement; more pairs of text and repla
         "fake = [features for features in fake]"),
     # Teachers
     ("FLUX: the teacher gets another guidance scale", FLUX, FLUX_CALL,
-        "guidance=scale.to(role.dtype) if has_embedder",
-        "guidance=(scale - 1).to(role.dtype) if has_embedder"),
+        "guidance=None if scale is None else scale.to(role.dtype)",
+        "guidance=None if scale is None else (scale - 1).to(role.dtype)"),
     ("SD 3.5: the network gets sigma instead of the timestep", SD3, SD3_CALL,
-        "timestep=timesteps.float()",
-        "timestep=timesteps.float() / 1000"),
-    ("SD 3.5: conditional and unconditional output swapped", SD3, SD3_CALL,
+        "timestep=t.float()",
+        "timestep=t.float() / 1000"),
+    ("guidance: conditional and unconditional output swapped", MODELS, SD3_CALL,
         "guide(*output.float().chunk(2), guidance.scale)",
         "guide(*output.float().chunk(2)[::-1], guidance.scale)"),
     ("SDXL: omega is sigma instead of alpha", SDXL, SDXL_OMEGA,

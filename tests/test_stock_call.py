@@ -87,7 +87,7 @@ def empty_prompt(run, patch):
 
 
 def guided_off_by_one(run, patch):
-    patch(train_senseflow_sdxl, "guide", lambda u, c, scale: guide(u, c, scale + 1))
+    patch(run.models, "guide", lambda u, c, scale: guide(u, c, scale + 1))
 
 
 def swapped_pair(run, patch):

@@ -247,11 +247,11 @@ def test_anchors_that_nobody_gave_serve_or_are_refused(flags, teacher, tmp_path,
         refused(script, [*flags, *there, *isg], 2, said, capsys)
     # The user's own are his will; but ISG must find a timestep between them.
     given = ["--anchors", "1000", "743", "425", "20"]
-    script.prepare(script.parse_args([*flags, *there, *given, "--isg_weight", "0"]))
+    script.prepare(script.FluxModels, script.parse_args([*flags, *there, *given, "--isg_weight", "0"]))
     refused(
         script, [*flags, *there, *given, "--isg_margin", "11"], 2, "11 leaves no timestep between 20 and 0", capsys
     )
-    script.prepare(script.parse_args([*flags, *there, *given, "--isg_margin", "9"]))
+    script.prepare(script.FluxModels, script.parse_args([*flags, *there, *given, "--isg_margin", "9"]))
 
     # Too near each other, for ISG's default margin; without ISG, the margin is not what helps.
     file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_terminal": 0.9}))
@@ -261,7 +261,7 @@ def test_anchors_that_nobody_gave_serve_or_are_refused(flags, teacher, tmp_path,
         (["--isg_weight", "0"], "; give --anchors, such as 1000"),
     ):
         with pytest.raises(UserError) as error:
-            script.prepare(script.parse_args([*flags, *there, *isg]))
+            script.prepare(script.FluxModels, script.parse_args([*flags, *there, *isg]))
         assert said in str(error.value) and fix in str(error.value) and error.value.exit_code == 2
 
 
@@ -457,7 +457,9 @@ def test_levels_that_no_stock_call_visits_are_refused(flags, tmp_path, monkeypat
     flags = [*without_gan(flags), "--output_dir", str(tmp_path)]
     needle = "--anchors 1000 900 300 100: the call of this teacher's pipeline has no sigmas to visit them with"
     refused(script, [*flags, "--anchors", "1000", "900", "300", "100"], 2, needle, capsys)
-    script.prepare(script.parse_args(flags))  # the saved scheduler visits the default anchors by itself
+    script.prepare(
+        script.FluxModels, script.parse_args(flags)
+    )  # the saved scheduler visits the default anchors by itself
 
 
 def test_leftovers_of_a_killed_run_go_and_what_is_the_users_stays(tmp_path):

@@ -127,8 +127,7 @@ def test_the_preset_follows_the_size_and_flags_override_it(sd3, data, tmp_path):
             ["--pretrained_model_name_or_path", str(teacher), "--output_dir", str(tmp_path), *add]
         )
         source = resolve_teacher(args, script.SD3Models)
-        name = script.preset_name(args, source)
-        script.apply_preset(args, script.PRESETS[name])
+        name = script.SD3Models.preset_name(args, source)
         names = ("ttur_ratio", "ida_decay", "isg_weight", "dmd_guidance_scale", "isg_guidance_scale")
         return [name, *(getattr(args, flag) for flag in names)]
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """`--dry_run`: trace a training command (senseflow.memory.trace) and print its memory, FLOPs and the cards it fits."""
 
+import inspect
 import json
 import os
 import re
@@ -201,7 +202,8 @@ def report(args, source, models_class, make_models, train_iteration) -> None:
 
     Args:
         source: the teacher's pipeline.
-        models_class, make_models, train_iteration: those of the script.
+        models_class, make_models, train_iteration: those of the script. The class's file is the one that is run again
+            with other flags.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return
@@ -232,5 +234,5 @@ def report(args, source, models_class, make_models, train_iteration) -> None:
         text = json.dumps(summary, indent=1) + "\n"
         write_atomically(Path(args.dry_run_output), lambda file: file.write_text(text))
     if args.dry_run and traced.peak > USABLE * args.dry_run * GIB:
-        command = [make_models.__code__.co_filename, *sys.argv[1:]]
+        command = [inspect.getfile(models_class), *sys.argv[1:]]
         suggest(args, command, environment, mode, launch.world_size, traced.peak, args.dry_run)

@@ -280,7 +280,7 @@ def trace(args, source, models_class, make_models, train_iteration, counter: Cou
             if isinstance(value, torch.Tensor):
                 setattr(schedule, name, value.to(runtime.device))
         stack.enter_context(mock.patch.object(Accelerator, "device", runtime.device))
-        models = make_models(args, source, schedule, runtime)
+        models = make_models(models_class, args, source, schedule, runtime)
         roles = roles_of(models)
         encoders = HOST if args.offload_text_encoders else ENCODERS
         label_networks(counter, models, encoders)

@@ -5,12 +5,14 @@ import copy
 import inspect
 import math
 import os
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 from accelerate.logging import get_logger
 
+from senseflow.arguments import apply_preset, check_common_args, complete_args
 from senseflow.errors import UserError, require_package
+from senseflow.models.discriminator import check_discriminator_args
 from senseflow.models.hub import (
     ModelSource,
     check_compatible,
@@ -24,7 +26,7 @@ from senseflow.models.vae import decode, encode, latent_shape_of, load_vae, repa
 from senseflow.models.weights import fingerprint, from_pretrained_meta, materialize
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
-from senseflow_utils import Guidance, Prediction, Schedule, StatelessRNG
+from senseflow_utils import Guidance, Prediction, Schedule, StatelessRNG, guide
 
 
 logger = get_logger(__name__)
@@ -35,8 +37,8 @@ LOWEST_DEFAULT_ANCHOR = 50  # a timestep; below it next to nothing is left to ge
 class TrainingModels:
     """Hold the networks of a run, and define how the training loop calls them.
 
-    A subclass sets the class attributes, and defines `make_schedule`, `pixel_multiple`, `encode_prompts`, `predict`,
-    `omega` and `teacher_pipeline_kwargs`; it overrides what else is different for its teacher.
+    A subclass sets the class attributes, and defines `make_schedule`, `pixel_multiple`, `encode_prompts`,
+    `network_output`, `omega` and `teacher_pipeline_kwargs`; it overrides what else is different for its teacher.
 
     A condition is what prompts are encoded to: a tuple of tensors (B, ...) whose shapes, B apart, stay the same
     throughout a run. Text of variable length is padded, with a mask (senseflow.models.text_encoders.pad_condition).
@@ -50,6 +52,7 @@ class TrainingModels:
         student, teacher, fake_score: the roles; None until `make_models` of the script has made them.
         discriminator: the role; None with --gan_weight 0 or DMD2's classifier.
         vision_features, text_features: the discriminator's frozen DINOv2 and CLIP; None if it is None.
+        empty_condition: condition (1, ...) of the unconditional prompt; None if the teacher is never called with it.
         pipeline: the teacher's diffusers pipeline, with its text encoders.
         network: the teacher's network, on the meta device until its role is made.
         vae: the frozen VAE; None if the run needs none.
@@ -57,10 +60,14 @@ class TrainingModels:
         extra_components: components of the saved pipeline that are not the teacher's, besides student and scheduler.
     """
 
+    parse_args: Callable  # parse_args(argv) -> the script's command line
+    presets: dict[str, dict] = {}  # defaults of flags that depend on the teacher, by the name of `preset_name`
+    inactive_flags: Sequence[tuple] = ()  # of the script alone, in the form of senseflow.arguments.INACTIVE_FLAGS
     pipeline_class: type
     network_class: type
     vae_class: type
     network_name = "transformer"  # the pipeline's component that is distilled
+    unconditional_prompt = ""  # what a guided teacher is called with beside the prompt
     pipeline_entries: Sequence[str] = ()  # entries of model_index.json, besides components, that the methods read
     vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
     compatible_config: Sequence[str] = ()  # entries of the network's configuration in which student and teacher agree
@@ -86,12 +93,13 @@ class TrainingModels:
         self.teacher_fingerprint = changed_teacher or fingerprint(self.network)
         place_text_encoders(args, self.pipeline, self.device)
         self.latent_shape = latent_shape_of(source.config(self.vae_class, "vae"), args.resolution)
+        self.empty_condition = self.encode_prompts([self.unconditional_prompt]) if self.calls_twice() else None
 
     # -----------------------------------------------------------------------------------------------------------------
     # What a subclass defines
     # -----------------------------------------------------------------------------------------------------------------
-    @staticmethod
-    def make_schedule(args, source: ModelSource, device) -> tuple[Schedule, Any, dict]:
+    @classmethod
+    def make_schedule(cls, args, source: ModelSource, device) -> tuple[Schedule, Any, dict]:
         """Return (schedule to train on, scheduler to save, arguments of the stock call); no weights load.
 
         The stock call is a plain call of the pipeline with the student. With the saved scheduler and these arguments
@@ -99,10 +107,14 @@ class TrainingModels:
         """
         raise NotImplementedError
 
-    def predict(
-        self, role: Role, x_t: torch.Tensor, t: torch.Tensor, condition: tuple, guidance: Optional[Guidance] = None
-    ) -> Prediction:
-        """Call the network of a role at x_t (B, C, H, W) and t (B,); `guidance` is for the teacher alone."""
+    def network_output(self, role: Role, x_t: torch.Tensor, t: torch.Tensor, condition: tuple) -> torch.Tensor:
+        """Call the network of a role as the stock pipeline calls it. Return its output (B, C, H, W), not guided.
+
+        Args:
+            x_t: latents (B, C, H, W), float32.
+            t: timesteps (B,).
+            condition: of `encode_prompts`.
+        """
         raise NotImplementedError
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, ...]:
@@ -117,14 +129,53 @@ class TrainingModels:
         """Return what differs from the student's stock call when the teacher generates validation images."""
         raise NotImplementedError
 
-    @staticmethod
-    def pixel_multiple(source: ModelSource) -> int:
+    @classmethod
+    def pixel_multiple(cls, source: ModelSource) -> int:
         """Return what height and width in pixels must be divisible by."""
         raise NotImplementedError
 
     # -----------------------------------------------------------------------------------------------------------------
     # What a subclass may override
     # -----------------------------------------------------------------------------------------------------------------
+    @classmethod
+    def preset_name(cls, args, source: ModelSource) -> str:
+        """Return the name of the preset that --preset names, or that fits the teacher."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_args(cls, args, source: ModelSource) -> None:
+        """Refuse (UserError, exit code 2) arguments that do not fit each other or the teacher; no weights load."""
+        check_common_args(args, cls.inactive_flags)
+        check_models(args, source, cls)
+        if args.gan_weight > 0 and getattr(args, "method", "") != "dmd2":
+            check_discriminator_args(args)
+
+    def predict(
+        self, role: Role, x_t: torch.Tensor, t: torch.Tensor, condition: tuple, guidance: Optional[Guidance] = None
+    ) -> Prediction:
+        """Predict (x0, noise) with the network of a role at x_t (B, C, H, W) and t (B,).
+
+        Args:
+            condition: of `encode_prompts`.
+            guidance: for the teacher alone. If no scale can be above 1, the unconditional pass is left out.
+        """
+        if guidance is None or not guidance.above_one:
+            output = self.network_output(role, x_t, t, condition)
+        else:
+            pairs = zip(self.empty_condition, condition)
+            both = tuple(torch.cat([empty.expand_as(tensor), tensor]) for empty, tensor in pairs)
+            output = self.network_output(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+            output = self.guide(*output.float().chunk(2), guidance.scale)
+        return self.schedule.as_prediction(x_t, output, t)
+
+    def calls_twice(self) -> bool:
+        """Return whether a guided teacher is called with the unconditional prompt, too."""
+        return max_guidance(self.args) > 1
+
+    def guide(self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Combine two outputs (B, C, H, W) of the teacher at the scales (B,) as the stock pipeline does."""
+        return guide(unconditional, conditional, scale)
+
     @staticmethod
     def vae_source(args, source: ModelSource) -> ModelSource:
         """Return where the VAE is."""
@@ -190,7 +241,11 @@ class TrainingModels:
         return student, fake_score
 
     def log_recipe(self, global_batch_size: int) -> None:
-        """Log the anchors and the global batch, and whether the script's defaults were made for another one."""
+        """Log preset, anchors and global batch, and whether the script's defaults were made for another batch."""
+        if self.presets:
+            preset = self.preset_name(self.args, self.source)
+            values = ", ".join(f"{name} {getattr(self.args, name)}" for name in self.presets[preset])
+            logger.info(f"preset {preset}: {values}")
         anchors, recipe = ", ".join(f"{t:.1f}" for t in self.schedule.anchors), self.recipe_batch_size
         line = f"anchors {anchors}; a global batch of {global_batch_size}"
         if recipe not in (None, global_batch_size):
@@ -229,10 +284,18 @@ class TrainingModels:
 # Before any weights load
 # ---------------------------------------------------------------------------------------------------------------------
 def resolve_teacher(args, cls: type[TrainingModels]) -> ModelSource:
-    """Return the teacher's source at one commit. UserError (exit code 2) if it is missing or another pipeline."""
+    """Complete the arguments and return the teacher's source at one commit.
+
+    Raises:
+        UserError: exit code 2; the teacher is missing or another pipeline.
+    """
     path = args.pretrained_model_name_or_path
     source = ModelSource("--pretrained_model_name_or_path", path, args.revision, args.variant)
-    return check_pipeline(source, cls.pipeline_class, cls.pipeline_entries)
+    source = check_pipeline(source, cls.pipeline_class, cls.pipeline_entries)
+    if cls.presets:
+        apply_preset(args, cls.presets[cls.preset_name(args, source)])
+    complete_args(args)
+    return source
 
 
 def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:

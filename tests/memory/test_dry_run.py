@@ -54,7 +54,7 @@ def flags(teacher, vision, data, tmp_path):
 def run_trace(script, arguments, fake=True, device="cpu") -> Trace:
     """Trace a script with fake tensors or with real ones."""
     args = script.parse_args(arguments)
-    source, _ = script.prepare(args)
+    source, _ = script.prepare(models_class(script), args)
     counter = Counter()
     with ExitStack() as stack:
         for context in (patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True)) if fake else ():

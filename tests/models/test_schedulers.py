@@ -4,7 +4,7 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from senseflow.models.schedulers import fit_flow_scheduler
-from train_senseflow_flux import stock_sigmas
+from train_senseflow_flux import FluxModels
 
 
 TOKENS_1024 = 4096
@@ -12,18 +12,18 @@ TOKENS_1024 = 4096
 
 def fit(levels, sampler="stochastic", dynamic=True):
     return fit_flow_scheduler(
-        levels, lambda scheduler: stock_sigmas(scheduler, len(levels), TOKENS_1024), sampler, dynamic
+        levels, lambda scheduler: FluxModels.stock_sigmas(scheduler, len(levels), TOKENS_1024), sampler, dynamic
     )
 
 
 def visits(scheduler, steps: int) -> list[float]:
     """Return the levels that a stock call visits with the scheduler as a pipeline folder restores it."""
-    return stock_sigmas(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), steps, TOKENS_1024)
+    return FluxModels.stock_sigmas(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), steps, TOKENS_1024)
 
 
 def test_flux_levels_are_fitted_by_a_static_shift():
     flux = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # as FLUX.1-dev
-    levels = stock_sigmas(flux, 4, TOKENS_1024)
+    levels = FluxModels.stock_sigmas(flux, 4, TOKENS_1024)
     assert levels == pytest.approx([1, 0.9045, 0.7595, 0.5128], abs=1e-4)
     scheduler, visited = fit(levels)
     assert not scheduler.config.use_dynamic_shifting and scheduler.config.stochastic_sampling
