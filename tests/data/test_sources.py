@@ -1,9 +1,14 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Choosing the reader; JSON files, prompt files and data sets of `datasets`; bad input."""
 
+import hashlib
 import io
 import json
+import multiprocessing
+import os
 import pickle
+import re
+from pathlib import Path
 
 import datasets
 import pytest
@@ -24,6 +29,7 @@ from data_sets import (
 from huggingface_hub import constants
 from PIL import Image
 
+from senseflow.data import rows as rows_module
 from senseflow.data.loader import PromptImageDataset, make_dataloader
 from senseflow.data.prompts import read_prompts_file
 from senseflow.data.sources import READERS, load_rows
@@ -210,3 +216,74 @@ def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
         UserError, match=f"^--dataset_name {tmp_path}/a: /sys/kernel/datasets cannot be .*: set HF_HOME"
     ):
         load_rows(args)
+    args = make_args(dataset_json=write_json(tmp_path))
+    refusal(args, f"--dataset_json {args.dataset_json}: /sys/kernel/datasets/senseflow cannot be ", "; set HF_HOME to")
+
+
+# Large files ---------------------------------------------------------------------------------------------------------
+def private_memory() -> float:
+    """In MB; pages of mapped files are the system's cache, which processes share."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def load_with_others(args, barrier, queue):
+    barrier.wait()
+    before = private_memory()
+    rows = load_rows(args)
+    captions = [rows.captions(row) for row in range(0, 100_000, 100)]
+    queue.put((private_memory() - before, len(pickle.dumps(rows)), rows.fingerprint, captions[-1]))
+
+
+def test_one_process_reads_a_json_file_and_the_others_map_what_it_wrote(tmp_path, monkeypatch):
+    """As lists, these rows take 40 MB."""
+    prompts = [
+        f"a caption of many words, such as the number {row} and the colors of {row + 1}" for row in range(100_000)
+    ]
+    prompts[99_900] = ["one", "two"]
+    content = {"image_paths": [f"images/{row}.jpg" for row in range(100_000)], "prompts": prompts}
+    args = make_args(dataset_json=text(tmp_path, json.dumps(content)), **PROMPTS_ONLY)
+    context = multiprocessing.get_context("fork")
+    readers, results, barrier = context.SimpleQueue(), context.SimpleQueue(), context.Barrier(3)
+    load = json.load
+    monkeypatch.setattr(json, "load", lambda file: readers.put(os.getpid()) or load(file))
+    processes = [context.Process(target=load_with_others, args=(args, barrier, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = sorted(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    assert readers.get() in [process.pid for process in processes] and readers.empty()
+    assert len({fingerprint for *_, fingerprint, _ in found}) == 1 and {str(last) for *_, last in found} == {
+        "['one', 'two']"
+    }
+    assert found[1][0] < 8, found  # a copy of the table would be 12 MB
+    assert all(pickled < 10_000 for _, pickled, *_ in found)  # what a spawned worker gets
+
+
+def test_a_json_file_is_read_again_when_its_content_changes(tmp_path):
+    """Not when it is as old and as large."""
+    args = make_args(dataset_json=write_json(tmp_path, 6))
+    stat = os.stat(args.dataset_json)
+    first = load_rows(args)
+    write_json(tmp_path, 6, prompts=[f"prompt {5 - row}" for row in range(6)])
+    os.utime(args.dataset_json, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert os.stat(args.dataset_json).st_size == stat.st_size
+    second = load_rows(args)
+    assert all_captions(second) == all_captions(first)[::-1] and second.fingerprint != first.fingerprint
+    (table, _) = sorted((tmp_path / "cache" / "senseflow").glob("*.arrow"))
+    table.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{table} is damaged .*delete it"):
+        [load_rows(changed(args, dataset_json=path)) for path in (args.dataset_json, write_json(tmp_path, 6))]
+
+
+def test_a_hash_does_not_depend_on_the_batches_that_it_is_computed_in(tmp_path, monkeypatch):
+    prompts = ["a", "b", ["c", "d"], "e", "f", ["g"]]
+    args = make_args(dataset_json=write_json(tmp_path, prompts=prompts))
+    listed = make_args(train_data_dir=None, prompts_file=text(tmp_path, "a\nb\nc", "p.txt"), **PROMPTS_ONLY)
+    found = [(load_rows(args).fingerprint, load_rows(listed).fingerprint)]
+    expected = hashlib.sha256("".join(f"\0{caption}\0" for caption in "abc").encode()).hexdigest()[:12]
+    assert found[0][1] == f"3 rows, hash {expected}"
+    monkeypatch.setattr(rows_module, "BATCH_ROWS", 2)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    found.append((load_rows(args).fingerprint, load_rows(listed).fingerprint))
+    assert found[0] == found[1] and all_captions(load_rows(args)) == [["a"], ["b"], ["c", "d"], ["e"], ["f"], ["g"]]
