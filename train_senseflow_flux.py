@@ -284,7 +284,7 @@ class FluxModels(TrainingModels):
     @classmethod
     def make_schedule(cls, args, source: ModelSource, device):
         teacher_scheduler = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
-        num_tokens = (args.resolution // cls.pixel_multiple(source)) ** 2
+        num_tokens = math.prod(args.resolution) // cls.pixel_multiple(source) ** 2
         stock_sigmas = partial(cls.stock_sigmas, num_tokens=num_tokens)
         train_timesteps = teacher_scheduler.timesteps.clone()
         wanted = [t / 1000 for t in args.anchors] if args.anchors else stock_sigmas(teacher_scheduler, 4)
@@ -295,8 +295,8 @@ class FluxModels(TrainingModels):
         pipeline_kwargs = {
             "num_inference_steps": len(sigmas),
             **cls.student_guidance_kwargs(args, source),
-            "height": args.resolution,
-            "width": args.resolution,
+            "height": args.resolution[0],
+            "width": args.resolution[1],
         }
         visited = stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
         if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:  # no scheduler visits them by itself

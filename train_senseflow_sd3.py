@@ -292,9 +292,9 @@ class SD3Models(TrainingModels):
         source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
         super().check_args(args, source)
         side = source.config(cls.network_class, "transformer").get("pos_embed_max_size", math.inf)
-        if args.resolution > side * cls.pixel_multiple(source):
-            problem = f"this teacher has positions for {side * cls.pixel_multiple(source)} pixels at most"
-            raise UserError(f"--resolution {args.resolution}: {problem}", exit_code=2)
+        if max(args.resolution) > side * cls.pixel_multiple(source):
+            problem = f"this teacher has positions for {side * cls.pixel_multiple(source)} pixels a side at most"
+            raise UserError(f"--resolution {' '.join(map(str, args.resolution))}: {problem}", exit_code=2)
 
     @classmethod
     def make_schedule(cls, args, source: ModelSource, device):
@@ -307,8 +307,8 @@ class SD3Models(TrainingModels):
         pipeline_kwargs = {
             "num_inference_steps": len(sigmas),
             **cls.student_guidance_kwargs(args, source),
-            "height": args.resolution,
-            "width": args.resolution,
+            "height": args.resolution[0],
+            "width": args.resolution[1],
         }
         visited = cls.stock_sigmas(type(scheduler).from_config(scheduler.config), len(sigmas))
         if max(abs(a - b) for a, b in zip(visited, sigmas)) > 1e-3:  # no scheduler visits them by itself

@@ -306,7 +306,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 # The teacher: SDXL
 # ---------------------------------------------------------------------------------------------------------------------
 class SDXLModels(TrainingModels):
-    """SDXL: CLIP embeddings, pooled embeddings and time ids; guidance with zeros or the empty prompt."""
+    """SDXL: CLIP embeddings, pooled embeddings and sizes; guidance with zeros or the empty prompt."""
 
     parse_args, inactive_flags = staticmethod(parse_args), INACTIVE_FLAGS
     pipeline_class, network_class, vae_class = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
@@ -321,11 +321,11 @@ class SDXLModels(TrainingModels):
     def __init__(self, args, source: ModelSource, schedule: DDPMSchedule, runtime: Runtime):
         self.has_classifier = args.method == "dmd2" and args.gan_weight > 0
         self.method = "DMD2 (arXiv 2405.14867)" if args.method == "dmd2" else super().method
-        size = (args.resolution, args.resolution)  # whole images, as in a stock call
-        self.time_ids = torch.tensor([[*size, 0, 0, *size]], device=runtime.device, dtype=runtime.weight_dtype)
         super().__init__(args, source, schedule, runtime)
+        size = args.resolution  # whole images, as in a stock call
+        self.time_ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=runtime.weight_dtype)
         if self.empty_condition is not None and self.pipeline.config.force_zeros_for_empty_prompt:
-            self.empty_condition = *map(torch.zeros_like, self.empty_condition[:2]), self.time_ids
+            self.empty_condition = tuple(map(torch.zeros_like, self.empty_condition))
         if args.pretrained_vae_model_name_or_path:
             self.extra_components["vae"] = load_network(self.vae_source(args, source), self.vae_class, "vae")
 
@@ -366,8 +366,8 @@ class SDXLModels(TrainingModels):
         pipeline_kwargs = {
             "num_inference_steps": num_steps,
             "guidance_scale": 0.0,
-            "height": args.resolution,
-            "width": args.resolution,
+            "height": args.resolution[0],
+            "width": args.resolution[1],
         }
         visiting = LCMScheduler.from_config(scheduler.config)
         visiting.set_timesteps(num_steps)
@@ -395,14 +395,14 @@ class SDXLModels(TrainingModels):
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
-        """Encode prompts to (embeddings (B, L, D), pooled embeddings (B, P), time ids (B, 6))."""
+        """Encode prompts to (embeddings (B, L, D), pooled embeddings (B, P))."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )
-        return embeds, pooled, self.time_ids.expand(len(prompts), -1)
+        return embeds, pooled
 
     def network_output(self, role, x_t, t, condition):
-        return role(**unet_inputs(role, x_t, t, condition), return_dict=False)[0]
+        return role(**self.unet_inputs(role, x_t, t, condition), return_dict=False)[0]
 
     def omega(self, t):
         return self.schedule.levels(t)[0].float()
@@ -418,8 +418,9 @@ class SDXLModels(TrainingModels):
     def student_and_fake_score(self):
         student, fake_score = super().student_and_fake_score()
         if self.has_classifier:
-            size = mid_block_size(student, self.latent_shape[-1])
-            fake_score = ScoreWithClassifier(fake_score, LatentClassifier(student.config.block_out_channels[-1], size))
+            sides = [mid_block_side(student, side) for side in self.latent_shape[1:]]
+            classifier = LatentClassifier(student.config.block_out_channels[-1], *sides)
+            fake_score = ScoreWithClassifier(fake_score, classifier)
         return student, fake_score
 
     def classify(self, x0, rng: StatelessRNG, sample_indices, name: str, condition) -> torch.Tensor:
@@ -427,18 +428,17 @@ class SDXLModels(TrainingModels):
         schedule, last = self.schedule, len(self.schedule.train_timesteps) - 1
         t = schedule.train_timesteps[rng.integers(f"{name}_classifier_timestep", sample_indices, 0, last)]
         x_t = schedule.add_noise(x0, rng.normal(f"{name}_classifier_noise", sample_indices, x0.shape[1:]), t)
-        return self.fake_score(**unet_inputs(self.fake_score, x_t, t, condition), classify=True)
+        return self.fake_score(**self.unet_inputs(self.fake_score, x_t, t, condition), classify=True)
 
-
-def unet_inputs(role: Role, x_t, t, condition) -> dict:
-    """Return the arguments of a UNet call at latents x_t (B, C, H, W) and timesteps t (B,)."""
-    embeds, pooled, time_ids = condition
-    return {
-        "sample": x_t.to(role.dtype),
-        "timestep": t,
-        "encoder_hidden_states": embeds,
-        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
-    }
+    def unet_inputs(self, role: Role, x_t, t, condition) -> dict:
+        """Return the arguments of a UNet call at latents x_t (B, C, H, W) and timesteps t (B,)."""
+        embeds, pooled = condition
+        return {
+            "sample": x_t.to(role.dtype),
+            "timestep": t,
+            "encoder_hidden_states": embeds,
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": self.time_ids.expand(len(x_t), -1)},
+        }
 
 
 class ScoreWithClassifier(torch.nn.Module):
@@ -467,11 +467,11 @@ def mid_block_features(unet, sample, timestep, encoder_hidden_states, added_cond
     return sample
 
 
-def mid_block_size(unet: UNet2DConditionModel, latent_size: int) -> int:
+def mid_block_side(unet: UNet2DConditionModel, latent_side: int) -> int:
     """Return the side of the mid-block's features for latents of this side; a down-block that halves rounds up."""
     for block in unet.down_blocks:
-        latent_size = math.ceil(latent_size / 2) if block.downsamplers else latent_size
-    return latent_size
+        latent_side = math.ceil(latent_side / 2) if block.downsamplers else latent_side
+    return latent_side
 
 
 # ---------------------------------------------------------------------------------------------------------------------

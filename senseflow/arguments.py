@@ -195,9 +195,10 @@ def add_data_arguments(parser: Parser) -> None:
     add("--caption_column", default="text",
         help="Name of the caption column. If a row holds a list of captions, one is picked at random.")
     add("--streaming", action="store_true", help="Read --dataset_name as a stream, without a copy on the disk.")
-    add("--resolution", type=number(int, 1), default=1024,
-        help="Side of the training images in pixels: the shorter side is resized to it, then a square is cropped.")
-    add("--center_crop", action="store_true", help="Crop the center instead of a random square.")
+    add("--resolution", type=number(int, 1), nargs="+", default=[1024],
+        help="Size of the training images in pixels: one side of a square, or HEIGHT WIDTH. Images are resized to "
+        "cover it, then cropped.")
+    add("--center_crop", action="store_true", help="Crop the center instead of a random part.")
     add("--random_flip", action="store_true", help="Flip half of the images horizontally.")
     add("--max_train_samples", type=number(int, 1), help="Use only the first N rows.", metavar="N")
     add("--dataloader_num_workers", type=number(int, 0), default=0,
@@ -231,7 +232,7 @@ def add_senseflow_arguments(parser: Parser):
         help="Blocks of the backbone whose output the discriminator sees; default: 2 5 8 10 14 19 23 of 24 blocks, "
         "and the same relative depths for another number of blocks.")
     add("--discriminator_resolution", type=number(int, 1),
-        help="Side in pixels to which images are resized for the backbone; default: not resized.")
+        help="Pixels to which the shorter side of images is resized for the backbone; default: not resized.")
     add("--discriminator_text_encoder", default="openai/clip-vit-large-patch14",
         help="Hub id or folder of a CLIP text encoder with projection.")
     return add
@@ -337,11 +338,16 @@ def describe_presets(presets: dict[str, dict]) -> str:
 
 
 def complete_args(args) -> None:
-    """Set what follows from other flags: learning rates, --lora_alpha, attention, and guidance scales as [MIN, MAX].
+    """Set what follows from other flags: learning rates, --lora_alpha, attention, and pairs of values.
+
+    --resolution becomes [HEIGHT, WIDTH], and guidance scales [MIN, MAX].
 
     Raises:
-        UserError: exit code 2; more than two guidance scales.
+        UserError: exit code 2; more than two values of a pair.
     """
+    if len(args.resolution) > 2:
+        raise UserError(f"--resolution {' '.join(map(str, args.resolution))}: give one side, or HEIGHT WIDTH", 2)
+    args.resolution = [args.resolution[0], args.resolution[-1]]
     for name in ("dmd_guidance_scale", "isg_guidance_scale"):
         values = getattr(args, name)
         if values is not None:

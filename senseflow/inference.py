@@ -301,7 +301,7 @@ def pixel_multiple(model: Model) -> int:
         return model.student_config["pixel_multiple"]
     vae, network = model.config("vae"), model.config("transformer") or model.config("unet")
     try:
-        scale, channels = vae_scale_of(vae), latent_shape_of(vae, 0)[0]
+        scale, channels = vae_scale_of(vae), latent_shape_of(vae, (0, 0))[0]
     except KeyError:  # no VAE, or one that no script here trains with
         scale, channels = 1, network.get("in_channels", 1)
     # FLUX and its like fold 2 x 2 latents into channels before the network, whose own patch_size does not count then.

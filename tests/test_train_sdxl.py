@@ -243,7 +243,7 @@ def test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn
     x_t, t = torch.randn(2, *models.latent_shape), torch.tensor([700.0, 3.0])
     with torch.no_grad():
         condition = models.encode_prompts(["a red square", "blue"])
-        inputs = script.unet_inputs(models.fake_score, x_t, t, condition)
+        inputs = models.unet_inputs(models.fake_score, x_t, t, condition)
         score.unet(**inputs)
         torch.testing.assert_close(script.mid_block_features(score.unet, **inputs), features[0])
     assert ran == {"up": 1, "mid": 2}
@@ -290,7 +290,7 @@ def test_the_classifier_is_shown_noised_latents_of_student_and_real_images(build
     role.dtype = torch.float32
     rng = StatelessRNG(0, 5)
     models.fake_score = role
-    classify(real, rng, [0, 1], "real", (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.zeros(2, 6)))
+    classify(real, rng, [0, 1], "real", (torch.zeros(2, 3, 4), torch.zeros(2, 4)))
     ((asked, inputs),) = told
     t = rng.integers("real_classifier_timestep", [0, 1], 0, 999)
     noise = rng.normal("real_classifier_noise", [0, 1], real.shape[1:])
@@ -299,13 +299,17 @@ def test_the_classifier_is_shown_noised_latents_of_student_and_real_images(build
 
 
 @pytest.mark.parametrize(
-    "channels, size, convolutions", [(1280, 32, 4), (64, 32, 4), (32, 4, 1), (32, 1, 1), (16, 5, 2), (32, 24, 4)]
-)
+    "channels, size, convolutions",
+    [
+        (1280, (32, 32), 4), (64, (32, 32), 4), (32, (4, 4), 1), (32, (1, 1), 1), (16, (5, 5), 2), (32, (24, 24), 4),
+        (32, (42, 24), 4), (32, (4, 9), 1),
+    ],
+)  # fmt: skip
 def test_the_classifier_takes_any_middle(channels, size, convolutions):
     """Four convolutions from SDXL's 32 to 1; and logits that depend on the whole map, at any size."""
     with torch.device("meta" if channels > 1000 else "cpu"):
-        classifier = LatentClassifier(channels, size)
-        x = torch.randn(2, channels, size, size, requires_grad=True)
+        classifier = LatentClassifier(channels, *size)
+        x = torch.randn(2, channels, *size, requires_grad=True)
     layers = [module for module in classifier if isinstance(module, torch.nn.Conv2d)]
     logits = torch.nn.Sequential.forward(classifier, x)  # autocast knows no meta device
     assert len(layers) == convolutions + 1 and logits.shape == (2,)
@@ -319,7 +323,7 @@ def test_the_classifier_takes_any_middle(channels, size, convolutions):
 
 def test_the_classifier_computes_in_the_precision_of_its_weights_under_autocast():
     torch.manual_seed(0)
-    classifier, features = LatentClassifier(32, 8), torch.randn(2, 32, 8, 8).bfloat16()
+    classifier, features = LatentClassifier(32, 8, 8), torch.randn(2, 32, 8, 8).bfloat16()
     exact = classifier(features.float())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(classifier(features), exact)

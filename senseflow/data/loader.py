@@ -91,7 +91,7 @@ def draw_caption(captions: Sequence[str], seed: int, iteration: int, sample_inde
 class PromptImageDataset(Dataset):
     """`dataset[(row, iteration, sample_index)]` is a dict:
 
-        pixel_values  (3, R, R) uint8 array; None where needs_images(iteration) is false: nothing is read then
+        pixel_values  (3, H, W) uint8 array; None where needs_images(iteration) is false: nothing is read then
         latents       (C, H, W) float32 array or None, in the place of pixel_values if `rows` holds latents
         prompt        one of the row's captions
         row           the row used: instead of one with an unreadable image, the next readable one, with its prompt
@@ -100,15 +100,15 @@ class PromptImageDataset(Dataset):
 
     Args:
         rows: `ImageRows`, `LatentRows` or a `Substream`.
-        resolution: R in pixels. The shorter side is scaled to it (Lanczos), the longer one cropped.
-        center_crop, random_flip: crop the center instead of a random square; flip half of the samples. Latents stay as
+        resolution: (H, W) in pixels. Images are scaled to cover it (Lanczos), and cropped.
+        center_crop, random_flip: crop the center instead of a random part; flip half of the samples. Latents stay as
             they are.
     Raises:
         UserError: nothing readable in all rows, or in 1,000 in a row; no prompt in a row of latents.
     """
 
     rows: Any
-    resolution: int
+    resolution: Sequence[int]
     center_crop: bool
     random_flip: bool
     seed: int
@@ -145,17 +145,20 @@ class PromptImageDataset(Dataset):
         raise data_error(self.rows.origin, problem, "repair them", 1)
 
     def _transform(self, image: Image.Image, rng: StatelessRNG, sample_index: int) -> np.ndarray:
-        size, shorter = self.resolution, min(image.size)
-        scaled = [max(size, round(side * size / shorter)) for side in image.size]
-        corner = [(side - size) // 2 for side in scaled]
+        size = self.resolution[1], self.resolution[0]  # as Pillow counts: width, height
+        wanted, own = max(zip(size, image.size), key=lambda sides: sides[0] / sides[1])
+        scaled = [max(low, round(side * wanted / own)) for low, side in zip(size, image.size)]
+        spare = [side - low for side, low in zip(scaled, size)]
+        corner = [pixels // 2 for pixels in spare]
         if not self.center_crop:
             draws = rng.uniform("crop", [sample_index], shape=(2,))[0].tolist()
-            corner = [min(int(draw * (side - size + 1)), side - size) for draw, side in zip(draws, scaled)]
+            corner = [min(int(draw * (pixels + 1)), pixels) for draw, pixels in zip(draws, spare)]
         # Compute only the pixels inside the crop: the same values, and a long thin image cannot fill the memory.
         steps = [side / new for side, new in zip(image.size, scaled)]
         low = [first * step for first, step in zip(corner, steps)]
-        high = [min((first + size) * step, side) for first, step, side in zip(corner, steps, image.size)]
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(*low, *high))
+        ends = [first + side for first, side in zip(corner, size)]
+        high = [min(end * step, side) for end, step, side in zip(ends, steps, image.size)]
+        image = image.resize(size, Image.Resampling.LANCZOS, box=(*low, *high))
         if self.random_flip and rng.uniform("flip", [sample_index]).item() < 0.5:
             image = ImageOps.mirror(image)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -255,7 +258,7 @@ def _on_worker_exit(*_) -> None:
 class PromptImageLoader(DataLoader):
     """A DataLoader over `PromptImageDataset` or `StreamedBatches`. Yields what `collate` makes, as tensors.
 
-    pixel_values (B, 3, R, R) lie in [-1, 1]. Each rank gets its share: `Accelerator.prepare` must not split it again.
+    pixel_values (B, 3, H, W) lie in [-1, 1]. Each rank gets its share: `Accelerator.prepare` must not split it again.
 
     Attributes:
         failure: the error that should end the run once its checkpoint is saved (exit code 1): more than 1 % of the

@@ -50,6 +50,7 @@ def load_rows(args) -> Rows:
 def check_latents(args, rows: Rows, shape: tuple[int, int, int]) -> None:
     """Refuse (exit code 2) stored latents, if they are read, of another shape (C, H, W) than the teacher's."""
     if isinstance(rows, LatentRows) and rows.shape != tuple(shape) and uses_images(args):
-        problem = f"holds latents of {rows.shape}, this teacher's are {tuple(shape)} at --resolution {args.resolution}"
+        size = " ".join(map(str, args.resolution))
+        problem = f"holds latents of {rows.shape}, this teacher's are {tuple(shape)} at --resolution {size}"
         fix = "give latents of this teacher's VAE, and the --resolution that they have"
         raise data_error(rows.origin, problem, fix)

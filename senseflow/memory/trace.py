@@ -228,7 +228,7 @@ def roles_of(models) -> dict[str, Role]:
 def make_batch(args, models, sample_indices: list[int], device) -> dict[str, Any]:
     """Make a micro-batch of images or, with --dataset_lmdb, of latents."""
     batch = {"sample_indices": sample_indices, "prompts": ("a prompt",) * len(sample_indices)}
-    name, shape = "pixel_values", (3, args.resolution, args.resolution)
+    name, shape = "pixel_values", (3, *args.resolution)
     if args.dataset_lmdb:
         name, shape = "latents", models.latent_shape
     return batch | {name: torch.zeros(len(sample_indices), *shape, device=device)}

@@ -46,12 +46,12 @@ def check_discriminator_args(args) -> None:
     _read_config(text_encoder, "CLIP", ("clip", "clip_text_model"))
     path, layers = args.discriminator_backbone, args.discriminator_layers
     config = Dinov2Config(**_read_config(ModelSource("--discriminator_backbone", path), "DINOv2", ("dinov2",)))
-    name = "resolution" if args.discriminator_resolution is None else "discriminator_resolution"
-    flag, value = f"--{name} {getattr(args, name)}", getattr(args, name)
-    if value < config.patch_size:
+    shown, value = f"--resolution {' '.join(map(str, args.resolution))}", args.discriminator_resolution
+    flag = shown if value is None else f"--discriminator_resolution {value}"
+    if (min(args.resolution) if value is None else value) < config.patch_size:
         raise UserError(f"{flag}: must be at least the patch size {config.patch_size} of {path}", exit_code=2)
-    if value > args.resolution:
-        problem = f"must not exceed --resolution {args.resolution}; lower it, or drop it to use images as they are"
+    if value is not None and value > min(args.resolution):
+        problem = f"must not exceed {shown}; lower it, or drop it to use images as they are"
         raise UserError(f"{flag}: {problem}", exit_code=2)
     last = config.num_hidden_layers - 1
     if layers is not None and (layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= last):
@@ -78,7 +78,7 @@ class VisionFeatures(nn.Module):
         layers: increasing block numbers; None for `default_layers`. Blocks above the last are dropped.
         dtype: of autocast; no autocast for float32.
         gradient_checkpointing: recompute the blocks in the backward pass.
-        resolution: side in pixels to which images are resized; None: not resized.
+        resolution: pixels to which the shorter side of images is resized; None: not resized.
     """
 
     def __init__(
@@ -111,8 +111,10 @@ class VisionFeatures(nn.Module):
         """
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             images = images.float()
-            if self.resolution not in (None, images.shape[-1]):
-                images = F.interpolate(images, size=(self.resolution,) * 2, mode="bilinear", antialias=True)
+            shorter = min(images.shape[2:])
+            if self.resolution not in (None, shorter):
+                size = [round(side * self.resolution / shorter) for side in images.shape[2:]]
+                images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
             images = ((images + 1) / 2 - self.mean) / self.std
             patches = self.embeddings.patch_embeddings.projection(images)
             batch, channels, height, width = patches.shape
@@ -369,21 +371,22 @@ class Discriminator(nn.Module):
 
 
 class LatentClassifier(nn.Sequential):
-    """DMD2's classifier: mid-block features (B, C, size, size) -> one logit per sample (B,), for any C and size.
+    """DMD2's classifier: mid-block features (B, C, height, width) -> one logit per sample (B,), for any C and size.
 
-    Convolutions of stride 2 halve the map down to at most 4, one more reduces it to 1 x 1, a linear map follows. At
-    size 32 (SDXL at 1024 px) these are the release's four convolutions of kernel 4. GroupNorm has 32 groups if each
-    has 8 channels or more, else fewer: on a 1 x 1 map few values per group would be normalized to almost nothing.
+    Convolutions of stride 2 halve the map until a side is at most 4, one more reduces it to 1 x 1, a linear map
+    follows. At 32 x 32 (SDXL at 1024 px) these are the release's four convolutions of kernel 4. GroupNorm has 32
+    groups if each has 8 channels or more, else fewer: on a 1 x 1 map few values per group would be normalized to
+    almost nothing.
 
     It computes in the precision of its weights, float32 but where shards are gathered in bfloat16, without autocast.
     """
 
-    def __init__(self, channels: int, size: int):
+    def __init__(self, channels: int, height: int, width: int):
         layers = []
-        while size > 4:
+        while min(height, width) > 4:
             layers.append(nn.Conv2d(channels, channels, 4, stride=2, padding=1))
-            size //= 2
-        layers.append(nn.Conv2d(channels, channels, size))
+            height, width = height // 2, width // 2
+        layers.append(nn.Conv2d(channels, channels, (height, width)))
         norm = partial(nn.GroupNorm, math.gcd(32, max(1, channels // 8)), channels)
         blocks = [part for layer in layers for part in (layer, norm(), nn.SiLU())]
         super().__init__(*blocks, nn.Conv2d(channels, 1, 1), nn.Flatten(0))

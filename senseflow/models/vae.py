@@ -28,10 +28,10 @@ def vae_scale_of(config: dict) -> int:
     return 2 ** (len(levels) - 1) * fold_of(config)
 
 
-def latent_shape_of(config: dict, resolution: int) -> tuple[int, int, int]:
-    """Return (channels, height, width) of one x0 at this resolution."""
-    channels = config.get("latent_channels") or config["z_dim"]
-    return (channels * fold_of(config) ** 2, *[resolution // vae_scale_of(config)] * 2)
+def latent_shape_of(config: dict, size: Sequence[int]) -> tuple[int, int, int]:
+    """Return (channels, height, width) of one x0 of an image of this size, (height, width) in pixels."""
+    channels, scale = config.get("latent_channels") or config["z_dim"], vae_scale_of(config)
+    return channels * fold_of(config) ** 2, size[0] // scale, size[1] // scale
 
 
 def fold_of(config: dict) -> int:

@@ -316,10 +316,9 @@ def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:
     if args.enable_xformers_memory_efficient_attention:
         check_xformers("--enable_xformers_memory_efficient_attention")
     multiple = cls.pixel_multiple(source)
-    if args.resolution % multiple:
-        raise UserError(
-            f"--resolution {args.resolution}: must be divisible by {multiple} for this teacher", exit_code=2
-        )
+    if any(side % multiple for side in args.resolution):
+        shown = " ".join(map(str, args.resolution))
+        raise UserError(f"--resolution {shown}: must be divisible by {multiple} for this teacher", exit_code=2)
     schedule, _, pipeline_kwargs = cls.make_schedule(args, source, "cpu")
     check_anchors(args, schedule, pipeline_kwargs.keys() - inspect.signature(cls.pipeline_class.__call__).parameters)
 

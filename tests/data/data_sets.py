@@ -21,7 +21,7 @@ PROMPTS_ONLY = dict(gan_weight=0.0, backward_simulation_prob=1.0)
 def make_args(**changes) -> SimpleNamespace:
     args = dict(
         dataset_name=None, dataset_config_name=None, train_data_dir=None, dataset_json=None, prompts_file=None,
-        dataset_lmdb=None, image_column="image", caption_column="text", resolution=16, center_crop=True,
+        dataset_lmdb=None, image_column="image", caption_column="text", resolution=[16, 16], center_crop=True,
         random_flip=False, max_train_samples=None, train_batch_size=2, gradient_accumulation_steps=1,
         dataloader_num_workers=0, seed=3, gan_weight=1.0, backward_simulation_prob=0.5, streaming=False,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def test_unreadable_latents_are_replaced_and_a_missing_prompt_ends_the_run(tmp_p
         tmp_path, 7, latents_2_data=infinite.tobytes(), latents_3_data=bytes(4), latents_4_data=None,
         prompts_5_data=None, latents_6_data=np.full(SHAPE, np.nan, "<f2").tobytes(),
     )  # fmt: skip
-    sample = PromptImageDataset(LatentRows(folder, 5), 16, False, False, 3, always)[2, 0, 7]
+    sample = PromptImageDataset(LatentRows(folder, 5), (16, 16), False, False, 3, always)[2, 0, 7]
     assert (sample["row"], sample["prompt"]) == (0, "ein Würfel 0")
     assert sample["unreadable"] == [
         (f"latents_2_data in {folder}", "it is not finite"),
@@ -129,12 +129,12 @@ def test_a_cut_lmdb_is_refused_before_it_is_read(tmp_path):
 
 
 def test_latents_must_fit_the_teacher(tmp_path):
-    args = changed(lmdb_args(tmp_path, shape=(4, 2, 2)), resolution=32)
+    args = changed(lmdb_args(tmp_path, shape=(4, 2, 2)), resolution=[32, 32])
     rows = load_rows(args)
     for shape in ((4, 4, 4), (16, 2, 2)):
         with pytest.raises(UserError) as caught:
             check_latents(args, rows, shape)
-        problem = f"{args.dataset_lmdb}: holds latents of (4, 2, 2), this teacher's are {shape} at --resolution 32"
+        problem = f"{args.dataset_lmdb}: holds latents of (4, 2, 2), this teacher's are {shape} at --resolution 32 32"
         assert caught.value.exit_code == 2 and problem in str(caught.value)
         check_latents(changed(args, **PROMPTS_ONLY), rows, shape)
     check_latents(args, rows, (4, 2, 2))

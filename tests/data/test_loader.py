@@ -91,7 +91,7 @@ class OneImage:
         return "x", self.image, "torn"
 
 
-def transform(image, iteration=0, sample_index=0, resolution=16, center_crop=False, random_flip=False):
+def transform(image, iteration=0, sample_index=0, resolution=(16, 16), center_crop=False, random_flip=False):
     """Transform one image as the loader does, to [-1, 1]."""
     dataset = PromptImageDataset(OneImage(image), resolution, center_crop, random_flip, 3, always)
     sample = dataset[0, iteration, sample_index]["pixel_values"]
@@ -99,16 +99,18 @@ def transform(image, iteration=0, sample_index=0, resolution=16, center_crop=Fal
     return torch.from_numpy(sample).float() / 127.5 - 1
 
 
+@pytest.mark.parametrize("height, width", [(16, 16), (24, 16), (16, 40)])
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (9, 10), (16, 16), (64, 16), (5, 300)])
-def test_shorter_side_to_the_resolution_then_center_crop(size):
+def test_images_cover_the_resolution_then_center_crop(size, height, width):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    scaled = [max(16, round(side * 16 / min(size))) for side in size]
-    left, top = (scaled[0] - 16) // 2, (scaled[1] - 16) // 2
-    plain = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + 16, top + 16))
+    scale = max(width / size[0], height / size[1])
+    scaled = max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    plain = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
     expected = torch.tensor(np.array(plain)).permute(2, 0, 1) / 127.5 - 1
-    result = transform(image, center_crop=True)
-    assert result.shape == (3, 16, 16)
+    result = transform(image, resolution=(height, width), center_crop=True)
+    assert result.shape == (3, height, width)
     assert (result - expected).abs().max() <= 1.01 / 127.5
 
 
@@ -141,7 +143,7 @@ def test_flip_follows_from_iteration_and_sample_index_alone():
 # Unreadable images ---------------------------------------------------------------------------------------------------
 def test_an_unreadable_row_is_replaced_by_the_next_readable_one(tmp_path, caplog):
     args = make_args(dataset_json=write_json(tmp_path, broken=(2, 3, 5)))
-    dataset = PromptImageDataset(load_rows(args), 16, True, False, 3, always)
+    dataset = PromptImageDataset(load_rows(args), (16, 16), True, False, 3, always)
     for row, used, skipped in [(0, 0, []), (2, 4, [2, 3]), (3, 4, [3]), (5, 0, [5])]:
         sample = dataset[row, 0, 7]
         assert (sample["row"], sample["prompt"], sample["sample_index"]) == (used, f"prompt {used}", 7)
@@ -165,7 +167,7 @@ def test_if_no_row_is_readable_the_run_ends(tmp_path):
         assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
     rows = OneImage(None, count=10**9)  # a lost disk: one sample does not try all rows
     with pytest.raises(UserError, match="none of 1000 rows can be read, one is x: torn"):
-        PromptImageDataset(rows, 16, True, False, 3, always)[5, 0, 0]
+        PromptImageDataset(rows, (16, 16), True, False, 3, always)[5, 0, 0]
 
 
 @pytest.mark.parametrize("field", ["pixel_values", "latents"])

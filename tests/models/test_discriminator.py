@@ -333,7 +333,8 @@ def test_images_are_resized_to_discriminator_resolution(vision):
     assert {tuple(m.shape[2:]) for m in maps} == {(3, 3)}
     maps[-1].sum().backward()
     assert (slope.grad != 0).all()
-    images = torch.rand(2, 3, 24, 24) * 2 - 1  # already of that size: unchanged
+    assert scaled(torch.rand(1, 3, 40, 60))[0].shape[2:] == (3, 36 // 8)  # the shorter side is scaled to it
+    images = torch.rand(2, 3, 24, 32) * 2 - 1  # already of that size: unchanged
     assert all(torch.equal(a, b) for a, b in zip(whole(images), scaled(images), strict=True))
 
 
@@ -348,7 +349,7 @@ def test_bad_layers_and_resolutions_are_refused(vision, flag, values):
         discriminator_text_encoder=str(vision / "clip"),
         discriminator_layers=None,
         discriminator_resolution=None,
-        resolution=64,
+        resolution=[64, 96],
     )
     for value in values[:-1]:
         setattr(args, f"discriminator_{flag}", value)
