@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-modes test-dry-runs mutants style fix-copies
+.PHONY: venv demo test test-modes mutants style fix-copies
 
 venv: $(VENV)/.installed
 
@@ -21,10 +21,6 @@ test: venv
 # Every configuration of accelerate_configs/, two processes each. DeepSpeed compiles an operator at its first launch.
 test-modes: venv
 	$(BIN)/python -m pytest tests/test_modes.py
-
-# Every combination of flags with which the tests train, again with --dry_run, which takes longer than the training.
-test-dry-runs: venv
-	DRY_RUNS=1 $(BIN)/python -m pytest tests --ignore tests/test_modes.py -n 2
 
 mutants: venv
 	$(BIN)/python tests/mutants.py

@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from helpers import dry_runs, record_runs, training_runs  # noqa: E402
+from helpers import dry_runs, record_runs  # noqa: E402
 from senseflow.arguments import Parser  # noqa: E402
 from senseflow.models.hub import resolve_repo  # noqa: E402
 from tiny_pipelines import write_discriminator, write_flux, write_sd3, write_sdxl  # noqa: E402
@@ -35,24 +35,34 @@ def the_last_of_a_repeated_flag_counts():
         yield
 
 
-DRY_RUNS: set = set()  # the kinds of runs that this process has traced
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call():
-    """What a test has trained, here or launched, --dry_run traces as well, with its fixtures: `make test-dry-runs`."""
-    if "DRY_RUNS" not in os.environ:
-        return (yield)
-    training_runs.clear()
+@pytest.fixture(autouse=True, scope="session")
+def training_runs_are_recorded():
     with pytest.MonkeyPatch.context() as patch:
         record_runs(patch)
-        result = yield
+        yield
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory):
+    """A folder, the same in all processes of pytest-xdist, with a file for each kind of run that was traced."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traced"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def a_dry_run_of_what_was_trained(training_runs_are_recorded, traced):
+    """--dry_run traces what a test or its fixtures have trained, here or launched, once for each kind of run.
+
+    It comes after the end of the test's own fixtures, so without its patches.
+    """
+    yield
     with tempfile.TemporaryDirectory() as folder:
-        for script, arguments in dry_runs(DRY_RUNS):
+        for script, arguments in dry_runs(traced):
             AcceleratorState._reset_state()  # its precision
             script.main([*arguments, "--output_dir", folder])
             AcceleratorState._reset_state()
-    return result
 
 
 @pytest.fixture(autouse=True)

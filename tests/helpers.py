@@ -1,5 +1,6 @@
 """Launch the training scripts, read their checkpoints and generate with their pipelines."""
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -59,7 +61,7 @@ def assert_same_image(a: np.ndarray, b: np.ndarray) -> None:
     assert largest <= 1, f"images differ by up to {largest} of 255"
 
 
-training_runs: list[tuple[str, list[str], str]] = []  # (script's name, arguments, precision) of this test's runs
+training_runs: list[tuple[str, list[str], str]] = []  # (script's name, arguments, precision) not yet traced
 # What a dry run does not see, or only counts.
 NOT_TRACED = (
     "--output_dir --resume_from_checkpoint --validation_prompts --validation_steps --num_validation_images "
@@ -70,7 +72,7 @@ NOT_TRACED = (
 
 
 def record_runs(patch: pytest.MonkeyPatch) -> None:
-    """Add the training runs that start in this process to `training_runs`; `start` adds those that it launches."""
+    """Add the complete training runs of this process to `training_runs`; `start` adds those that it launches."""
     arguments_of: dict[int, tuple] = {}
     for script in [module for name, module in sys.modules.items() if name.startswith("train_senseflow_")]:
         cls = models_class(script)
@@ -81,25 +83,29 @@ def record_runs(patch: pytest.MonkeyPatch) -> None:
             return args
 
         patch.setattr(cls, "parse_args", staticmethod(parse_args))
-    initialize = Runtime.__init__
+    finish = Runtime.finish
 
-    def recording(runtime, args):
-        initialize(runtime, args)
+    def recording(runtime):
+        finish(runtime)
+        args = runtime.args
         if id(args) in arguments_of and args.dry_run is None:
             training_runs.append((*arguments_of[id(args)][1:], args.mixed_precision))
 
-    patch.setattr(Runtime, "__init__", recording)
+    patch.setattr(Runtime, "finish", recording)
 
 
-def dry_runs(known: set) -> Iterator[tuple[ModuleType, list[str]]]:
-    """Yield (script, arguments) of --dry_run for the recorded runs that go another way than those `known`."""
-    for name, arguments, precision in training_runs:
+def dry_runs(traced: Path) -> Iterator[tuple[ModuleType, list[str]]]:
+    """Yield (script, arguments) of --dry_run for the recorded runs of a kind that has no file in `traced` yet."""
+    while training_runs:
+        name, arguments, precision = training_runs.pop()
+        if not Path(arguments[arguments.index("--pretrained_model_name_or_path") + 1]).exists():
+            continue  # it came from a Hub that ended with its test
         arguments = without(arguments, *NOT_TRACED)
         # Numbers count as 0, 1 or more, paths by their last names without digits.
         words = [re.sub(r"\d+$", "", Path(word).name) if "/" in word else word for word in arguments]
-        shape = (name, precision, *(str(min(float(word), 2)) if is_number(word) else word for word in words))
-        if shape not in known:
-            known.add(shape)
+        kind = [name, precision, *(str(min(float(word), 2)) if is_number(word) else word for word in words)]
+        with suppress(FileExistsError):
+            (traced / hashlib.sha256(json.dumps(kind).encode()).hexdigest()).touch(exist_ok=False)
             yield importlib.import_module(name), [*arguments, "--mixed_precision", precision, "--dry_run"]
 
 

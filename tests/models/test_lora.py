@@ -510,11 +510,13 @@ def test_a_teacher_with_a_lora_is_distilled_and_sampled(flags, teachers, tmp_pat
     capsys.readouterr()
     needle = f"over other weights than those of {teachers['sd3']} with {lora.parent};"
     refused(infer, [*student_samples, str(tmp_path / "changed")], 1, needle, capsys)
+    lora = tmp_path / "unfit/mine.safetensors"
+    unfit = [*flags("sd3"), "--output_dir", str(tmp_path / "new"), "--teacher_lora", str(lora.parent)]
     write_lora("sdxl", teachers, lora)
     with pytest.raises(UserError, match=f"^--teacher_lora {lora.parent}: has no layer of a SD3Transformer2DModel"):
-        built(SCRIPTS["sd3"], [*without(taught, "--output_dir"), "--output_dir", str(tmp_path / "new")])
+        built(SCRIPTS["sd3"], unfit)
     save_file({"a": torch.ones(1)}, lora.with_name("second.safetensors"))
-    refused(SCRIPTS["sd3"], taught, 2, f"--teacher_lora {lora.parent}: holds 2 .safetensors files", capsys)
+    refused(SCRIPTS["sd3"], unfit, 2, f"--teacher_lora {lora.parent}: holds 2 .safetensors files", capsys)
     refused(
         SCRIPTS["sd3"],
         [*flags("sd3"), "--teacher_lora", str(tmp_path / "none")],
