@@ -21,7 +21,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
-from senseflow.arguments import DTYPES, SAMPLERS, Parser, dtype, number, torch_device, torch_dtype
+from senseflow.arguments import (
+    DTYPES,
+    SAMPLERS,
+    Parser,
+    attention_backend,
+    dtype,
+    number,
+    torch_device,
+    torch_dtype,
+)
 from senseflow.data.prompts import read_lines, read_prompts_file
 from senseflow.errors import UserError, check_launcher, check_writable, run_script, write_atomically
 from senseflow.released import RELEASED
@@ -74,6 +83,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add("--released", choices=RELEASED, help="Use the preset of these published weights, not senseflow.json.")
     add("--dtype", type=dtype, choices=DTYPES, help="Precision of the weights; default: bf16 on a GPU, fp32 on a CPU.")
+    add("--attention_backend", type=attention_backend, metavar="NAME",
+        help="Attention kernel of the network, as in training; default: torch's choice among its own.")  # fmt: skip
     add("--device", help="Torch device; default: cuda if there is one, else cpu.")
     group = parser.add_argument_group("prompts")
     source = group.add_mutually_exclusive_group()
@@ -114,7 +125,14 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import distributed
 from tqdm import tqdm
 
-from senseflow.inference import Model, find_model, hash_model, load_model_pipeline, pixel_multiple
+from senseflow.inference import (
+    Model,
+    check_attention,
+    find_model,
+    hash_model,
+    load_model_pipeline,
+    pixel_multiple,
+)
 from senseflow.models.hub import ModelSource
 from senseflow.models.schedulers import bind_generator
 
@@ -339,12 +357,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     model = find_model(
         args.model, args.revision, args.variant, network, subfolder, args.transformer_config, args.released
     )
+    if args.attention_backend is not None:
+        check_attention(model, args.attention_backend, device, torch_dtype(precision))
     sampler, kwargs = choose_sampler(args.sampler, model), choose_pipeline_kwargs(args, model)
     defaults = {name: parameter.default for name, parameter in model.call_parameters.items()}
     settings = {name: kwargs.get(name, defaults.get(name)) for name in CALL_FLAGS}
     fit_scheduler(model, settings["num_inference_steps"])
     settings |= {"pipeline_kwargs": dict(args.pipeline_kwargs or ()), "sampler": sampler, "seed": args.seed}
     settings |= {"dtype": DTYPES[precision], "weights": hash_model(model)}
+    settings |= {"attention_backend": args.attention_backend}
     network_name = network and f"{network}/{subfolder}".rstrip("/")
     origin = {"model": args.model, "network": network_name, "released": args.released}
 
@@ -362,7 +383,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         wanted = [(idx, k) for idx in selected for k in range(args.num_images_per_prompt)]
         missing = sorted(set(wanted) - set(map(image_key, records)))
         num_done, missing = len(wanted) - len(missing), missing[rank::world_size]
-        pipeline = load_model_pipeline(model, sampler, device, torch_dtype(precision)) if missing else None
+        pipeline, weight_dtype = None, torch_dtype(precision)
+        if missing:
+            pipeline = load_model_pipeline(model, sampler, device, weight_dtype, args.attention_backend)
         with tqdm(total=num_done + len(missing), initial=num_done, unit="image", disable=rank > 0) as progress:
             for start in range(0, len(missing), args.batch_size):
                 batch = missing[start : start + args.batch_size]

@@ -374,9 +374,6 @@ class FluxModels(TrainingModels):
         has_embedder = student.config.get("guidance_embeds")
         return fold_guidance_embedder(student, self.args.student_guidance_scale) if has_embedder else student
 
-    def enable_xformers(self, network):
-        network.set_attention_backend("xformers")
-
     def teacher_pipeline_kwargs(self):
         guidance = self.args.student_guidance_scale or 3.5  # FluxPipeline's default
         steps = self.args.teacher_num_inference_steps

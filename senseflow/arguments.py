@@ -19,6 +19,11 @@ SAMPLERS = ("stochastic", "euler")  # see senseflow_utils.sampler_step
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # Trackers of accelerate.
 TRACKERS = ("aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab")
+# Kernels that diffusers' dispatcher knows, have a backward pass and run on CUDA devices.
+ATTENTION_BACKENDS = (
+    "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "flash_hub",
+    "flash_varlen", "flash_varlen_hub", "_flash_3_hub", "_flash_3_varlen_hub", "flash_4_hub", "xformers",
+)  # fmt: skip
 LORA_LEARNING_RATES = (7, 5, 1)  # with --rank: student, fake score, discriminator, in units of full fine-tuning's rate
 
 
@@ -74,6 +79,14 @@ def file_size(text: str) -> str:
 def dtype(text: str) -> str:
     """Parse fp32, bf16 or fp16, also by their long names: an argparse type."""
     return next((short for short, long in DTYPES.items() if text == long), text)
+
+
+def attention_backend(text: str) -> str:
+    """Check a name of ATTENTION_BACKENDS: an argparse type."""
+    if text not in ATTENTION_BACKENDS:
+        reason = " (sage has no backward pass)" if "sage" in text else ""
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(ATTENTION_BACKENDS)}{reason}, not {text}")
+    return text
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -280,7 +293,16 @@ def add_precision_arguments(parser: Parser) -> None:
     add("--use_8bit_adam", action="store_true", help="Use 8-bit AdamW. Needs bitsandbytes.")
     add("--allow_tf32", action="store_true",
         help="Allow TF32 for matrix products on Ampere and later GPUs, as the release does.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers. Needs a GPU.")
+    add("--attention_backend", type=attention_backend, metavar="NAME",
+        help="Attention kernel of student, fake score and teacher, by diffusers' name; default: torch's choice, but "
+        "not cuDNN's kernel. native: the same. _native_flash, _native_efficient, _native_math, _native_cudnn: one of "
+        "torch's. With cuDNN's, gradients are not finite at some shapes (pytorch#196678); such steps are skipped. "
+        "flash, flash_varlen: of flash-attn. flash_hub, flash_varlen_hub, _flash_3_hub, _flash_3_varlen_hub, "
+        "flash_4_hub: downloaded from the Hub by the package kernels. xformers: of xformers. Networks outside of "
+        "diffusers' dispatcher, such as those of SD 3.5 and SDXL, have torch's kernels, of which flash is one, and "
+        "xformers.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true",
+        help="The same as --attention_backend xformers. Needs a GPU.")
     add("--dry_run", type=number(float, 0), nargs="?", const=0.0, metavar="GB",
         help="Train nothing: print the memory, the operations and the estimated time of this command and, if GB is "
         "given, flags with which it fits a GPU of that size.")
@@ -343,7 +365,7 @@ def complete_args(args) -> None:
     --resolution becomes [HEIGHT, WIDTH], and guidance scales [MIN, MAX].
 
     Raises:
-        UserError: exit code 2; more than two values of a pair.
+        UserError: exit code 2; more than two values of a pair, or two kernels of attention.
     """
     if len(args.resolution) > 2:
         raise UserError(f"--resolution {' '.join(map(str, args.resolution))}: give one side, or HEIGHT WIDTH", 2)
@@ -369,8 +391,13 @@ def complete_args(args) -> None:
         args.learning_rate_disc = decimal(args.learning_rate * discriminator / student)
     if args.lora_alpha is None and args.rank:
         args.lora_alpha = float(args.rank)
-    if args.dry_run is not None:  # needs no GPU, which xformers does
-        args.enable_xformers_memory_efficient_attention = False
+    if args.enable_xformers_memory_efficient_attention:
+        if args.attention_backend not in (None, "xformers"):
+            problem = "--enable_xformers_memory_efficient_attention is given, too; drop one of both"
+            raise UserError(f"--attention_backend {args.attention_backend}: {problem}", exit_code=2)
+        args.attention_backend = "xformers"
+    if args.dry_run is not None:  # needs no GPU, which most kernels do
+        args.attention_backend, args.enable_xformers_memory_efficient_attention = None, False
 
 
 def check_common_args(args, inactive_flags: Sequence[tuple] = ()) -> None:
@@ -427,8 +454,8 @@ INACTIVE_FLAGS = (
     ),
     (
         lambda args: args.dry_run is not None,
-        "--dry_run: torch's attention, which it traces, takes as much memory",
-        ("enable_xformers_memory_efficient_attention",),
+        "--dry_run: torch's choice of attention, which it traces, takes as much memory as all but _native_math",
+        ("attention_backend", "enable_xformers_memory_efficient_attention"),
     ),
     (lambda args: args.dry_run is None, "a run without --dry_run", ("dry_run_output",)),
     (lambda args: args.isg_weight == 0, "a run with --isg_weight 0", ("isg_margin", "isg_guidance_scale")),

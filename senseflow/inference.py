@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from senseflow.errors import UserError, require_package
+from senseflow.models.attention import check_attention_backend, set_attention_backend
 from senseflow.models.hub import ModelSource, check_weights, load_network, load_pipeline, saved_components
 from senseflow.models.lora import ADAPTER, FILE, fuse_lora, lora_fingerprint, read_adapter, stored_name
 from senseflow.models.quantization import BACKENDS, quantize_network
@@ -271,6 +272,17 @@ def check_components(model: Model) -> None:
         raise UserError(f"--variant {variant}: {problem}", exit_code=2)
 
 
+def check_attention(model: Model, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse (exit code 2) an --attention_backend that the model's network cannot have here."""
+    flag = f"--attention_backend {name}"
+    if model.network is None:
+        raise UserError(f"{flag}: {model.class_name} has neither transformer nor unet; drop it", exit_code=2)
+    config = model.config(model.network)
+    with init_empty_weights():
+        network = getattr(diffusers, config.get("_class_name", model.index[model.network][1])).from_config(config)
+    check_attention_backend(flag, name, network, device, dtype, backward=False)
+
+
 def hash_model(model: Model) -> str:
     """Hash weights, configurations and student_config to 12 hex digits, which differ between models.
 
@@ -311,9 +323,17 @@ def pixel_multiple(model: Model) -> int:
 
 
 def load_model_pipeline(
-    model: Model, sampler: Optional[str], device: torch.device, dtype: torch.dtype
+    model: Model,
+    sampler: Optional[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    attention_backend: Optional[str] = None,
 ) -> DiffusionPipeline:
-    """Load the whole pipeline onto a device. UserError (1) for missing or damaged weights."""
+    """Load the whole pipeline onto a device. UserError (1) for missing or damaged weights.
+
+    Args:
+        attention_backend: of the network, which `check_attention` has let pass; None: torch's choice.
+    """
     components = {name: load_component(model, name, dtype) for name in model.replaced}
     if model.adapter is not None:
         # The fingerprint of the base rounds weights to bfloat16, which is not the same after rounding to float16.
@@ -323,6 +343,8 @@ def load_model_pipeline(
     if model.adapter is not None:
         prepare_adapter_base(model, pipeline, device, dtype)
         load_adapter(model, getattr(pipeline, model.network))
+    if attention_backend is not None:
+        set_attention_backend(getattr(pipeline, model.network), attention_backend)
     try:
         pipeline.to(device)
     except torch.OutOfMemoryError as error:

@@ -8,10 +8,12 @@ import os
 from typing import Any, Callable, Optional, Sequence
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.logging import get_logger
 
 from senseflow.arguments import apply_preset, check_common_args, complete_args
-from senseflow.errors import UserError, require_package
+from senseflow.errors import UserError
+from senseflow.models.attention import check_attention_backend, set_attention_backend
 from senseflow.models.discriminator import check_discriminator_args
 from senseflow.models.hub import (
     ModelSource,
@@ -207,10 +209,6 @@ class TrainingModels:
         """Return further {setting: value} of ComfyUI, for the model card."""
         return {}
 
-    def enable_xformers(self, network: torch.nn.Module) -> None:
-        """Switch a network to the attention of xformers."""
-        network.enable_xformers_memory_efficient_attention()
-
     def fingerprints(self) -> dict[str, Any]:
         """Return what must be the same on resume: frozen networks, adapters, the class of the optimizer."""
         fingerprints = {"teacher": self.teacher_fingerprint, "optimizer": type(self.student.optimizer).__name__}
@@ -232,9 +230,9 @@ class TrainingModels:
         else:
             student = self.make_student()
             fake_score = copy.deepcopy(student)
-        if self.args.enable_xformers_memory_efficient_attention:
+        if self.args.attention_backend:
             for network in (self.network, student, fake_score):
-                self.enable_xformers(network)
+                set_attention_backend(network, self.args.attention_backend)
         if self.args.gradient_checkpointing:
             student.enable_gradient_checkpointing()
             fake_score.enable_gradient_checkpointing()
@@ -313,8 +311,8 @@ def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:
     if args.student_model_name_or_path and not args.rank:
         start = student_source(args, source)
         check_compatible(start, cls.network_class, cls.network_name, config, cls.compatible_config)
-    if args.enable_xformers_memory_efficient_attention:
-        check_xformers("--enable_xformers_memory_efficient_attention")
+    if args.attention_backend:
+        check_attention(args, cls, config)
     multiple = cls.pixel_multiple(source)
     if any(side % multiple for side in args.resolution):
         shown = " ".join(map(str, args.resolution))
@@ -352,17 +350,14 @@ def check_anchors(args, schedule: Schedule, unknown_kwargs: set[str]) -> None:
         raise UserError(f"{origin}: {problem}; {fix}", exit_code=2)
 
 
-def check_xformers(flag: str) -> None:
-    """Refuse (exit code 2) xformers that does not run: not installed, no GPU, or built for another torch."""
-    require_package("xformers", flag)
-    if not torch.cuda.is_available():
-        raise UserError(f"{flag} needs a CUDA GPU: drop the flag", exit_code=2)
-    from xformers.ops import memory_efficient_attention
-
-    query = torch.zeros(1, 8, 1, 64, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}", dtype=torch.float16)
-    try:
-        memory_efficient_attention(query, query, query)
-    except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(":. ")
-        fix = f"install its build for torch {torch.__version__}, or drop the flag"
-        raise UserError(f"{flag}: xformers' attention does not run here ({reason}); {fix}", exit_code=2) from error
+def check_attention(args, cls: type[TrainingModels], config: dict[str, Any]) -> None:
+    """Refuse (UserError, exit code 2) a kernel that the teacher's network cannot be trained with here."""
+    flag = f"--attention_backend {args.attention_backend}"
+    if args.enable_xformers_memory_efficient_attention:
+        flag = "--enable_xformers_memory_efficient_attention"
+    with init_empty_weights():
+        network = cls.network_class.from_config(config)
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(gpu if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    check_attention_backend(flag, args.attention_backend, network, device, dtype, backward=True)

@@ -106,7 +106,7 @@ class Runtime:
         self.trained: list[Role] = []
         if self.launch.mode == "fsdp2":
             self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
-        # cuDNN's attention has gradients that are not finite for some shapes; torch has other kernels.
+        # cuDNN's attention has gradients that are not finite for some shapes. --attention_backend asks for it by name.
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32  # convolutions keep torch's default, which is TF32
         set_seed(args.seed)  # initial weights of the discriminator; all random numbers of training are stateless
