@@ -71,7 +71,7 @@ def test_flags_mean_the_same_everywhere_and_each_is_read(parsers):
         text = text[text.index("import torch") :] + library
         for name, action in actions.items():
             read = f"args.{name}" in text or f'"{name}"' in text or f'args["{name}"]' in text
-            assert read or name in ("method", "preset"), f"{script}: --{name} is dead"
+            assert read or name in ("method", "preset", "hub_token"), f"{script}: --{name} is dead"
             assert action.help and action.container.title != "options", f"{script}: --{name} stands in no group"
             for other in parsers.values():
                 for attribute in ("nargs", "const", "dest", "metavar", "required", "help"):
@@ -155,6 +155,8 @@ ARROWS |= {
     "senseflow.memory": _MODELS | {"senseflow.training"},
     "senseflow.inference": _MODELS,
     "senseflow.evaluation": _MODELS | {"senseflow.data"},
+    "senseflow.convert_lora": _MODELS,
+    "senseflow.merge_lora": _MODELS | {"senseflow.inference"},
 }
 _TRAINING = _MODELS | {"senseflow.training", "senseflow.memory", "senseflow.data"}
 ARROWS |= {script: _TRAINING for script in copies.SCRIPTS}

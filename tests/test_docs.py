@@ -41,6 +41,8 @@ NOT_RUN = {
     ("memory.md", "accelerate launch --config_file accelerate_configs/fsdp2_2nodes.yaml"): (
         "two nodes; test_modes.py runs this configuration as two launches"
     ),
+    ("export.md", "python -m senseflow.convert_lora"): "tests/test_convert_lora.py runs it, with another name",
+    ("lora.md", "python -m senseflow.merge_lora"): "tests/test_convert_lora.py runs it, with other names",
     ("checkpoints.md", "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT"): "an environment variable of the launcher alone",
     ("new_teacher.md", "pip install -e ."): "installs the repository",
     ("new_teacher.md", "from helpers import built"): "a template; the tests of the three scripts run it in full",
@@ -48,7 +50,7 @@ NOT_RUN = {
 # Flags of other programs, by the program.
 OTHER_FLAGS = {
     "accelerate launch": {"config_file", "num_processes", "machine_rank", "main_process_ip", "multi_gpu"},
-    "networks/convert_flux_lora.py of sd-scripts": {"src", "dst"},
+    "senseflow.convert_lora, senseflow.merge_lora": {"to", "dtype"},
     "docker, Slurm": {"memory", "shm-size", "signal"},
 }
 OTHER_PATHS = {"networks/convert_flux_lora.py"}  # of sd-scripts
