@@ -480,6 +480,7 @@ def main(argv=None, models: type[TrainingModels] = FluxModels):
     checkpointer.check_finished(metrics, iteration)
     checkpointer.export(iteration)
     runtime.finish()
+    checkpointer.upload()
 
 
 if __name__ == "__main__":

@@ -451,6 +451,7 @@ def main(argv=None, models: type[TrainingModels] = SD3Models):
     checkpointer.check_finished(metrics, iteration)
     checkpointer.export(iteration)
     runtime.finish()
+    checkpointer.upload()
 
 
 if __name__ == "__main__":

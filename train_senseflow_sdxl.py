@@ -557,6 +557,7 @@ def main(argv=None, models: type[TrainingModels] = SDXLModels):
     checkpointer.check_finished(metrics, iteration)
     checkpointer.export(iteration)
     runtime.finish()
+    checkpointer.upload()
 
 
 if __name__ == "__main__":

@@ -142,6 +142,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (see --help)", exit_code=2)
 
 
+class SetToken(argparse.Action):
+    """Set HF_TOKEN, which huggingface_hub reads; a token among the arguments would be logged, saved and published."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        os.environ["HF_TOKEN"] = value
+
+
 def keep_last(argv: Sequence[str]) -> list[str]:
     """Drop the earlier ones of flags that a command line gives more than once, with their values."""
     given: dict[str, list[str]] = {}
@@ -320,6 +327,9 @@ def add_checkpointing_arguments(parser: Parser) -> None:
         help="Split the weights of the exported student into files of at most this size. ComfyUI takes one file only.")
     add("--export_dtype", choices=list(DTYPES), default="bf16",
         help="Precision of the exported network or adapter; other components are copies of the teacher's.")
+    add("--push_to_hub", action="store_true", help="Upload the export to the Hub at the end, and nothing else.")
+    add("--hub_model_id", help="Repository of --push_to_hub; default: the name of --output_dir, under your name.")
+    add("--hub_token", action=SetToken, help="Token for the Hub, with write access for --push_to_hub.")
 
 
 def add_validation_arguments(parser: Parser):
@@ -427,6 +437,12 @@ def check_common_args(args, inactive_flags: Sequence[tuple] = ()) -> None:
         raise UserError(f"--mixed_precision {args.mixed_precision}: give no or bf16", exit_code=2)
     if args.use_8bit_adam:
         require_package("bitsandbytes", "--use_8bit_adam")
+    if args.push_to_hub and args.dry_run is None:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            fix = "give --hub_token, set HF_TOKEN, or run `hf auth login`, with a token that may write"
+            raise UserError(f"--push_to_hub: there is no token for the Hub; {fix}", exit_code=2)
     if args.report_to != "none":
         require_package(args.report_to, f"--report_to {args.report_to}")
     for is_inactive, run, names in (*inactive_flags, *INACTIVE_FLAGS):
@@ -445,6 +461,7 @@ def warn_inactive(args, run: str, names: Sequence[str]) -> None:
 INACTIVE_FLAGS = (
     (lambda args: args.rank == 0, "a run without --rank", ("lora_alpha", "lora_layers")),
     (lambda args: args.rank > 0, "a run with --rank", ("max_shard_size",)),
+    (lambda args: not args.push_to_hub, "a run without --push_to_hub", ("hub_model_id",)),
     (lambda args: args.teacher_lora is None, "a run without --teacher_lora", ("teacher_lora_scale",)),
     (
         lambda args: args.gan_weight == 0,

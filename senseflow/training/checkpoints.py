@@ -26,6 +26,7 @@ from senseflow.training.export import (
     write_adapter_files,
     write_pipeline_files,
 )
+from senseflow.training.hub_upload import create_hub_repo, upload_export
 from senseflow.training.metrics import Metrics
 from senseflow.training.models import TrainingModels
 from senseflow.training.roles import launch_config
@@ -56,12 +57,14 @@ class Checkpointer:
         self.extra_components = {"scheduler": scheduler, **models.extra_components}
         self.teacher_files = {} if args.rank else teacher_files(models, self.extra_components)
         self.fingerprints = models.fingerprints()
+        self.exported: list[str] = []  # names in --output_dir, in the main process
 
     def resume(self) -> tuple[int, int]:
         """Load the checkpoint to resume from, if any. Return (iterations done, samples seen).
 
         Raises:
-            UserError: a checkpoint that this run cannot continue; an export that cannot be written; too little space.
+            UserError: a checkpoint that this run cannot continue; an export that cannot be written; too little space;
+                a repository on the Hub that cannot be created.
         """
         checkpoint = find_checkpoint(self.args)
         state = read_state(checkpoint) if checkpoint else {"iteration": 0, "samples_seen": 0}
@@ -72,6 +75,8 @@ class Checkpointer:
                 role.check_finite(f"--resume_from_checkpoint {checkpoint}: ")
         if self.runtime.accelerator.is_main_process:
             remove_leftovers(self.args.output_dir)
+            if self.args.push_to_hub:
+                create_hub_repo(self.args)
             self._check_export(state["iteration"])
             self._check_disk(state["iteration"])
         self.runtime.saved = state["iteration"]
@@ -143,10 +148,20 @@ class Checkpointer:
                 files = self.teacher_files
                 last = export_pipeline(aside, self.args, self.models, self.extra_components, config, files)
             if self.runtime.accelerator.is_main_process:
+                self.exported = sorted(os.listdir(aside))
                 publish_folder(aside, Path(self.args.output_dir), last)
         kind = "adapter" if self.args.rank else "pipeline"
         logger.info(f"the {kind} is in {self.args.output_dir}; to generate an image: {self._infer_command()}")
         self.runtime.accelerator.wait_for_everyone()
+
+    def upload(self) -> None:
+        """Upload the export to the repository of --push_to_hub: after `Runtime.finish`, as it may take very long.
+
+        Raises:
+            UserError: exit code 1; the upload fails.
+        """
+        if self.exported and self.args.push_to_hub:
+            upload_export(self.args, self.exported)
 
     def _infer_command(self) -> str:
         """Return the command that generates an image with what was exported, for the shell."""

@@ -89,7 +89,7 @@ def write_pipeline_files(folder: Path, args, models: TrainingModels, extra_compo
     write_student_config(folder, config)
     dtype, absent = torch_dtype(args.export_dtype), missing_components(cls, index)
     code = f"""from diffusers import {cls.__name__}
-pipeline = {cls.__name__}.from_pretrained({FOLDER_IN_CARD!r}, dtype={dtype}{format_kwargs(absent)})"""
+pipeline = {cls.__name__}.from_pretrained({folder_in_card(args)!r}, dtype={dtype}{format_kwargs(absent)})"""
     write_model_card(folder, code, args, models, config)
 
 
@@ -122,6 +122,11 @@ def without_folders(path: str) -> str:
     return f"path/of/{Path(path).name}" if os.path.isabs(path) else path
 
 
+def folder_in_card(args) -> str:
+    """Return where the card's code finds the export: the repository of --push_to_hub, or a placeholder."""
+    return args.hub_model_id if args.push_to_hub else FOLDER_IN_CARD
+
+
 def table_cell(value: Any) -> str:
     """Return an argument in one line of a Markdown table, without the folders of an absolute path."""
     values = value if isinstance(value, (list, tuple)) else [value]
@@ -133,7 +138,7 @@ def adapter_code(args, models: TrainingModels, extra_components: dict[str, Any],
     """Return the code that loads the teacher's pipeline as the adapter was trained over it, and then the adapter."""
     cls, dtype = models.pipeline_class, torch_dtype(args.export_dtype)
     classes = sorted({cls.__name__, *(type(component).__name__ for component in extra_components.values())})
-    lines = [f"from diffusers import {', '.join(classes)}", f"folder = {FOLDER_IN_CARD!r}"]
+    lines = [f"from diffusers import {', '.join(classes)}", f"folder = {folder_in_card(args)!r}"]
     kwargs = {name: config[f"teacher_{name}"] for name in ("revision", "variant") if config[f"teacher_{name}"]}
     kwargs |= missing_components(cls, models.source.read_json("model_index.json"))
     quantization = ""
