@@ -2,14 +2,17 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Measure speed and memory of the training scripts at full size, with random weights, on one GPU; without a network.
 
-    python benchmarks/gpu.py --output_dir OUT                         # all cases, as far as --minutes allows
+    python benchmarks/gpu.py --output_dir OUT --minutes 0             # on any machine: the dry runs of all cases
+    python benchmarks/gpu.py --output_dir OUT                         # the cases, in their order, for nine minutes
+    python benchmarks/gpu.py --output_dir OUT --before WORKTREE       # COMPARED also by the scripts of another commit
     python benchmarks/gpu.py --output_dir OUT --cases sdxl flux-rank  # two of them
     python benchmarks/gpu.py --output_dir OUT --tiny                  # tiny networks, to test this file without a GPU
 
 A case is a training command (bf16, gradient checkpointing, 1024 px, batch 1, accumulation 1, every loss on) whose
-`main` runs without the export. Iterations and roles are timed by CUDA events. FLOPs are counted in the last two
-iterations, one of which updates the student. The same command runs with --dry_run on the CPU at the same time.
-OUT/gpu.json and OUT/gpu.md have the results; a case that has not run is "not measured".
+`main` runs without the export. Iterations and roles are timed by CUDA events. The same command with --dry_run gives
+FLOPs, peak and estimated seconds, on the CPU; give them before the GPU is there, since they slow the host down.
+OUT/gpu.json and OUT/gpu.md have the results; a case that has not run is "not measured", and runs when OUT is given
+again.
 """
 
 import argparse
@@ -18,14 +21,14 @@ import importlib
 import json
 import math
 import os
-import re
 import resource
 import subprocess
 import sys
 import time
 import traceback
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -34,28 +37,62 @@ import full_size
 import torch
 from diffusers import AutoencoderKL
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+
+from senseflow.memory.speed import CARDS
 
 
-EIGHT_BIT = ["--use_8bit_adam"]
-# {case: (teacher, flags, configuration of accelerate_configs/)}, in the order in which they run
+@dataclass
+class Case:
+    """A training command.
+
+    Attributes:
+        teacher: name in full_size.NETWORKS.
+        configuration: file of accelerate_configs/.
+        dry_run: the case with the same dry run, which traces neither kernels of attention nor compiled code.
+        compiled: as by `accelerate launch --dynamo_backend inductor`.
+        channels_last: whether convolutions of student, fake score, teacher, discriminator and VAE have their weights
+            in that order of memory.
+    """
+
+    teacher: str
+    flags: list[str] = field(default_factory=list)
+    configuration: str = "single"
+    dry_run: Optional[str] = None
+    compiled: bool = False
+    channels_last: bool = False
+
+    @property
+    def warm_up(self) -> int:
+        """Number of iterations that are not timed; those in which blocks are compiled are among them."""
+        return 4 if self.compiled else 2
+
+
+EIGHT_BIT, RANK = ["--use_8bit_adam"], ["--rank", "64"]
+# In the order in which they run.
 CASES = {
-    "flux-rank": ("flux", ["--rank", "64"], "single"),
-    "sdxl": ("sdxl", [], "single"),
-    "sd35-medium": ("sd35-medium", [], "single"),
-    "sdxl-8bit": ("sdxl", EIGHT_BIT, "single"),
-    "sd35-medium-8bit": ("sd35-medium", EIGHT_BIT, "single"),
-    "flux-rank-4bit": ("flux", ["--rank", "64", "--base_quantization", "4bit", *EIGHT_BIT], "single"),
-    "sd35-medium-fsdp2": ("sd35-medium", [], "fsdp2"),
-    "sd35-large-rank": ("sd35-large", ["--rank", "64"], "single"),
-    "sdxl-rank": ("sdxl", ["--rank", "64"], "single"),
-    "sdxl-dmd2": ("sdxl", ["--method", "dmd2"], "single"),
-    "sd35-medium-zero3": ("sd35-medium", [], "zero3"),
+    "flux-rank": Case("flux", RANK),
+    "sdxl": Case("sdxl"),
+    "sdxl-8bit": Case("sdxl", EIGHT_BIT),
+    "sd35-medium": Case("sd35-medium"),
+    "sdxl-compiled": Case("sdxl", dry_run="sdxl", compiled=True),
+    "flux-rank-compiled": Case("flux", RANK, dry_run="flux-rank", compiled=True),
+    "flux-rank-cudnn": Case("flux", [*RANK, "--attention_backend", "_native_cudnn"], dry_run="flux-rank"),
+    "flux-rank-flash3": Case("flux", [*RANK, "--attention_backend", "_flash_3_hub"], dry_run="flux-rank"),
+    "sdxl-channels-last": Case("sdxl", dry_run="sdxl", channels_last=True),
+    "sd35-medium-compiled": Case("sd35-medium", dry_run="sd35-medium", compiled=True),
+    "flux-rank-4bit": Case("flux", [*RANK, "--base_quantization", "4bit", *EIGHT_BIT]),
+    "sd35-medium-8bit": Case("sd35-medium", EIGHT_BIT),
+    "sd35-medium-fsdp2": Case("sd35-medium", configuration="fsdp2"),
+    "sd35-large-rank": Case("sd35-large", RANK),
+    "sdxl-rank": Case("sdxl", RANK),
+    "sdxl-dmd2": Case("sdxl", ["--method", "dmd2"]),
+    "sd35-medium-zero3": Case("sd35-medium", configuration="zero3"),
 }
+COMPARED = ("flux-rank", "sdxl", "sdxl-8bit", "sd35-medium")  # by --before, with flags that earlier commits have
 OPERATORS = "operators"
 WITH_STUDENT, WITHOUT_STUDENT = "with student update", "without"  # kinds of iterations
 TTUR = 2  # the student is updated in every second iteration; the table computes the mean at the recipe's 5
-GIB, WARM_UP = 2**30, 2
+GIB = 2**30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +190,7 @@ def write_data(folder: Path, resolution: int) -> Path:
 
 def training_flags(case: str, output: Path, tiny: bool, iterations: int) -> list[str]:
     """Return the flags of a case; write its configurations and data to OUT/networks and OUT/data unless they exist."""
-    teacher, flags, _ = CASES[case]
+    teacher, flags = CASES[case].teacher, CASES[case].flags
     networks, data, resolution = output / "networks", output / "data" / "data.json", 64 if tiny else 1024
     full_size.write_configs(teacher, networks / teacher, tiny)
     full_size.write_configs("discriminator", networks / "discriminator", tiny)
@@ -171,11 +208,15 @@ def training_flags(case: str, output: Path, tiny: bool, iterations: int) -> list
 
 
 @contextmanager
-def launch_environment(configuration: str):
-    """Set the variables that `accelerate launch` sets for one process of a file of accelerate_configs/."""
-    variables = {}
+def launch_environment(configuration: str, compiled: bool = False):
+    """Set the variables that `accelerate launch` sets for one process of a file of accelerate_configs/.
+
+    Args:
+        compiled: as by `--dynamo_backend inductor`.
+    """
+    variables = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR" if compiled else "NO"}
     if configuration != "single":
-        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         variables["MASTER_PORT"] = "29511"
     if configuration == "fsdp2":
         variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
@@ -193,41 +234,51 @@ def launch_environment(configuration: str):
 # ---------------------------------------------------------------------------------------------------------------------
 # The cases
 # ---------------------------------------------------------------------------------------------------------------------
-def run_case(case: str, output: Path, tiny: bool, iterations: int, gib: Optional[float] = None) -> dict:
-    """Run a training command, with `gib` GiB of the GPU's memory or all of it; return what was measured."""
-    flags, gpu = training_flags(case, output, tiny, iterations), torch.cuda.is_available()
-    script = importlib.import_module(full_size.script_of(CASES[case][0]))
+def run_case(name: str, output: Path, tiny: bool, timed: int, gib: Optional[float] = None) -> dict:
+    """Run a training command, with `gib` GiB of the GPU's memory or all of it; return what was measured.
+
+    Args:
+        timed: number of iterations that are timed.
+    """
+    case, gpu = CASES[name], torch.cuda.is_available()
+    iterations = case.warm_up + timed
+    flags = training_flags(name, output, tiny, iterations)
+    script = importlib.import_module(full_size.script_of(case.teacher))
     if gpu and gib:
         torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     stopwatch = Stopwatch()
     stopwatch.time_networks()
-    result, rows, tflop = {"case": case, **platform()}, [], {}
+    result, rows = {"case": name, **platform()}, []
     train_iteration = script.train_iteration
 
-    def timed_iteration(iteration, *args):
+    def timed_iteration(iteration, batches, models, args):
         if iteration == 0:
             result["loading"] = read_peaks()
-        if iteration == iterations - TTUR:
-            result["peak"] = read_peaks()  # before FLOPs are counted, which keeps tensors alive
-        counted = gib is None and iteration >= iterations - TTUR
-        counter = FlopCounterMode(display=False) if counted else nullcontext()
+            if case.channels_last:
+                order_channels_last(models)
         first_spans = {label: len(spans) for label, spans in stopwatch.spans.items()}
-        with counter, stopwatch.span("iteration"):
-            values, debug_latents = train_iteration(iteration, *args)
+        with stopwatch.span("iteration"):
+            values, debug_latents = train_iteration(iteration, batches, models, args)
         kind = WITH_STUDENT if "dmd_loss" in values else WITHOUT_STUDENT
-        if counted:
-            tflop[kind] = counter.get_total_flops() / 1e12
-        values_now = {name: value.detach() for name, value in values.items()}
-        rows.append((kind, iteration >= WARM_UP and not counted, first_spans, values_now))
-        print(f"{time.strftime('%H:%M:%S')} {case}: iteration {iteration + 1} of {iterations}", flush=True)
+        values_now = {label: value.detach() for label, value in values.items()}
+        rows.append((kind, iteration >= case.warm_up, first_spans, values_now))
+        print(f"{time.strftime('%H:%M:%S')} {name}: iteration {iteration + 1} of {iterations}", flush=True)
         return values, debug_latents
 
     script.train_iteration = timed_iteration
-    for name in ("save", "export", "_check_disk"):  # tens of GiB
-        setattr(script.Checkpointer, name, lambda *args: None)
-    with launch_environment(CASES[case][2]), full_size.random_weights("cuda" if gpu else "cpu"):
+    for method in ("save", "export", "_check_disk"):  # tens of GiB
+        setattr(script.Checkpointer, method, lambda *args: None)
+    with launch_environment(case.configuration, case.compiled), full_size.random_weights("cuda" if gpu else "cpu"):
         script.main(flags)
-    return result | {"tflop": tflop, "iterations": summarize(rows, stopwatch.seconds())}
+    result["peak"] = read_peaks()
+    return result | {"iterations": summarize(rows, stopwatch.seconds())}
+
+
+def order_channels_last(models) -> None:
+    """Reorder the weights of two-dimensional convolutions; their outputs follow."""
+    roles = (models.student, models.fake_score, models.teacher, models.discriminator)
+    for module in (models.vae, *(role.module for role in roles)):
+        module.to(memory_format=torch.channels_last)
 
 
 def summarize(rows: list[tuple], seconds: dict[str, list[float]]) -> list[dict]:
@@ -301,20 +352,34 @@ def run_in_this_process(case: str, args) -> None:
 
 
 def start_dry_run(case: str, output: Path, tiny: bool) -> subprocess.Popen:
-    """Start the command of a case with --dry_run on the CPU; its output goes to OUT/cases/CASE.txt."""
+    """Start the command of a case with --dry_run on the CPU; its numbers go to OUT/dry_runs/CASE.json."""
     flags = training_flags(case, output, tiny, TTUR)
-    script = full_size.ROOT / f"{full_size.script_of(CASES[case][0])}.py"
-    with launch_environment(CASES[case][2]):
+    flags += ["--dry_run", "--dry_run_output", str(output / "dry_runs" / f"{case}.json")]
+    script = full_size.ROOT / f"{full_size.script_of(CASES[case].teacher)}.py"
+    with launch_environment(CASES[case].configuration):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(output / "cases" / f"{case}.txt", "w") as log:
-        return subprocess.Popen([sys.executable, script, *flags, "--dry_run"], env=environment, stdout=log)
+    command = ["nice", "-n", "19", sys.executable, script, *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def start_case(case: str, root: Path, output: Path, args) -> subprocess.Popen:
+    """Start a case by the gpu.py of this commit or of another one."""
+    command = [sys.executable, root / "benchmarks" / "gpu.py", "--output_dir", output, "--in_process", "--cases", case]
+    # Earlier commits count the four iterations that they do not time.
+    iterations = args.iterations if root == full_size.ROOT else args.iterations + 4
+    command += ["--iterations", iterations, *(["--tiny"] if args.tiny else [])]
+    command += ["--gib", args.gib] if args.gib else []
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    (output / "cases").mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen([str(part) for part in command], env=environment)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables
 # ---------------------------------------------------------------------------------------------------------------------
-COLUMNS = ("case", "without student update, s", "with, s", "s / iteration at ttur 5", "TFLOP, without / with")
-COLUMNS += ("of the matmul rate", "peak GiB", "--dry_run", "reserved", "loading GiB", "losses finite")
+COLUMNS = ("case", "without student update, s", "with, s", "s / iteration at ttur 5", "estimated, without / with")
+COLUMNS += ("TFLOP, without / with", "of the matmul rate", "peak GiB", "--dry_run", "reserved", "loading GiB")
+COLUMNS += ("losses finite",)
 
 
 def mean(values) -> float:
@@ -322,10 +387,16 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def read_results(folder: Path) -> dict[str, dict]:
+    """Read the JSON files of a folder, by their names."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
 def report(output: Path) -> str:
     """Write gpu.json and gpu.md from the results there are; return the latter."""
-    results = {file.stem: json.loads(file.read_text()) for file in sorted((output / "cases").glob("*.json"))}
-    (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    results, dry_runs = read_results(output / "cases"), read_results(output / "dry_runs")
+    before = {f"{case} before": result for case, result in read_results(output / "before" / "cases").items()}
+    (output / "gpu.json").write_text(json.dumps(results | before, indent=1) + "\n")
     operators, lines = results.get(OPERATORS, {}), []
     rate = operators.get("matmul_tflops")
     if rate:
@@ -333,12 +404,12 @@ def report(output: Path) -> str:
         lines += [f"{platform}; bf16 matrix products of 8192: {rate:.0f} TFLOP/s.", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for case in CASES:
-        log = output / "cases" / f"{case}.txt"
-        dry_run = re.search(r"^peak ([\d.]+) GiB", log.read_text() if log.exists() else "", re.MULTILINE)
-        cells = cells_of(results.get(case), dry_run[1] if dry_run else "", rate)
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+        if f"{case} before" in before:
+            lines.append(f"| {case} before | " + " | ".join(cells_of(before[f"{case} before"], {}, rate)) + " |")
+        dry_run = dry_runs.get(CASES[case].dry_run or case, {})
+        lines.append(f"| {case} | " + " | ".join(cells_of(results.get(case), dry_run, rate)) + " |")
     lines += ["", "Seconds by network, mean of the timed iterations (without / with student update):", ""]
-    for case, result in results.items():
+    for case, result in (before | results).items():
         if "iterations" in result:
             lines.append(f"- {case}: {networks_of(result)}")
     if operators.get("attention"):
@@ -354,26 +425,31 @@ def report(output: Path) -> str:
     return text
 
 
-def cells_of(result: Optional[dict], dry_run: str, rate: Optional[float]) -> list[str]:
+def cells_of(result: Optional[dict], dry_run: dict, rate: Optional[float]) -> list[str]:
     """Return the cells of one case after its name."""
     if result is None or "failed" in result:
         return ["not measured" if result is None else result["failed"], *[""] * (len(COLUMNS) - 2)]
     timed = [row for row in result["iterations"] if row["timed"]]
-    without, with_student = (
-        mean(row["seconds"] for row in timed if row["student"] == student) for student in (False, True)
-    )
-    tflop, share = [result["tflop"].get(kind, 0) for kind in (WITHOUT_STUDENT, WITH_STUDENT)], ""
-    if rate and all(tflop):
-        share = f"{(tflop[0] / without + tflop[1] / with_student) / 2 / rate:.0%}"
+    seconds = [mean(row["seconds"] for row in timed if row["student"] == student) for student in (False, True)]
     finite = all(math.isfinite(value) for row in result["iterations"] for value in row["values"].values())
+    estimated, tflop, share, peak = "", "", "", result["peak"].get("allocated", 0)
+    if dry_run:
+        kinds = [dry_run["iterations"][kind] for kind in ("ordinary", "with_student")]
+        tflop = " / ".join(f"{kind['tflops']:.0f}" for kind in kinds)
+        card = next((card for card in CARDS if card in result["device"]), None)
+        if card:
+            estimated = " / ".join(f"{kind['seconds'][card]:.2f}" for kind in kinds)
+        if rate:
+            share = f"{sum(kind['tflops'] / measured for kind, measured in zip(kinds, seconds)) / 2 / rate:.0%}"
+        traced = dry_run["peak_gib"]
+        dry_run = f"{traced:.1f}" + (f" ({traced / peak - 1:+.1%})" if peak else "")
     return [
-        f"{without:.2f}",
-        f"{with_student:.2f}",
-        f"{(4 * without + with_student) / 5:.2f}",
-        f"{tflop[0]:.0f} / {tflop[1]:.0f}",
+        *(f"{value:.2f}" for value in (*seconds, (4 * seconds[0] + seconds[1]) / 5)),
+        estimated,
+        tflop,
         share,
-        f"{result['peak'].get('allocated', 0):.1f}",
-        dry_run,
+        f"{peak:.1f}",
+        dry_run or "",
         f"{result['peak'].get('reserved', 0):.1f}",
         f"{result['loading'].get('allocated', 0):.1f}",
         "yes" if finite else "NO",
@@ -397,9 +473,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=[OPERATORS, *CASES], default=[OPERATORS, *CASES])
-    help = f"iterations of a case; the first {WARM_UP} and the last {TTUR} are not timed"
-    parser.add_argument("--iterations", type=int, default=8, help=help)
-    parser.add_argument("--minutes", type=float, default=9, help="no case starts after this time")
+    parser.add_argument("--before", type=Path, metavar="WORKTREE", help="another commit, for the cases COMPARED")
+    parser.add_argument("--iterations", type=int, default=4, help="timed iterations of a case, after its warm-up")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="no case starts after this time, and one that runs ends"
+    )
     parser.add_argument("--gib", type=float, help="use this much of the GPU's memory, as a smaller card has")
     parser.add_argument("--tiny", action="store_true", help="tiny networks at 64 px, to test this file")
     parser.add_argument("--in_process", action="store_true", help="run the first case in this process, without tables")
@@ -407,18 +485,28 @@ def parse_args(argv=None):
 
 
 def main(argv=None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    (args.output_dir / "cases").mkdir(parents=True, exist_ok=True)
+    for folder in ("cases", "dry_runs"):
+        (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
     if args.in_process:
         return run_in_this_process(args.cases[0], args)
-    start = time.monotonic()
-    dry_runs = [start_dry_run(case, args.output_dir, args.tiny) for case in args.cases if case != OPERATORS]
+    deadline = time.monotonic() + 60 * args.minutes
+    traced = dict.fromkeys(CASES[case].dry_run or case for case in args.cases if case != OPERATORS)
+    missing = [case for case in traced if not (args.output_dir / "dry_runs" / f"{case}.json").exists()]
+    dry_runs = [start_dry_run(case, args.output_dir, args.tiny) for case in missing]
+    own = (full_size.ROOT, args.output_dir)
     for case in args.cases:
-        if time.monotonic() - start > 60 * args.minutes:
-            break
-        subprocess.run([sys.executable, __file__, *argv, "--in_process", "--cases", case])
-        print(report(args.output_dir), flush=True)
+        earlier = [(args.before, args.output_dir / "before")] if args.before and case in COMPARED else []
+        for root, output in (*earlier, own):
+            measured = "failed" not in read_results(output / "cases").get(case, {"failed": ""})
+            if measured or time.monotonic() >= deadline:
+                continue
+            process = start_case(case, root.resolve(), output.resolve(), args)
+            try:
+                process.wait(deadline - time.monotonic())
+            except subprocess.TimeoutExpired:
+                process.kill()
+            print(report(args.output_dir), flush=True)
     for dry_run in dry_runs:
         dry_run.wait()
     print(report(args.output_dir), flush=True)
