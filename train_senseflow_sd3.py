@@ -393,7 +393,7 @@ def make_models(models: type[TrainingModels], args, source: ModelSource, schedul
         "student", student, args.learning_rate, step_every=args.ttur_ratio, subfolder=models.network_name
     )
     models.fake_score = runtime.trained_role("fake_score", fake_score, args.learning_rate_fake)
-    if args.gan_weight > 0 and not models.has_classifier:
+    if args.gan_weight > 0:
         dtype = runtime.weight_dtype
         heads, models.vision_features, models.text_features = load_discriminator(args, dtype, models.device)
         # gather_bf16=False, because spectral norms are computed in float32, of weights in float32.

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Distill an SDXL teacher to few steps with SenseFlow (Ge et al., ICLR 2026, arXiv 2506.00523) or its baseline DMD2.
+"""Distill an SDXL teacher to few steps with SenseFlow (Ge et al., ICLR 2026, arXiv 2506.00523).
 
     accelerate launch --config_file accelerate_configs/fsdp2.yaml train_senseflow_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --dataset_json data.json \
@@ -10,9 +10,6 @@
 `train_iteration` is the paper's algorithm, in its order, on four roles: student, teacher, fake score and
 discriminator. `SDXLModels` holds what is particular to this teacher. The mathematics is in senseflow_utils.py. Code
 marked `# Copied from` is the same in all scripts, which a test checks.
-
-With `--method dmd2` (Yin et al., 2024, arXiv 2405.14867) a classifier on the fake score's mid-block takes the place of
-the discriminator; its lines are marked dmd2.
 """
 
 from senseflow.arguments import (
@@ -25,42 +22,9 @@ from senseflow.arguments import (
     add_precision_arguments,
     add_senseflow_arguments,
     add_validation_arguments,
-    apply_preset,
-    describe_presets,
     number,
 )
 from senseflow.errors import UserError, run_script
-
-
-# Defaults that depend on --method. Flags override them.
-PRESETS = {
-    "senseflow": {
-        "isg_weight": 0.2,
-        "isg_margin": 20.0,
-        "isg_guidance_scale": [3.0, 15.0],
-        "gan_weight": 0.5,
-        "classifier_weight": 0.0,
-        "backward_simulation_prob": 0.5,
-    },
-    "dmd2": {
-        "isg_weight": 0.0,
-        "isg_margin": 0.0,
-        "isg_guidance_scale": [1.0, 1.0],
-        "gan_weight": 5e-3,
-        "classifier_weight": 1e-2,
-        "backward_simulation_prob": 1.0,
-    },
-}
-# In the form of senseflow.arguments.INACTIVE_FLAGS.
-INACTIVE_FLAGS = (
-    (lambda args: args.method == "senseflow", "--method senseflow", ("classifier_weight",)),
-    (
-        lambda args: args.method == "dmd2",
-        "--method dmd2",
-        ("learning_rate_disc", "discriminator_backbone", "discriminator_layers", "discriminator_resolution",
-         "discriminator_text_encoder"),
-    ),
-)  # fmt: skip
 
 
 # fmt: off
@@ -68,17 +32,13 @@ def parse_args(argv=None):
     parser = Parser(
         description=__doc__.split("\n\n")[0],
         epilog="The defaults are those of the SenseFlow release for SDXL, of the paper for --max_train_steps, of "
-        "DMD2's paper for its --backward_simulation_prob, and, with --rank, ours for the learning rates. --method "
-        f"decides: {describe_presets(PRESETS)}. omega(t) of the adversarial losses is sqrt(alphas_cumprod).",
+        "and, with --rank, ours for the learning rates. omega(t) of the adversarial losses is sqrt(alphas_cumprod).",
     )
     add = add_model_arguments(parser, "StableDiffusionXLPipeline", "UNet2DConditionModel")
     add("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. the fp16-fix one; saved with the student.")
     add_lora_arguments(parser)
     add_data_arguments(parser)
-    add = add_senseflow_arguments(parser)
-    add("--method", choices=list(PRESETS), default="senseflow",
-        help="dmd2: the baseline without ISG and IDA, with a classifier on the fake score's mid-block.")
-    add("--classifier_weight", type=number(float, 0), help="Weight of the classifier's loss beside the fake score's.")
+    add_senseflow_arguments(parser)
     add_optimization_arguments(parser)
     add_precision_arguments(parser)
     add_checkpointing_arguments(parser)
@@ -86,22 +46,20 @@ def parse_args(argv=None):
     add("--teacher_guidance_scale", type=number(float, 0), default=5.0,
         help="Guidance scale of the teacher for its validation images.")
     parser.set_defaults(
-        anchors=[999.0, 749.0, 499.0, 249.0], ttur_ratio=5, ida_decay=1.0, dmd_guidance_scale=[8.0],
+        anchors=[999.0, 749.0, 499.0, 249.0], ttur_ratio=5, ida_decay=1.0, isg_weight=0.2, isg_margin=20.0,
+        gan_weight=0.5, backward_simulation_prob=0.5, dmd_guidance_scale=[8.0], isg_guidance_scale=[3.0, 15.0],
         learning_rate=1e-6, max_train_steps=18000, teacher_num_inference_steps=50,
         sampler="stochastic",  # what LCMScheduler does
         lora_layers="to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
         "time_emb_proj downsamplers.0.conv upsamplers.0.conv".split(),  # those of diffusers' LCM-LoRA
     )
-    args = parser.parse_args(argv)
-    apply_preset(args, PRESETS[args.method])
-    return args
+    return parser.parse_args(argv)
 # fmt: on
 
 
 if __name__ == "__main__":
     run_script(parse_args)  # answer --help and bad arguments before the slow imports
 
-import math
 from functools import partial
 
 import torch
@@ -111,7 +69,7 @@ from tqdm.auto import tqdm
 from senseflow.data.loader import make_dataloader
 from senseflow.data.sources import check_latents, load_rows
 from senseflow.memory.report import report
-from senseflow.models.discriminator import LatentClassifier, diff_augment, load_discriminator
+from senseflow.models.discriminator import diff_augment, load_discriminator
 from senseflow.models.hub import ModelSource, check_compatible, load_network
 from senseflow.models.schedulers import DDPM_LEVELS, check_ddpm_scheduler
 from senseflow.models.vae import latent_shape_of, vae_scale_of
@@ -133,9 +91,7 @@ from senseflow_utils import (
     hinge_loss,
     isg_loss,
     isg_target,
-    logistic_loss,
     needs_images,
-    non_saturating_loss,
     num_simulated_steps,
 )
 
@@ -199,7 +155,7 @@ def student_losses(
     return losses, {name: latents.detach() for name, latents in debug_latents.items()}
 
 
-# Copied from train_senseflow_flux.train_iteration but for lines marked dmd2
+# Copied from train_senseflow_flux.train_iteration
 def train_iteration(iteration: int, batches: list[dict], models: TrainingModels, args):
     """Run one iteration of SenseFlow over the micro-batches of one global batch (paper, algorithm 1).
 
@@ -216,7 +172,6 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
     totals: dict[str, torch.Tensor] = {}
     debug_latents: dict[str, torch.Tensor] = {}
     student_samples = []  # the student's x0 before its update, for the fake score to learn
-    real_samples = []  # latents of real images, for the classifier  # dmd2
 
     def record(scalars: dict[str, torch.Tensor]) -> None:
         for name, value in scalars.items():
@@ -227,10 +182,6 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         sample_indices = batch["sample_indices"]
         with torch.no_grad():
             condition = models.condition(batch["prompts"])
-            if models.has_classifier:  # dmd2
-                x0 = models.real_latents(batch, torch.arange(len(sample_indices)), rng)  # dmd2
-                batch = {**batch, "latents": x0}  # encoded once, for the student's input, too  # dmd2
-                real_samples.append(x0)  # dmd2
             x_t, index = student_input(models, rng, batch, condition, args)
             t, t_next = schedule.anchors[index], schedule.next_timesteps[index]
             if discriminator is not None:
@@ -254,10 +205,6 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
                     (logits,) = discriminator((fake,), reference, text)
                     losses["adversarial_loss"] = adversarial_loss(logits, omega)
                     loss = loss + args.gan_weight * losses["adversarial_loss"]
-                if models.has_classifier:  # dmd2
-                    logits = models.classify(prediction.x0, rng, sample_indices, "student", condition)  # dmd2
-                    losses["adversarial_loss"] = non_saturating_loss(logits)  # dmd2
-                    loss = loss + args.gan_weight * losses["adversarial_loss"]  # dmd2
                 student.backward(loss)
                 record(losses)
         student_samples.append((sample_indices, prediction.x0.detach(), condition))
@@ -288,13 +235,6 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
             output = models.predict(fake_score, schedule.add_noise(x0, noise, t), t, condition).output
             loss = denoising_loss(output, schedule.target(x0, noise, t))
             record({"fake_loss": loss})
-            if models.has_classifier:  # dmd2
-                real_logits = models.classify(real_samples.pop(0), rng, sample_indices, "real", condition)  # dmd2
-                fake_logits = models.classify(x0, rng, sample_indices, "fake", condition)  # dmd2
-                classifier_loss = logistic_loss(real_logits, fake_logits)  # dmd2
-                record({"classifier_loss": classifier_loss})  # dmd2
-                record({"real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()})  # dmd2
-                loss = loss + args.classifier_weight * classifier_loss  # dmd2
             fake_score.backward(loss)
     totals["fake_score_grad_norm"] = fake_score.step()
     if discriminator is not None:
@@ -308,7 +248,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
 class SDXLModels(TrainingModels):
     """SDXL: CLIP embeddings, pooled embeddings and sizes; guidance with zeros or the empty prompt."""
 
-    parse_args, inactive_flags = staticmethod(parse_args), INACTIVE_FLAGS
+    parse_args = staticmethod(parse_args)
     pipeline_class, network_class, vae_class = StableDiffusionXLPipeline, UNet2DConditionModel, AutoencoderKL
     network_name, kohya_names, comfyui_shift = "unet", True, 1.0
     pipeline_entries = ("force_zeros_for_empty_prompt", "add_watermarker")  # the latter is about finished images
@@ -319,8 +259,6 @@ class SDXLModels(TrainingModels):
     )  # fmt: skip
 
     def __init__(self, args, source: ModelSource, schedule: DDPMSchedule, runtime: Runtime):
-        self.has_classifier = args.method == "dmd2" and args.gan_weight > 0
-        self.method = "DMD2 (arXiv 2405.14867)" if args.method == "dmd2" else super().method
         super().__init__(args, source, schedule, runtime)
         size = args.resolution  # whole images, as in a stock call
         self.time_ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=runtime.weight_dtype)
@@ -340,13 +278,6 @@ class SDXLModels(TrainingModels):
             check_compatible(cls.vae_source(args, source), cls.vae_class, "vae", vae_config, names)
         check_ddpm_scheduler(source)
         super().check_args(args, source)
-        if args.gan_weight > 0 and args.method == "dmd2":
-            if source.config(UNet2DConditionModel, "unet").get("mid_block_type", "") is None:
-                fix = "give --gan_weight 0 or another teacher"
-                raise source.error(f"its UNet has no mid-block for --method dmd2's classifier; {fix}")
-            if args.classifier_weight == 0:
-                fix = "give --gan_weight 0 to train without it"
-                raise UserError(f"--classifier_weight 0: the classifier would never learn; {fix}", exit_code=2)
 
     @classmethod
     def make_schedule(cls, args, source: ModelSource, device):
@@ -384,12 +315,6 @@ class SDXLModels(TrainingModels):
         path = args.pretrained_vae_model_name_or_path
         return ModelSource("--pretrained_vae_model_name_or_path", path, variant=args.variant) if path else source
 
-    def uses_vae(self, args):
-        encodes, decodes = super().uses_vae(args)
-        if self.has_classifier:  # dmd2: it sees latents of real images in every iteration, and no decoded image
-            return not args.dataset_lmdb, bool(args.validation_prompts)
-        return encodes, decodes
-
     def lora_base(self):
         return "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"
 
@@ -415,21 +340,6 @@ class SDXLModels(TrainingModels):
         vae = self.extra_components.get("vae")
         return {**super().fingerprints(), "vae": "the teacher's" if vae is None else fingerprint(vae)}
 
-    def student_and_fake_score(self):
-        student, fake_score = super().student_and_fake_score()
-        if self.has_classifier:
-            sides = [mid_block_side(student, side) for side in self.latent_shape[1:]]
-            classifier = LatentClassifier(student.config.block_out_channels[-1], *sides)
-            fake_score = ScoreWithClassifier(fake_score, classifier)
-        return student, fake_score
-
-    def classify(self, x0, rng: StatelessRNG, sample_indices, name: str, condition) -> torch.Tensor:
-        """Return the classifier's logits (B,) on x0 (B, C, H, W), noised to uniform timesteps, with gradient."""
-        schedule, last = self.schedule, len(self.schedule.train_timesteps) - 1
-        t = schedule.train_timesteps[rng.integers(f"{name}_classifier_timestep", sample_indices, 0, last)]
-        x_t = schedule.add_noise(x0, rng.normal(f"{name}_classifier_noise", sample_indices, x0.shape[1:]), t)
-        return self.fake_score(**self.unet_inputs(self.fake_score, x_t, t, condition), classify=True)
-
     def unet_inputs(self, role: Role, x_t, t, condition) -> dict:
         """Return the arguments of a UNet call at latents x_t (B, C, H, W) and timesteps t (B,)."""
         embeds, pooled = condition
@@ -439,39 +349,6 @@ class SDXLModels(TrainingModels):
             "encoder_hidden_states": embeds,
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": self.time_ids.expand(len(x_t), -1)},
         }
-
-
-class ScoreWithClassifier(torch.nn.Module):
-    """The fake score's UNet and a classifier on its mid-block (DMD2, section 4.3), trained and saved together."""
-
-    def __init__(self, unet: UNet2DConditionModel, classifier: LatentClassifier):
-        super().__init__()
-        self.unet, self.classifier = unet, classifier
-
-    def forward(self, classify: bool = False, return_dict: bool = False, **inputs):
-        """Return the UNet's output as a tuple; with `classify` the classifier's logits (B,)."""
-        if classify:
-            return self.classifier(mid_block_features(self.unet, **inputs))
-        return self.unet(**inputs, return_dict=return_dict)
-
-
-def mid_block_features(unet, sample, timestep, encoder_hidden_states, added_cond_kwargs) -> torch.Tensor:
-    """Return features (B, C, h, w) after the mid-block: the first half of UNet2DConditionModel.forward."""
-    embedding = unet.time_embedding(unet.get_time_embed(sample, timestep))
-    embedding = embedding + unet.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs)
-    sample = unet.conv_in(sample)
-    for block in (*unet.down_blocks, unet.mid_block):
-        attends = getattr(block, "has_cross_attention", False)
-        sample = block(sample, temb=embedding, **({"encoder_hidden_states": encoder_hidden_states} if attends else {}))
-        sample = sample[0] if isinstance(sample, tuple) else sample  # a down-block returns skip connections, too
-    return sample
-
-
-def mid_block_side(unet: UNet2DConditionModel, latent_side: int) -> int:
-    """Return the side of the mid-block's features for latents of this side; a down-block that halves rounds up."""
-    for block in unet.down_blocks:
-        latent_side = math.ceil(latent_side / 2) if block.downsamplers else latent_side
-    return latent_side
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,7 +376,7 @@ def make_models(models: type[TrainingModels], args, source: ModelSource, schedul
         "student", student, args.learning_rate, step_every=args.ttur_ratio, subfolder=models.network_name
     )
     models.fake_score = runtime.trained_role("fake_score", fake_score, args.learning_rate_fake)
-    if args.gan_weight > 0 and not models.has_classifier:
+    if args.gan_weight > 0:
         dtype = runtime.weight_dtype
         heads, models.vision_features, models.text_features = load_discriminator(args, dtype, models.device)
         # gather_bf16=False, because spectral norms are computed in float32, of weights in float32.

@@ -52,6 +52,7 @@ class Case:
         compiled: as by `accelerate launch --dynamo_backend inductor`.
         channels_last: whether convolutions of student, fake score, teacher, discriminator and VAE have their weights
             in that order of memory.
+        script: the training script, if it is not the teacher's in full_size.NETWORKS.
     """
 
     teacher: str
@@ -60,6 +61,11 @@ class Case:
     dry_run: Optional[str] = None
     compiled: bool = False
     channels_last: bool = False
+    script: Optional[str] = None
+
+    @property
+    def script_name(self) -> str:
+        return self.script or full_size.script_of(self.teacher)
 
     @property
     def warm_up(self) -> int:
@@ -85,7 +91,7 @@ CASES = {
     "sd35-medium-fsdp2": Case("sd35-medium", configuration="fsdp2"),
     "sd35-large-rank": Case("sd35-large", RANK),
     "sdxl-rank": Case("sdxl", RANK),
-    "sdxl-dmd2": Case("sdxl", ["--method", "dmd2"]),
+    "sdxl-dmd2": Case("sdxl", script="train_dmd2_sdxl"),
     "sd35-medium-zero3": Case("sd35-medium", configuration="zero3"),
 }
 COMPARED = ("flux-rank", "sdxl", "sdxl-8bit", "sd35-medium")  # by --before, with flags that earlier commits have
@@ -198,7 +204,7 @@ def training_flags(case: str, output: Path, tiny: bool, iterations: int) -> list
         write_data(data.parent, resolution)
     command = ["--pretrained_model_name_or_path", networks / teacher, "--resolution", resolution]
     command += ["--dataset_json", data, "--output_dir", output / "out" / case]
-    if "dmd2" not in flags:
+    if case != "sdxl-dmd2":
         command += ["--discriminator_backbone", networks / "discriminator" / "dinov2"]
         command += ["--discriminator_text_encoder", networks / "discriminator" / "clip"]
     command += ["--mixed_precision", "bf16", "--gradient_checkpointing", "--train_batch_size", 1]
@@ -243,7 +249,7 @@ def run_case(name: str, output: Path, tiny: bool, timed: int, gib: Optional[floa
     case, gpu = CASES[name], torch.cuda.is_available()
     iterations = case.warm_up + timed
     flags = training_flags(name, output, tiny, iterations)
-    script = importlib.import_module(full_size.script_of(case.teacher))
+    script = importlib.import_module(case.script_name)
     if gpu and gib:
         torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     stopwatch = Stopwatch()
@@ -355,7 +361,7 @@ def start_dry_run(case: str, output: Path, tiny: bool) -> subprocess.Popen:
     """Start the command of a case with --dry_run on the CPU; its numbers go to OUT/dry_runs/CASE.json."""
     flags = training_flags(case, output, tiny, TTUR)
     flags += ["--dry_run", "--dry_run_output", str(output / "dry_runs" / f"{case}.json")]
-    script = full_size.ROOT / f"{full_size.script_of(CASES[case].teacher)}.py"
+    script = full_size.ROOT / f"{CASES[case].script_name}.py"
     with launch_environment(CASES[case].configuration):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = ["nice", "-n", "19", sys.executable, script, *flags]

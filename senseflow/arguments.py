@@ -225,28 +225,34 @@ def add_data_arguments(parser: Parser) -> None:
         help="Processes that read images, for each training process.")
 
 
-def add_senseflow_arguments(parser: Parser):
-    """Add the flags of the method. Return the function that adds further flags to this group."""
-    add = parser.add_argument_group("senseflow").add_argument
+def add_distribution_matching_arguments(parser: Parser, title: str):
+    """Add the flags that SenseFlow shares with DMD2. Return the function that adds further flags to this group."""
+    add = parser.add_argument_group(title).add_argument
     add("--anchors", type=number(float, 0, 1000, exclude="low"), nargs="+",
         help="Decreasing timesteps in (0, 1000] at which the student is run.")
     add("--ttur_ratio", type=number(int, 1), help="Iterations per update of the student (two time-scale update rule).")
+    add("--dmd_guidance_scale", type=number(float, 0), nargs="+",
+        help="Guidance scale of the teacher in L_DMD: one value, or MIN MAX to draw from.")
+    add("--backward_simulation_prob", type=number(float, 0, 1),
+        help="Probability that an iteration's input comes from the student's own first steps; otherwise real latents "
+        "are noised.")
+    return add
+
+
+def add_senseflow_arguments(parser: Parser):
+    """Add the flags of the method. Return the function that adds further flags to this group."""
+    add = add_distribution_matching_arguments(parser, "senseflow")
     add("--ida_decay", type=number(float, 0, 1),
         help="IDA: after the student's step, fake <- decay * fake + (1 - decay) * student. 1 turns it off.")
     add("--isg_weight", type=number(float, 0),
         help="Weight of intra-segment guidance, a Charbonnier loss. 0 turns it off.")
     add("--isg_margin", type=number(float, 0),
         help="Distance of ISG's intermediate timestep from both ends of its segment.")
+    add("--isg_guidance_scale", type=number(float, 0), nargs="+",
+        help="Guidance scale of the teacher in L_ISG: one value, or MIN MAX to draw from.")
     add("--gan_weight", type=number(float, 0),
         help="Weight of the adversarial loss, which is also weighted by omega(t), see below. 0 turns it off, and no "
         "discriminator is loaded.")
-    add("--backward_simulation_prob", type=number(float, 0, 1),
-        help="Probability that an iteration's input comes from the student's own first steps; otherwise real latents "
-        "are noised.")
-    add("--dmd_guidance_scale", type=number(float, 0), nargs="+",
-        help="Guidance scale of the teacher in L_DMD: one value, or MIN MAX to draw from.")
-    add("--isg_guidance_scale", type=number(float, 0), nargs="+",
-        help="Guidance scale of the teacher in L_ISG: one value, or MIN MAX to draw from.")
     add("--discriminator_backbone", default="facebook/dinov2-large", help="Hub id or folder of a DINOv2.")
     add("--discriminator_layers", type=number(int, 0), nargs="+",
         help="Blocks of the backbone whose output the discriminator sees; default: 2 5 8 10 14 19 23 of 24 blocks, "

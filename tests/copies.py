@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_senseflow_flux", "train_senseflow_sd3", "train_senseflow_sdxl")
+SCRIPTS = ("train_senseflow_flux", "train_senseflow_sd3", "train_senseflow_sdxl", "train_dmd2_sdxl")
 MARKER = re.compile(r"^# Copied from (\w+)\.(\w+)(?: but for lines marked (\w+))?(?: with (.+))?$", re.MULTILINE)
 
 

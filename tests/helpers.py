@@ -74,7 +74,7 @@ NOT_TRACED = (
 def record_runs(patch: pytest.MonkeyPatch) -> None:
     """Add the complete training runs of this process to `training_runs`; `start` adds those that it launches."""
     arguments_of: dict[int, tuple] = {}
-    for script in [module for name, module in sys.modules.items() if name.startswith("train_senseflow_")]:
+    for script in [module for name, module in sys.modules.items() if name.startswith("train_")]:
         cls = models_class(script)
 
         def parse_args(argv=None, name=script.__name__, parse=cls.parse_args):

@@ -21,6 +21,7 @@ UTILS, LORA = "senseflow_utils.py", "senseflow/models/lora.py"
 ROLES, SHARDED = "senseflow/training/roles.py", "senseflow/training/sharded.py"
 MODELS = "senseflow/training/models.py"
 FLUX, SD3, SDXL = "train_senseflow_flux.py", "train_senseflow_sd3.py", "train_senseflow_sdxl.py"
+DMD2 = "train_dmd2_sdxl.py"
 
 MATH = "tests/test_math.py"
 BY_HAND = "tests/test_toy.py::test_an_iteration_is_the_one_written_by_hand"
@@ -34,8 +35,8 @@ FLUX_CALL = "tests/test_train_flux.py::test_the_network_is_called_as_the_stock_p
 SD3_CALL = "tests/test_train_sd3.py::test_the_network_is_called_as_the_stock_pipeline_calls_it"
 SD3_LEVELS = "tests/test_train_sd3.py::test_levels_time_weight_and_intermediate_timesteps_are_the_recipes"
 SDXL_OMEGA = "tests/test_train_sdxl.py::test_the_discriminators_weight_is_the_roots_of_abar"
-MIDDLE = "tests/test_train_sdxl.py::test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn_only"
-CLASSIFIER = "tests/test_train_sdxl.py::test_the_classifier_is_shown_noised_latents_of_student_and_real_images"
+MIDDLE = "tests/test_train_dmd2.py::test_the_classifier_sees_the_middle_alone_and_learns_in_the_fake_scores_turn_only"
+CLASSIFIER = "tests/test_train_dmd2.py::test_the_classifier_is_shown_noised_latents_of_student_and_real_images"
 ONE_BASE = "tests/models/test_lora.py::test_three_roles_are_one_base_and_two_adapters[sd3]"
 SHARED_BASE = "tests/test_modes.py::test_under_fsdp2_a_process_holds_its_shard_of_one_base"
 FSDP2_STEP = "tests/test_modes.py::test_one_step_reaches_the_next_forward_unless_its_gradient_is_not_finite[fsdp2]"
@@ -208,13 +209,13 @@ MUTANTS = [  # name, file, test, text, replacement; more pairs of text and repla
     ("SDXL: omega is sigma instead of alpha", SDXL, SDXL_OMEGA,
         "self.schedule.levels(t)[0].float()",
         "self.schedule.levels(t)[1].float()"),
-    ("DMD2, classifier: features before the mid-block", SDXL, MIDDLE,
+    ("DMD2, classifier: features before the mid-block", DMD2, MIDDLE,
         "for block in (*unet.down_blocks, unet.mid_block):",
         "for block in unet.down_blocks:"),
-    ("DMD2, classifier: latents without noise", SDXL, CLASSIFIER,
+    ("DMD2, classifier: latents without noise", DMD2, CLASSIFIER,
         "self.unet_inputs(self.fake_score, x_t, t, condition), classify=True",
         "self.unet_inputs(self.fake_score, x0, t, condition), classify=True"),
-    ("DMD2, classifier: the student's latents as real ones", SDXL, CLASSIFIER,
+    ("DMD2, classifier: the student's latents as real ones", DMD2, CLASSIFIER,
         "models.classify(real_samples.pop(0), rng",
         "models.classify(x0, rng"),
     # Roles

@@ -9,10 +9,11 @@ import pytest
 
 import evaluate
 import infer
+import train_dmd2_sdxl
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
-from helpers import ROOT
+from helpers import ROOT, models_class
 from senseflow.arguments import (
     Parser,
     apply_preset,
@@ -26,6 +27,7 @@ from senseflow.errors import UserError
 
 
 SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
+SCRIPTS["dmd2"] = train_dmd2_sdxl
 GAN_OFF, PROMPTS_ALONE = (
     ["--gan_weight", "0"],
     ["--gan_weight", "0", "--backward_simulation_prob", "1", "--prompts_file", "p.txt"],
@@ -75,7 +77,7 @@ def test_arguments_that_are_not_utf8_are_refused(script):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("script", [*(f"train_senseflow_{name}.py" for name in SCRIPTS), "infer.py", "evaluate.py"])
+@pytest.mark.parametrize("script", [*(script.__name__ for script in SCRIPTS.values()), "infer", "evaluate"])
 def test_a_flag_that_is_given_twice_is_refused(script):
     flag = "--images" if script == "evaluate.py" else "--output_dir"
     command = [sys.executable, str(ROOT / script), flag, "a", f"{flag}=b"]
@@ -106,10 +108,9 @@ INACTIVE = {
     "a discriminator's rate": ("flux", GAN_OFF, ["--learning_rate_disc", "1e-4"], "--gan_weight 0"),
     "a discriminator's network": ("sd3", GAN_OFF, ["--discriminator_backbone", "d"], "--gan_weight 0"),
     "its layers": ("flux", GAN_OFF, ["--discriminator_layers", "1", "2"], "--gan_weight 0"),
-    "its resolution for DMD2": ("sdxl", ["--method", "dmd2"], ["--discriminator_resolution", "518"], "--method dmd2"),
+    "a discriminator's rate for DMD2": ("dmd2", [], ["--learning_rate_disc", "1e-4"], "DMD2"),
     "its text encoder": ("flux", GAN_OFF, ["--discriminator_text_encoder", "c"], "--gan_weight 0"),
-    "a classifier": ("sdxl", ["--method", "dmd2", *GAN_OFF], ["--classifier_weight", "0.1"], "--gan_weight 0"),
-    "a classifier without DMD2": ("sdxl", [], ["--classifier_weight", "0.1"], "--method senseflow"),
+    "a classifier": ("dmd2", GAN_OFF, ["--classifier_weight", "0.1"], "--gan_weight 0"),
     "a margin": ("sd3", ["--isg_weight", "0"], ["--isg_margin", "5"], "--isg_weight 0"),
     "a guidance": ("flux", ["--isg_weight", "0"], ["--isg_guidance_scale", "1", "2"], "--isg_weight 0"),
     "steps of a warm-up": ("sdxl", [], ["--lr_warmup_steps", "9"], "without warm-up"),
@@ -133,7 +134,7 @@ INACTIVE = {
 
 def warnings_of(caplog, script: str, *flags: str) -> list[str]:
     caplog.clear()
-    check_common_args(parse(script, *flags), getattr(SCRIPTS[script], "INACTIVE_FLAGS", ()))
+    check_common_args(parse(script, *flags), models_class(SCRIPTS[script]).inactive_flags)
     return [record.getMessage() for record in caplog.records]
 
 

@@ -15,7 +15,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-import tiny_pipelines
 from helpers import ROOT
 from senseflow.arguments import LR_SCHEDULERS, TRACKERS, Parser
 
@@ -24,7 +23,7 @@ from senseflow.arguments import LR_SCHEDULERS, TRACKERS, Parser
 def test_marked_blocks_are_what_they_were_copied_from(module):
     blocks = copies.copies(module)
     names = {name for name, _, _ in blocks}
-    assert names >= {"student_input", "student_losses", "train_iteration", "make_models", "main"}
+    assert names >= {"main"} if "dmd2" in module else {"student_losses", "train_iteration", "make_models", "main"}
     for name, source, wanted in blocks:
         assert source == wanted, f"{module}.{name} has drifted: make fix-copies"
 
@@ -69,9 +68,11 @@ def test_flags_mean_the_same_everywhere_and_each_is_read(parsers):
     for script, actions in parsers.items():
         text = (ROOT / f"{script}.py").read_text()
         text = text[text.index("import torch") :] + library
+        if "dmd2" in script:
+            text += (ROOT / "train_senseflow_sdxl.py").read_text()
         for name, action in actions.items():
             read = f"args.{name}" in text or f'"{name}"' in text or f'args["{name}"]' in text
-            assert read or name in ("method", "preset", "hub_token"), f"{script}: --{name} is dead"
+            assert read or name in ("preset", "hub_token"), f"{script}: --{name} is dead"
             assert action.help and action.container.title != "options", f"{script}: --{name} stands in no group"
             for other in parsers.values():
                 for attribute in ("nargs", "const", "dest", "metavar", "required", "help"):
@@ -104,21 +105,18 @@ def test_help_answers_before_heavy_imports(script):
     assert "usage:" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl", "a copy of flux"])
-def test_a_script_trains_from_another_folder(name, teacher, tmp_path):
+@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl", "dmd2", "a copy of flux"])
+def test_a_script_trains_from_another_folder(name, teachers, tmp_path):
     """By its path; and a copy of it, which finds the installed library alone."""
-    script, pipeline = ROOT / f"train_senseflow_{name}.py", tmp_path / name
-    if name in ("sd3", "sdxl"):
-        getattr(tiny_pipelines, f"write_{name}")(pipeline)
-    else:
-        pipeline = teacher
+    script = ROOT / ("train_dmd2_sdxl.py" if name == "dmd2" else f"train_senseflow_{name}.py")
+    pipeline = teachers.get({"dmd2": "sdxl"}.get(name, name), teachers["flux"])
     if not script.exists():
         script = tmp_path / "train_mine.py"
         shutil.copy(ROOT / "train_senseflow_flux.py", script)
     cwd = tmp_path / "elsewhere"
     cwd.mkdir()
     (cwd / "prompts.txt").write_text("a red square\na cat\n")
-    flags = "--prompts_file prompts.txt --gan_weight 0 --backward_simulation_prob 1 --isg_weight 0 --resolution 64"
+    flags = "--prompts_file prompts.txt --gan_weight 0 --backward_simulation_prob 1 --resolution 64"
     flags += " --max_train_steps 1 --report_to none --output_dir out"
     command = [sys.executable, str(script), "--pretrained_model_name_or_path", str(pipeline), *flags.split()]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -160,6 +158,7 @@ ARROWS |= {
 }
 _TRAINING = _MODELS | {"senseflow.training", "senseflow.memory", "senseflow.data"}
 ARROWS |= {script: _TRAINING for script in copies.SCRIPTS}
+ARROWS["train_dmd2_sdxl"] = {*_TRAINING, "train_senseflow_sdxl"}
 ARROWS |= {
     "infer": _MODELS | {"senseflow.inference", "senseflow.data"},
     "evaluate": _MODELS | {"senseflow.evaluation", "senseflow.data"},

@@ -28,7 +28,14 @@ from helpers import card_code
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ("train_senseflow_flux", "train_senseflow_sd3", "train_senseflow_sdxl", "infer", "evaluate")
+SCRIPTS = (
+    "train_senseflow_flux",
+    "train_senseflow_sd3",
+    "train_senseflow_sdxl",
+    "train_dmd2_sdxl",
+    "infer",
+    "evaluate",
+)
 LANGUAGES = {"bash": True, "python": True, "json": True, "text": False, "bibtex": False}  # {language: whether it runs}
 
 # Blocks that do not run here: {(document, how the block starts): why}. The flags in them are still checked.
@@ -253,7 +260,7 @@ class Workspace:
         if "--validation_prompts" in own:
             small |= {"--validation_steps": "2", "--teacher_num_inference_steps": "2"}
         discriminator = {"--discriminator_backbone": "dinov2", "--discriminator_text_encoder": "clip"}
-        if not {"--gan_weight", "dmd2", *discriminator} & own:
+        if "dmd2" not in script and not {"--gan_weight", *discriminator} & own:
             small |= {flag: str(self.vision / name) for flag, name in discriminator.items()}
         return [*arguments, *(word for pair in small.items() for word in pair)]  # the last one counts
 

@@ -210,11 +210,11 @@ def test_two_nodes_train_as_one(trained, flags, tmp_path):
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_dmd2_trains_as_one(mode, flags, tmp_path):
     """The classifier is a part of the fake score: one network runs three times before its backward."""
-    arguments = [*without(flags("sdxl"), *ADVERSARIAL_FLAGS, "--ida_decay"), "--method", "dmd2"]
+    arguments = [*without(flags("sdxl"), *ADVERSARIAL_FLAGS, "--ida_decay")]
     arguments += ["--classifier_weight", "1"]
     for name, processes, launched in (("one", 1, "single"), ("two", 2, mode)):
         batch = ["--train_batch_size", str(16 // processes), "--output_dir", str(tmp_path / name)]
-        launch("train_senseflow_sdxl.py", [*arguments, *batch], processes, "no", launched)
+        launch("train_dmd2_sdxl.py", [*arguments, *batch], processes, "no", launched)
     assert_checkpoints_near(tmp_path / "one", tmp_path / "two", LAST)
 
 
@@ -228,7 +228,7 @@ def adapter_flags(flags):
     def make(script, processes):
         arguments = [*without(flags(script), "--learning_rate"), "--rank", "4", "--learning_rate", "1e-2"]
         if script == "sdxl":
-            arguments = [*without(arguments, *ADVERSARIAL_FLAGS, "--ida_decay"), "--method", "dmd2"]
+            arguments = [*without(arguments, *ADVERSARIAL_FLAGS, "--ida_decay")]
             arguments += ["--classifier_weight", "1"]
         return [*arguments, "--train_batch_size", str(16 // processes)]
 
@@ -244,7 +244,8 @@ def adapted(adapter_flags, tmp_path_factory):
         if (script, mode) not in done:
             out = done[script, mode] = tmp_path_factory.mktemp(f"adapted-{script}-{mode}")
             arguments = [*adapter_flags(script, processes), "--output_dir", str(out)]
-            launch(f"train_senseflow_{script}.py", arguments, processes, "no", mode)
+            name = "train_dmd2_sdxl.py" if script == "sdxl" else f"train_senseflow_{script}.py"
+            launch(name, arguments, processes, "no", mode)
         return done[script, mode]
 
     return run

@@ -52,7 +52,7 @@ class TrainingModels:
         runtime: the processes and devices of the run.
     Attributes:
         student, teacher, fake_score: the roles; None until `make_models` of the script has made them.
-        discriminator: the role; None with --gan_weight 0 or DMD2's classifier.
+        discriminator: the role; None with --gan_weight 0, and under DMD2.
         vision_features, text_features: the discriminator's frozen DINOv2 and CLIP; None if it is None.
         empty_condition: condition (1, ...) of the unconditional prompt; None if the teacher is never called with it.
         pipeline: the teacher's diffusers pipeline, with its text encoders.
@@ -77,7 +77,6 @@ class TrainingModels:
     method = "SenseFlow (arXiv 2506.00523)"  # for the model card
     kohya_names = False  # whether an exported adapter has kohya's tensor names, which other programs look for
     comfyui_shift: Optional[float] = None  # the shift of noise levels by which ComfyUI loads this teacher, if tried
-    has_classifier = False  # whether DMD2's classifier takes the place of the discriminator
     vision_features = text_features = None
 
     def __init__(self, args, source: ModelSource, schedule: Schedule, runtime: Runtime):
@@ -149,8 +148,13 @@ class TrainingModels:
         """Refuse (UserError, exit code 2) arguments that do not fit each other or the teacher; no weights load."""
         check_common_args(args, cls.inactive_flags)
         check_models(args, source, cls)
-        if args.gan_weight > 0 and getattr(args, "method", "") != "dmd2":
-            check_discriminator_args(args)
+        if args.gan_weight > 0:
+            cls.check_adversarial_args(args, source)
+
+    @classmethod
+    def check_adversarial_args(cls, args, source: ModelSource) -> None:
+        """Refuse (UserError, exit code 2) a discriminator that cannot be made, with --gan_weight above 0."""
+        check_discriminator_args(args)
 
     def predict(
         self, role: Role, x_t: torch.Tensor, t: torch.Tensor, condition: tuple, guidance: Optional[Guidance] = None

@@ -16,6 +16,7 @@ from diffusers import HiDreamImageTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+import train_dmd2_sdxl
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
@@ -31,6 +32,7 @@ from tiny_pipelines import write_sd3, write_sdxl
 
 
 SCRIPTS = {"flux": train_senseflow_flux, "sd3": train_senseflow_sd3, "sdxl": train_senseflow_sdxl}
+SCRIPTS["dmd2"] = train_dmd2_sdxl
 
 
 @pytest.fixture
@@ -41,12 +43,12 @@ def flags(teacher, vision, data, tmp_path):
         path = teacher
         if name != "flux":
             path = tmp_path / name
-            {"sd3": write_sd3, "sdxl": write_sdxl}[name](path)
+            (write_sd3 if name == "sd3" else write_sdxl)(path)
         command = ["--pretrained_model_name_or_path", path, "--dataset_json", data, "--resolution", "64"]
         command += ["--output_dir", tmp_path / "out", "--train_batch_size", "2", "--report_to", "none", *more]
-        if "--gan_weight" not in more and "dmd2" not in more:
+        if "--gan_weight" not in more:
             command += ["--discriminator_backbone", vision / "dinov2", "--discriminator_text_encoder", vision / "clip"]
-        return [str(part) for part in command] + (["--max_sequence_length", "16"] if name != "sdxl" else [])
+        return [str(part) for part in command] + (["--max_sequence_length", "16"] if name in ("flux", "sd3") else [])
 
     return make
 
@@ -176,7 +178,7 @@ def test_what_depends_on_values_is_refused(flags, monkeypatch):
     [
         ("flux", ["--gradient_checkpointing"]),
         ("sd3", ["--rank", "8", "--gan_weight", "0", "--gradient_accumulation_steps", "3"]),
-        ("sdxl", ["--method", "dmd2", "--gan_weight", "0.005", "--ttur_ratio", "1"]),
+        ("dmd2", ["--gan_weight", "0.005", "--ttur_ratio", "1"]),
     ],
 )
 def test_a_trace_equals_a_run_with_real_tensors(name, more, flags):

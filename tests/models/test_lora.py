@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import infer
+import train_dmd2_sdxl
 import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
@@ -230,11 +231,11 @@ def test_dmd2_in_two_processes_equals_one_and_resumes(name, flags, tmp_path):
     common = without(
         flags(name), "--gan_weight", "--ida_decay", "--train_batch_size", "--output_dir", "--learning_rate"
     )
-    common += ["--method", "dmd2", "--classifier_weight", "1", "--learning_rate", "1e-2"]
+    common += ["--classifier_weight", "1", "--learning_rate", "1e-2"]
     common += ["--adam_epsilon", "1e-3", "--max_train_steps", "3", "--checkpointing_steps", "1"]
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
-    train_senseflow_sdxl.main([*common, "--train_batch_size", "4", "--output_dir", str(one)])
-    launch("train_senseflow_sdxl.py", [*common, "--train_batch_size", "2", "--output_dir", str(two)], processes=2)
+    train_dmd2_sdxl.main([*common, "--train_batch_size", "4", "--output_dir", str(one)])
+    launch("train_dmd2_sdxl.py", [*common, "--train_batch_size", "2", "--output_dir", str(two)], processes=2)
     a, b = states(one / "checkpoint-3"), states(two / "checkpoint-3")
     assert_same(a, b, rtol=0, atol=1e-5)
     classifier = {key for key in a if key.startswith("fake_score/classifier.")}
@@ -244,7 +245,7 @@ def test_dmd2_in_two_processes_equals_one_and_resumes(name, flags, tmp_path):
     assert max(tensor.abs().max() for key, tensor in a.items() if key.startswith("unet/") and "lora_B" in key) > 1e-3
     shutil.copytree(one / "checkpoint-2", again / "checkpoint-2")
     resumed = ["--train_batch_size", "4", "--output_dir", str(again), "--resume_from_checkpoint", "latest"]
-    train_senseflow_sdxl.main([*common, *resumed])
+    train_dmd2_sdxl.main([*common, *resumed])
     assert_same(a, states(again / "checkpoint-3"))
 
 

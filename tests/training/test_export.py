@@ -94,7 +94,7 @@ def test_any_path_or_prompt_makes_a_valid_card_without_folders(name, tmp_path):
     lora.touch()
     required = ["--pretrained_model_name_or_path", str(folder), "--output_dir", str(tmp_path / "out")]
     given = ["--rank", "2", "--teacher_lora", str(lora), "--variant", name, "--learning_rate", str(7 * 1e-5)]
-    args = train_senseflow_sdxl.parse_args([*required, *given, "--validation_prompts", name, "b", "--method", "dmd2"])
+    args = train_senseflow_sdxl.parse_args([*required, *given, "--validation_prompts", name, "b"])
     source = SimpleNamespace(read_json=lambda file: {}, file=lambda file: None, revision=None)
     levels = {"sigmas": [1.0], "timesteps": [999.0], "pixel_multiple": 8, "iteration": 7, "revision": None}
     config = make_student_config(
