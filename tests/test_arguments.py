@@ -77,7 +77,10 @@ def test_arguments_that_are_not_utf8_are_refused(script):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("script", [*(script.__name__ for script in SCRIPTS.values()), "infer", "evaluate"])
+FILES = [*(f"{script.__name__}.py" for script in SCRIPTS.values()), "infer.py", "evaluate.py"]
+
+
+@pytest.mark.parametrize("script", FILES)
 def test_a_flag_that_is_given_twice_is_refused(script):
     flag = "--images" if script == "evaluate.py" else "--output_dir"
     command = [sys.executable, str(ROOT / script), flag, "a", f"{flag}=b"]
