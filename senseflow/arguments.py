@@ -101,7 +101,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Arguments(argparse.Namespace):
-    """Parsed arguments. `given` holds the names of the flags on the command line; vars() does not show it."""
+    """Parsed arguments. `given` holds the flags of the command line, in its order; vars() does not show it."""
 
     __slots__ = ("given",)
 
@@ -123,8 +123,10 @@ class Parser(argparse.ArgumentParser):
         self.check_repeated(words)
         names = [action.dest for action in self._actions if action.default is not argparse.SUPPRESS]
         args = super().parse_args(argv, Arguments(**dict.fromkeys(names)))
-        args.given = frozenset(name for name in names if getattr(args, name) is not None)
-        for name in set(names) - args.given:
+        options = [self._option_string_actions.get(word.partition("=")[0]) for word in words]
+        order = dict.fromkeys([option.dest for option in options if option] + names)
+        args.given = tuple(name for name in order if getattr(args, name, None) is not None)
+        for name in set(names).difference(args.given):
             setattr(args, name, self.get_default(name))
         return args
 
@@ -197,30 +199,35 @@ def add_lora_arguments(parser: Parser) -> None:
 
 
 def add_data_arguments(parser: Parser) -> None:
-    """Add the flags of the data set."""
-    add = parser.add_argument_group("data (give exactly one of the first five)").add_argument
-    add("--dataset_json",
-        help='JSON file {"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to it.')
-    add("--dataset_name", help="Hub id or folder of a data set, as datasets.load_dataset takes it.")
-    add("--train_data_dir",
-        help="Folder of images; captions in metadata.jsonl, .csv or .parquet, or in a .txt file beside each image, "
+    """Add the flags of the data sets."""
+    add = parser.add_argument_group("data (give at least one of the first five)").add_argument
+    add("--dataset_json", nargs="+",
+        help='JSON files {"keys": [...], "image_paths": [...], "prompts": [...]}; paths absolute or relative to the '
+        "file.")
+    add("--dataset_name", nargs="+", help="Hub ids or folders of data sets, as datasets.load_dataset takes them.")
+    add("--train_data_dir", nargs="+",
+        help="Folders of images; captions in metadata.jsonl, .csv or .parquet, or in a .txt file beside each image, "
         "one per line.")
     add("--prompts_file",
         help="Text file with one prompt per line, for runs without images: --gan_weight 0 "
         "--backward_simulation_prob 1.")
     add("--dataset_lmdb",
-        help="Folder with DMD2's LMDB of VAE latents and prompts. Needs lmdb.")
+        help="Folder with DMD2's LMDB of VAE latents and prompts, without other data sets. Needs lmdb.")
+    add("--dataset_weights", type=number(float, 0, exclude="low"), nargs="+",
+        help="Shares of several data sets in the samples, in the order of the command line; need not sum to 1. By "
+        "default, every row comes equally often.")
     add("--dataset_config_name", help="Configuration of --dataset_name.")
     add("--image_column", default="image", help="Name of the image column.")
     add("--caption_column", default="text",
-        help="Name of the caption column. If a row holds a list of captions, one is picked at random.")
+        help="Name of the caption column, or of a field in one, such as json.caption. If a row holds a list of "
+        "captions, one is picked at random.")
     add("--streaming", action="store_true", help="Read --dataset_name as a stream, without a copy on the disk.")
     add("--resolution", type=number(int, 1), nargs="+", default=[1024],
         help="Size of the training images in pixels: one side of a square, or HEIGHT WIDTH. Images are resized to "
         "cover it, then cropped.")
     add("--center_crop", action="store_true", help="Crop the center instead of a random part.")
     add("--random_flip", action="store_true", help="Flip half of the images horizontally.")
-    add("--max_train_samples", type=number(int, 1), help="Use only the first N rows.", metavar="N")
+    add("--max_train_samples", type=number(int, 1), help="Use only the first N rows of each data set.", metavar="N")
     add("--dataloader_num_workers", type=number(int, 0), default=0,
         help="Processes that read images, for each training process.")
 

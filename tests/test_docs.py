@@ -135,6 +135,7 @@ class Workspace:
             "stabilityai/stable-diffusion-xl-base-1.0": str(pipelines["sdxl"]),
             "data.json": str(data),
             "latents": str(latents),
+            "photos": str(folder / "photos"),
             "my-account/my-dataset": str(folder / "saved"),
             "domiso/SenseFlow": "flux-4step",
             "FOLDER": "transformer",
@@ -199,7 +200,7 @@ class Workspace:
         (self.folder / "rows.json").write_text(text)
         teacher = "stabilityai/stable-diffusion-xl-base-1.0"
         command = f"python train_senseflow_sdxl.py --rank 2 --pretrained_model_name_or_path {teacher}"
-        self.run([*command.split(), "--dataset_json", "rows.json", "--output_dir", "from-rows"])
+        self.run([*command.split(), "--dataset_json", str(self.folder / "rows.json"), "--output_dir", "from-rows"])
 
     def need(self, output: str) -> None:
         """Runs the README's command that makes an output folder, if it is not there yet."""

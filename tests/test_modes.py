@@ -33,7 +33,12 @@ ADVERSARIAL_FLAGS = ("--discriminator_backbone", "--discriminator_text_encoder",
 
 @pytest.fixture(scope="session")
 def flags(teacher, vision, data, tmp_path_factory):
-    """flags(script) -> its arguments without the batch size and the output folder."""
+    """flags(script) -> its arguments without the batch size and the output folder. FLUX trains on two data sets."""
+    folder = tmp_path_factory.mktemp("folder")
+    for number in (0, 3, 7):
+        shutil.copy(data.parent / f"{number}.png", folder)
+        (folder / f"{number}.txt").write_text(f"square {number} of the folder")
+    mixed = ["--train_data_dir", str(folder), "--dataset_weights", "3", "1"]
     teachers = {"flux": teacher}
     for name, write in (("sd3", write_sd3), ("sdxl", write_sdxl)):
         teachers[name] = tmp_path_factory.mktemp(name)
@@ -42,6 +47,7 @@ def flags(teacher, vision, data, tmp_path_factory):
     def make(script):
         return [
             *("--pretrained_model_name_or_path", str(teachers[script]), "--dataset_json", str(data)),
+            *(mixed if script == "flux" else []),
             *("--discriminator_backbone", f"{vision}/dinov2", "--discriminator_text_encoder", f"{vision}/clip"),
             *f"--gradient_accumulation_steps 2 --ttur_ratio 5 --max_train_steps {LAST} --ida_decay 0.97".split(),
             *"--checkpointing_steps 3 --resolution 64 --random_flip --export_dtype fp32 --report_to none".split(),

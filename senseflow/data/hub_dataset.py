@@ -6,7 +6,7 @@ from typing import Any, Union
 
 import datasets
 
-from senseflow.data.rows import ImageRows, data_error, parse_captions, uses_images
+from senseflow.data.rows import ImageRows, data_error, get_field, parse_captions, uses_images
 from senseflow.data.streaming import StreamedRows, make_streamed_rows
 from senseflow.errors import UserError, unwritable_cache
 
@@ -14,14 +14,14 @@ from senseflow.errors import UserError, unwritable_cache
 AnyDataset = Union[datasets.Dataset, datasets.IterableDataset]
 
 
-def read_dataset(args) -> Union[ImageRows, StreamedRows]:
+def read_dataset(args, path: str) -> Union[ImageRows, StreamedRows]:
     """Load the caption and image columns, cut to --max_train_samples. UserError (2) if they cannot be loaded."""
-    origin = f"--dataset_name {args.dataset_name}"
+    origin = f"--dataset_name {path}"
     try:
-        dataset, first_row = _load(args)
+        dataset, first_row = _load(args, path)
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         fix = "check the spelling; if it is gated or private, accept its license there and log in with `hf auth login`"
-        if os.path.isdir(args.dataset_name):
+        if os.path.isdir(path):
             fix = "give a folder that datasets.load_dataset takes, or a folder of images to --train_data_dir"
         if unwritable_cache(error):
             raise UserError(f"{origin}: {unwritable_cache(error)}", exit_code=2) from error
@@ -32,28 +32,44 @@ def read_dataset(args) -> Union[ImageRows, StreamedRows]:
     if uses_images(args):
         names["image_column"] = args.image_column
     for flag, name in names.items():
-        if name not in dataset.features:
-            fix = f"give one of {', '.join(dataset.features)}"
+        features = _flatten(dataset.features) if flag == "caption_column" else dataset.features
+        if name not in features:
+            fix = f"give one of {', '.join(features)}"
             raise data_error(f"--{flag} {name}", f"there is no such column in {origin}", fix)
-        if flag == "image_column" and not isinstance(dataset.features[name], datasets.Image):
-            problem = f"the column holds {dataset.features[name]} in {origin}, not images"
+        if flag == "image_column" and not isinstance(features[name], datasets.Image):
+            problem = f"the column holds {features[name]} in {origin}, not images"
             raise data_error(f"--{flag} {name}", problem, "give a column of datasets.Image")
     captions_flag = f"--caption_column {args.caption_column}"
     try:
-        parse_captions(first_row[args.caption_column])
+        parse_captions(cell := get_field(first_row, args.caption_column))
     except ValueError as error:
-        raise data_error(captions_flag, f"row 0 of {origin} {error}", "give a column of captions") from error
+        fix = "give a column of captions"
+        if isinstance(cell, dict) and cell:
+            fix += f", or a field of this one, such as {args.caption_column}.{next(iter(cell))}"
+        raise data_error(captions_flag, f"row 0 of {origin} {error}", fix) from error
     if args.max_train_samples is not None:
         dataset = dataset.take(args.max_train_samples)
+    columns = [name if name in dataset.features else name.partition(".")[0] for name in names.values()]
     if isinstance(dataset, datasets.IterableDataset):
-        return make_streamed_rows(args, origin, dataset.select_columns(list(names.values())))
-    captions, *images = (dataset.select_columns([name]) for name in names.values())
+        return make_streamed_rows(args, origin, dataset.select_columns(list(dict.fromkeys(columns))))
+    captions, *images = (dataset.select_columns([name]) for name in columns)
+    if args.caption_column not in dataset.features:
+        captions = captions.flatten().select_columns([args.caption_column])
     return ImageRows(origin, captions, images[0] if images else None, f"{captions_flag}: row {{}}".format)
 
 
-def _load(args) -> tuple[AnyDataset, dict[str, Any]]:
+def _flatten(features: dict[str, Any]) -> dict[str, Any]:
+    """Add the fields of columns that hold such, as a .json file of a WebDataset does: json.caption."""
+    flat = {}
+    for name, feature in features.items():
+        flat[name] = feature
+        if isinstance(feature, dict):
+            flat |= {f"{name}.{field}": kind for field, kind in _flatten(feature).items()}
+    return flat
+
+
+def _load(args, path: str) -> tuple[AnyDataset, dict[str, Any]]:
     """Load the split train with undecoded images, so that a broken one can be skipped later, and its first row."""
-    path = args.dataset_name
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
         dataset = datasets.load_from_disk(path)
         dataset = dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset

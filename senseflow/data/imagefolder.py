@@ -23,13 +23,13 @@ from senseflow.data.rows import ImageRows, data_error, uses_images
 Row = tuple[str, Any]  # the image's path, what was written as its caption(s)
 
 
-def read_imagefolder(args) -> ImageRows:
+def read_imagefolder(args, path: str) -> ImageRows:
     """Read the rows of the metadata files or, if there are none, the images in the order of their paths.
 
     UserError (2) if there are no images or captions, a file cannot be read, or an image is not there.
     """
-    origin, files, seen = f"--train_data_dir {args.train_data_dir}", [], set()
-    for parent, folders, names in os.walk(os.path.normpath(args.train_data_dir), followlinks=True):
+    origin, files, seen = f"--train_data_dir {path}", [], set()
+    for parent, folders, names in os.walk(os.path.normpath(path), followlinks=True):
         if os.path.realpath(parent) in seen:  # by a link, which may lead back to a folder above it
             folders.clear()
             continue

@@ -24,9 +24,9 @@ def read_captions_json(flag: str, path: str) -> tuple[list[Any], list[str]]:
     return captions, images
 
 
-def read_json(args) -> ImageRows:
+def read_json(args, path: str) -> ImageRows:
     """Read captions and paths, cut to --max_train_samples. Raises UserError (exit code 2)."""
-    path, flag, limit = args.dataset_json, "--dataset_json", args.max_train_samples
+    flag, limit = "--dataset_json", args.max_train_samples
     origin = f"{flag} {path}"
 
     def read() -> tuple[list, list[str]]:

@@ -115,10 +115,10 @@ class LatentRows:
         return (name, latents, "") if np.isfinite(latents).all() else (name, None, "it is not finite")
 
 
-def read_lmdb(args) -> LatentRows:
+def read_lmdb(args, path: str) -> LatentRows:
     """Read shapes and sizes, and try some rows, whose prompts go into the fingerprint. UserError (exit code 2)."""
     require_package("lmdb", "--dataset_lmdb")
-    rows = LatentRows(args.dataset_lmdb, args.max_train_samples)
+    rows = LatentRows(path, args.max_train_samples)
     content = hashlib.sha256()
     for row in rows_to_check(len(rows)):
         try:

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from senseflow.data.mixture import MixedRows, WeightedOrder
 from senseflow.data.rows import data_error
 from senseflow.data.streaming import StreamedBatches, StreamedRows
 from senseflow.errors import UserError
@@ -47,8 +48,11 @@ def make_dataloader(
         iteration, samples_seen: where to start (see `GlobalBatchSampler`; `iteration` alone in a stream).
         needs_images: `needs_images(iteration)`: whether images are read. Picklable.
     """
+    mixed = isinstance(rows, MixedRows)
     if rank == 0:
-        logger.info("%s: %s", rows.origin, rows.summary)
+        num_samples = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * world_size
+        for line in rows.describe(num_samples) if mixed else [f"{rows.origin}: {rows.summary}"]:
+            logger.info(line)
     order = args.seed, args.train_batch_size, args.gradient_accumulation_steps, rank, world_size, iteration
     make_samples = partial(
         PromptImageDataset,
@@ -64,9 +68,10 @@ def make_dataloader(
         return PromptImageLoader(
             batches, batch_size=None, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_ctrl_c
         )
+    weighted = WeightedOrder(rows, args.seed) if mixed and rows.weights else None
     return PromptImageLoader(
         make_samples(rows),
-        batch_sampler=GlobalBatchSampler(len(rows), *order, samples_seen),
+        batch_sampler=GlobalBatchSampler(len(rows), *order, samples_seen, weighted),
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=ignore_ctrl_c,
@@ -200,6 +205,7 @@ class GlobalBatchSampler(Sampler[list[Key]]):
     Args:
         iteration: number of the first iteration, from 0.
         samples_seen: samples of all iterations before it, over all ranks. Each iteration adds a global batch.
+        weighted: the order of rows with --dataset_weights, instead of that permutation.
     """
 
     num_rows: int
@@ -210,9 +216,12 @@ class GlobalBatchSampler(Sampler[list[Key]]):
     world_size: int
     iteration: int = 0
     samples_seen: int = 0
+    weighted: Optional[WeightedOrder] = None
 
     def row(self, position: int) -> int:
         """Return the row at a position of the run, from 0."""
+        if self.weighted is not None:
+            return self.weighted.row(position)
         epoch, index = divmod(position, self.num_rows)
         return int(epoch_order(self.num_rows, self.seed, epoch)[index])
 

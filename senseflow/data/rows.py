@@ -127,6 +127,14 @@ def _path_bytes(path: str) -> bytes:
     return path.encode("utf-8", PATH_ERRORS)  # the names of files need not be UTF-8
 
 
+def get_field(row: Any, name: str) -> Any:
+    """Get a row's cell, or of a cell with fields one, such as json.caption; None if there is none."""
+    if not isinstance(row, dict) or name in row:
+        return row[name] if isinstance(row, dict) else None
+    column, dot, field = name.partition(".")
+    return get_field(row.get(column), field) if dot else None
+
+
 class ImageRows:
     """Captions and images as Arrow columns, which forked workers share. Picklable.
 

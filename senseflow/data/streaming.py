@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from senseflow.data.images import read_image
-from senseflow.data.rows import data_error, parse_captions
+from senseflow.data.rows import data_error, get_field, parse_captions
 
 
 # Rows that each worker shuffles. datasets holds half as many again, and cannot shuffle more than 2 GiB: 5 MB an image.
@@ -128,7 +128,7 @@ class Substream:
 
     def captions(self, position: int) -> list[str]:
         try:
-            return parse_captions(self[position][self.rows.caption_column])
+            return parse_captions(get_field(self[position], self.rows.caption_column))
         except ValueError as error:
             flag, row = f"--caption_column {self.rows.caption_column}", f"row {position} of a worker's share"
             raise data_error(flag, f"{row} of {self.origin} {error}", "caption it", 1) from error

@@ -24,13 +24,16 @@ def make_args(**changes) -> SimpleNamespace:
         dataset_lmdb=None, image_column="image", caption_column="text", resolution=[16, 16], center_crop=True,
         random_flip=False, max_train_samples=None, train_batch_size=2, gradient_accumulation_steps=1,
         dataloader_num_workers=0, seed=3, gan_weight=1.0, backward_simulation_prob=0.5, streaming=False,
+        dataset_weights=None, max_train_steps=100, given=(),
     )  # fmt: skip
     assert set(changes) <= set(args)
-    return SimpleNamespace(**{**args, **changes})
+    return changed(SimpleNamespace(**args), **changes)
 
 
 def changed(args, **changes) -> SimpleNamespace:
-    return SimpleNamespace(**{**vars(args), **changes})
+    """Set flags as if they were given after those of `args`."""
+    given = dict.fromkeys([*args.given, *(flag for flag, value in changes.items() if value is not None)])
+    return SimpleNamespace(**{**vars(args), **changes, "given": tuple(given)})
 
 
 # At module level, so that spawned workers find them.

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -113,6 +114,51 @@ def test_a_broken_image_in_a_table_is_skipped(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("caption", ["txt", "json.caption", "json.more.captions"])
+def test_webdataset(caption, streaming, tmp_path):
+    """Tar files of .jpg with .txt or .json; some of the latter have other fields, too."""
+
+    def files(row):
+        image, text = io.BytesIO(), f"prompt {row}"
+        Image.new("RGB", (20, 16), color(row)).save(image, "JPEG", quality=100, subsampling=0)
+        yield "jpg", image.getvalue()
+        if caption == "txt":
+            yield "txt", text.encode()
+        else:
+            content = {"caption": text, "more": {"captions": [text]}, "width": 20}
+            yield "json", json.dumps(content | ({"similarity": 0.3} if row == 5 else {})).encode()
+
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "shards" / f"{shard:05}.tar", "w") as tar:
+            for row in range(3 * shard, 3 * shard + 3):
+                for ending, content in files(row):
+                    entry = tarfile.TarInfo(f"{row:06}.{ending}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    args = make_args(
+        dataset_name=[str(tmp_path / "shards")], image_column="jpg", caption_column=caption, streaming=streaming
+    )
+    for prompts_only in ({}, PROMPTS_ONLY):
+        alone = changed(args, **prompts_only)
+        rows = pickle.loads(pickle.dumps(load_rows(alone)))
+        batches = take(make_dataloader(alone, rows, 0, 1, 0, 0, never if prompts_only else always), 3)
+        assert sorted(prompt for batch in batches for prompt in batch["prompts"]) == [f"prompt {r}" for r in range(6)]
+    for batch in take(make_dataloader(args, load_rows(args), 0, 1, 0, 0, always), 3):
+        for prompt, pixels in zip(batch["prompts"], batch["pixel_values"]):
+            found = ((pixels[:, 8, 8] + 1) * 127.5).tolist()
+            assert found == pytest.approx(color(int(prompt.split()[1])), abs=2)
+    if caption != "txt":
+        fix = "give one of jpg, json, json.caption, json.more, json.more.captions, json.width, __key__, __url__"
+        refusal(changed(args, caption_column="json.text"), "--caption_column json.text: there is no such column", fix)
+        refusal(
+            changed(args, caption_column="json"),
+            "--caption_column json: row 0",
+            "or a field of this one, such as json.caption",
+        )
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 def text(folder, content, name="bad.json"):
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -141,8 +187,7 @@ def csv_files(folder, *names, content="text\na"):
 
 
 BAD = {  # name: (arguments, part of the message, the flag it names if not the data set's)
-    "none": (lambda f: {}, "--dataset_name, --train_data_dir, --dataset_json, --prompts_file, --dataset_lmdb"),
-    "two": (lambda f: dict(dataset_name="a", dataset_json="b.json"), "exactly one"),
+    "none": (lambda f: {}, "--dataset_json, --dataset_name, --train_data_dir, --prompts_file, --dataset_lmdb"),
     "no json": (lambda f: dict(dataset_json=str(f / "none.json")), "No such file"),
     "cut json": (lambda f: dict(dataset_json=text(f, '{"keys": [1,\n 2')), "JSONDecodeError"),
     "binary json": (lambda f: dict(dataset_json=text(f, b"\xff\xfe\x00")), "UnicodeDecodeError"),
@@ -270,10 +315,11 @@ def test_a_json_file_is_read_again_when_its_content_changes(tmp_path):
     assert os.stat(args.dataset_json).st_size == stat.st_size
     second = load_rows(args)
     assert all_captions(second) == all_captions(first)[::-1] and second.fingerprint != first.fingerprint
-    (table, _) = sorted((tmp_path / "cache" / "senseflow").glob("*.arrow"))
-    table.write_bytes(b"")
-    with pytest.raises(UserError, match=f"{table} is damaged .*delete it"):
-        [load_rows(changed(args, dataset_json=path)) for path in (args.dataset_json, write_json(tmp_path, 6))]
+    tables = list((tmp_path / "cache" / "senseflow").glob("*.arrow"))
+    assert len(tables) == 2
+    for table in tables:
+        table.write_bytes(b"")
+    refusal(args, f"--dataset_json {args.dataset_json}: {tmp_path}/cache/senseflow/", " is damaged ", "; delete it: ")
 
 
 def test_a_hash_does_not_depend_on_the_batches_that_it_is_computed_in(tmp_path, monkeypatch):
