@@ -307,6 +307,9 @@ def add_precision_arguments(parser: Parser) -> None:
         "weights and encoding are bf16, and decoding computes in fp32 (with --rank in bf16, which is ours).")
     add("--gradient_checkpointing", action="store_true",
         help="Recompute activations of student, fake score, DINOv2 and VAE decoder in the backward pass.")
+    add("--bf16_weight_copies", action="store_true",
+        help="With --mixed_precision bf16: keep a bf16 copy of the weights of student and fake score, two bytes a "
+        "weight, instead of casting them in every pass. Adapters have one in any case.")
     add("--offload_text_encoders", action="store_true",
         help="Keep the text encoders on the CPU. If the data set has at most 1,000 prompts, they are encoded once and "
         "the encoders are freed.")
@@ -473,7 +476,8 @@ def warn_inactive(args, run: str, names: Sequence[str]) -> None:
 # (whether flags have no effect, the name of such a run in a message, the flags)
 INACTIVE_FLAGS = (
     (lambda args: args.rank == 0, "a run without --rank", ("lora_alpha", "lora_layers")),
-    (lambda args: args.rank > 0, "a run with --rank", ("max_shard_size",)),
+    (lambda args: args.rank > 0, "a run with --rank", ("max_shard_size", "bf16_weight_copies")),
+    (lambda args: args.mixed_precision == "no", "a run without --mixed_precision bf16", ("bf16_weight_copies",)),
     (lambda args: not args.push_to_hub, "a run without --push_to_hub", ("hub_model_id",)),
     (lambda args: args.teacher_lora is None, "a run without --teacher_lora", ("teacher_lora_scale",)),
     (

@@ -26,7 +26,10 @@ NEEDS_VALUES = (torch.ops.aten.arange, torch.ops.aten.linspace)
 NO_KERNEL = {
     "aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty",
     "aten::new_empty_strided", "aten::set_", "aten::resize_", "aten::lift_fresh", "prim::device",
+    "profiler::_record_function_enter_new", "profiler::_record_function_exit",
 }  # fmt: skip
+# Operations that write over tensors which they do not read.
+OVERWRITING = {"aten::copy_", "aten::_foreach_copy_", "aten::fill_", "aten::zero_"}
 
 
 @dataclass
@@ -97,7 +100,8 @@ class Counter(TorchDispatchMode):
             work = self.work[self.phase]
             work.operations += 1
             written = outputs or written_tensors(function, args)
-            work.bytes_moved += sum(map(moved_bytes, (*tensors, *written)))
+            read = set(tensors) - set(written) if function._schema.name in OVERWRITING else tensors
+            work.bytes_moved += sum(map(moved_bytes, (*read, *written)))
             work.flops += flops_of(function, args, kwargs, out)
         for tensor in outputs:
             self.track(tensor)

@@ -367,6 +367,9 @@ def module_tensors(*modules) -> Iterator[torch.Tensor]:
 
 def label_networks(counter: Counter, models, encoders: str) -> None:
     """Label the weights and buffers of the roles, of the text encoders and of other frozen networks."""
+    for name, role in roles_of(models).items():
+        for tensor in role.copies.tensors if role.copies is not None else ():
+            counter.label(tensor, name, WEIGHTS)
     owners = {name: [role.module] for name, role in roles_of(models).items()}
     owners[encoders] = text_encoders_of(models.pipeline).values()
     owners[FROZEN] = [*models.pipeline.components.values(), models.vision_features, models.text_features]

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
 
 from senseflow.errors import UserError
+from senseflow.models.autocast import cast_frozen_layers
 from senseflow.models.hub import ModelSource, load_network
 from senseflow_utils import StatelessRNG
 
@@ -71,7 +72,7 @@ def _read_config(source: ModelSource, family: str, model_types: Sequence[str]) -
 class VisionFeatures(nn.Module):
     """A frozen DINOv2 that returns maps of several depths.
 
-    Weights and the residual stream are float32, whatever the precision of matrix products in the blocks (release).
+    Norms and the residual stream are float32, whatever the precision of matrix products in the blocks (release).
 
     Args:
         path: folder or Hub id.
@@ -100,6 +101,8 @@ class VisionFeatures(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
+        if dtype != torch.float32:
+            cast_frozen_layers(self, dtype)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Return maps (B, C, h, w), float32, after the embedding and after each chosen block, without the final norm.

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 
 from senseflow.errors import UserError, loading, require_package
+from senseflow.models.autocast import autocast_weight
 from senseflow.models.hub import UNREADABLE, ModelSource, abbreviate, hub_reason
 from senseflow.models.quantization import quantization_states, quantize_network
 from senseflow.models.weights import check_export_dtype, fingerprint, materialize, state_dict_problems
@@ -187,9 +188,11 @@ def fuse_applications(network: torch.nn.Module) -> None:
 
 def apply_adapter(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     """Return base(x) + scaling * x A^T B^T of a peft layer with a linear adapter, in autocast's precision."""
-    lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    adapter = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    lora_a, lora_b = (half.weight for half in adapter)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # once for base and adapter
+        lora_a, lora_b = map(autocast_weight, adapter)
     elif x.dtype != lora_a.dtype:
         return type(layer).forward(layer, x, *args, **kwargs)
     out, hidden = layer.base_layer(x, *args, **kwargs), torch.nn.functional.linear(x, lora_a)

@@ -21,6 +21,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from senseflow.errors import UserError, loading, require_package
+from senseflow.models.autocast import WeightCopies
 from senseflow.models.lora import save_adapter, stored_name
 from senseflow.models.weights import (
     Weights,
@@ -122,9 +123,11 @@ class Role:
         parameters: the trained parameters by their names in the module; none for the teacher.
         autocast: whether a call runs under the run's autocast; not needed where `accelerator.prepare` adds it.
         subfolder: the folder of the weights in a checkpoint (default: the name).
+        copy_weights: keep copies of the trained weights in `dtype`, that of autocast.
     Attributes:
         module: the bare network, for a pipeline or its config; a training loop never calls it.
         parameters: what the optimizer owns, by name; shards if the network is sharded.
+        copies: of the trained weights; None without `copy_weights`.
         weight_bytes: the size of the weights in a checkpoint.
         num_trained_params: the number of trained values.
     """
@@ -139,9 +142,12 @@ class Role:
         parameters: Optional[dict[str, torch.nn.Parameter]] = None,
         autocast: bool = False,
         subfolder: Optional[str] = None,
+        copy_weights: bool = False,
     ):
         self.name, self.module, self.dtype, self.accelerator = name, module, dtype, accelerator
         self.parameters, self.autocast, self.subfolder = parameters or {}, autocast, subfolder or name
+        self.copies: Optional[WeightCopies] = None
+        self._copy_weights = copy_weights
         self.max_grad_norm, self.accumulation = args.max_grad_norm, args.gradient_accumulation_steps
         self.optimizer = self.lr_scheduler = None
         self._wrapped, self._training, self._num_micro_batches = module, False, 0
@@ -167,6 +173,8 @@ class Role:
         materialize(self.module, self.accelerator.device)
         self._make_optimizer(make_optimizer)
         self._wrapped = self.accelerator.prepare(self.module)
+        if self._copy_weights:
+            self.copies = WeightCopies(self.module, list(self.parameters.values()), self.dtype)
 
     def _make_optimizer(self, make_optimizer) -> None:
         """Make the optimizer of the module's present parameters: materialization and sharding have replaced them."""
@@ -175,7 +183,10 @@ class Role:
         self.optimizer, self.lr_scheduler = make_optimizer(list(self.parameters.values()))
 
     def __call__(self, *args, **kwargs):
-        network = self._wrapped if self._training and torch.is_grad_enabled() else self.module
+        training = self._training and torch.is_grad_enabled()
+        network = self._wrapped if training else self.module
+        if self.copies is not None and training:
+            self.copies.attach()
         with self.accelerator.autocast() if self.autocast else nullcontext():
             return network(*args, **kwargs)
 
@@ -203,6 +214,8 @@ class Role:
         self.module.train(training)
         for parameter in self.parameters.values():
             parameter.requires_grad_(training)
+        if self.copies is not None and not training:
+            self.copies.detach()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backpropagate a micro-batch's mean loss, divided by the number of micro-batches; inside `accumulate`."""
@@ -221,6 +234,7 @@ class Role:
         """
         before = self._sample_masters() if measure_update else None
         norm = self._step()
+        self._refresh_copies()
         if before is None:
             return norm
         after = self._sample_masters()
@@ -251,6 +265,11 @@ class Role:
     def ida_update_from(self, other: "Role", decay: float) -> None:
         """IDA: move every parameter towards the other role's: own <- decay * own + (1 - decay) * other."""
         ida_update(self._masters(), other._masters(), decay)
+        self._refresh_copies()
+
+    def _refresh_copies(self) -> None:
+        if self.copies is not None:
+            self.copies.refresh()
 
     @property
     def learning_rate(self) -> float:
@@ -350,6 +369,7 @@ class Role:
             # Memory-mapped: of many shards, each process reads only its own rows of every tensor.
             shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in optimizer_files]
             self._load_weights(weights)
+            self._refresh_copies()
             self._load_optimizer_state([shard["state"] for shard in shards])
         set_schedule_step(self.lr_scheduler, shards[0]["steps"])
 

@@ -30,6 +30,7 @@ from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
+from senseflow.arguments import warn_inactive
 from senseflow.errors import INTERRUPTED, TERMINATED, UserError, check_launcher, exit_now, print_from_signal_handler
 from senseflow.models.weights import is_meta, materialize
 from senseflow.training.lock import OutputLock
@@ -55,6 +56,8 @@ def check_launch_supports(args, launch: LaunchConfig) -> None:
     if args.base_quantization != "none" and launch.mode != "replicated":
         problem, fix = "FSDP2 cannot shard such a base", "use single.yaml or ddp.yaml, or drop it"
         raise UserError(f"--base_quantization {args.base_quantization}: {problem}: {fix}", 2)
+    if args.bf16_weight_copies and launch.mode != "replicated":
+        warn_inactive(args, f"{launch.mode}, which computes with bf16 weights in any case", ("bf16_weight_copies",))
 
 
 class ProgressBarHandler(logging.Handler):
@@ -176,8 +179,8 @@ class Runtime:
         Args:
             step_every: the role steps at the end of every so many iterations. Its rate is that of that iteration.
             subfolder: the folder of the weights in a checkpoint (default: the name).
-            gather_bf16: whether a sharded network is gathered in bfloat16 under --mixed_precision bf16; not for one
-                that computes with its own weights in float32, as spectral norms do.
+            gather_bf16: whether a sharded network is gathered in bfloat16 under --mixed_precision bf16, and another
+                may have copies in it; not for one that computes with its own weights in float32, as spectral norms do.
         """
         mode, gather_bf16 = self.launch.mode, gather_bf16 and self.args.mixed_precision == "bf16"
         cls, kwargs = Role, {}
@@ -186,6 +189,8 @@ class Runtime:
             kwargs["gather_bf16"] = gather_bf16
         elif mode != "replicated":
             cls, kwargs = ZeroRole, {"config": self._deepspeed_config(gather_bf16)}
+        else:  # adapters are small
+            kwargs["copy_weights"] = gather_bf16 and (self.args.rank > 0 or self.args.bf16_weight_copies)
         parameters = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
         kwargs |= {"parameters": parameters, "subfolder": subfolder}
         role = cls(name, module, self.weight_dtype, self.accelerator, self.args, **kwargs)

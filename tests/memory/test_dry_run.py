@@ -98,9 +98,10 @@ def test_operations_and_bytes_by_hand():
         y = (x @ weight.T).view(4, 2, 16)  # neither the transpose nor the view is an operation
         torch._foreach_mul_([y, weight], 2)
         _ = y + torch.zeros(16).expand(2, 16)
+        torch._foreach_copy_([weight], [weight + 1])  # what it overwrites is not read
         work = sum(counter.work.values(), Work())
-    values = (8 * 32 + 16 * 32 + 8 * 16) + 2 * (8 * 16 + 16 * 32) + 16 + (2 * 8 * 16 + 16)
-    assert (work.operations, work.bytes_moved, work.flops) == (4, 4 * values, 2 * 8 * 32 * 16)
+    values = (8 * 32 + 16 * 32 + 8 * 16) + 2 * (8 * 16 + 16 * 32) + 16 + (2 * 8 * 16 + 16) + 2 * 2 * 16 * 32
+    assert (work.operations, work.bytes_moved, work.flops) == (6, 4 * values, 2 * 8 * 32 * 16)
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -266,7 +266,8 @@ def seen(network: VisionFeatures) -> tuple[torch.Tensor, torch.Tensor]:
     return last.detach(), images.grad
 
 
-def test_under_bf16_weights_and_residual_stream_stay_float32(deep):
+def test_under_bf16_norms_and_residual_stream_stay_float32(deep):
+    """Layers are cast once to what autocast, on float32 weights, casts them to in every pass."""
     exact, ours, rounded = (
         VisionFeatures(deep, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
     )
@@ -276,6 +277,10 @@ def test_under_bf16_weights_and_residual_stream_stay_float32(deep):
         block.register_forward_hook(lambda _, inputs, output: types.append((inputs[0].dtype, output.dtype)))
         block.mlp.fc1.register_forward_hook(lambda _, inputs, output: types.append(output.dtype))
     wanted, got, pure = seen(exact), seen(ours), seen(rounded)
+    by_autocast = VisionFeatures(deep)
+    by_autocast.dtype = torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(got, seen(by_autocast)))
+    assert ours.blocks[0].norm1.weight.dtype == torch.float32 != ours.blocks[0].mlp.fc1.weight.dtype
     assert types == [torch.bfloat16, (torch.float32, torch.float32)] * 12
     for a, b, c in zip(wanted, got, pure):
         assert a.dtype == b.dtype == torch.float32

@@ -96,6 +96,26 @@ def test_the_student_steps_in_every_ttur_th_iteration_and_ida_moves_the_fake_sco
     assert set(debug_latents) == {"student_x0", "fake_x0", "teacher_x0", "isg_target", "isg_direct"}
 
 
+def test_weight_copies_train_to_the_bit_as_without_them(build, bfloat16, tmp_path):
+    """With gradient checkpointing, accumulation and IDA, and from a checkpoint on."""
+    flags = [*bfloat16, *"--ttur_ratio 2 --ida_decay 0.5 --gradient_accumulation_steps 2".split()]
+    plain, copied = build(*flags), build(*flags, "--bf16_weight_copies")
+    for iteration in range(4):
+        if iteration == 2:
+            for role in (copied.models.student, copied.models.fake_score):
+                role.save(tmp_path)
+                with torch.no_grad():
+                    torch._foreach_zero_(list(role.parameters.values()))
+                role.copies.refresh()
+                role.load(tmp_path)
+        for run in (plain, copied):
+            run.step(iteration)
+    for name, role in roles_of(plain.models).items():
+        other = roles_of(copied.models)[name]
+        torch.testing.assert_close(weights(role), weights(other), rtol=0, atol=0)
+        assert role.copies is None and (other.copies is None) == (name in ("teacher", "discriminator"))
+
+
 def test_the_fake_score_trains_after_ida_on_what_the_student_generated_before_its_step(build, monkeypatch):
     run = build("--ttur_ratio", "1", "--gan_weight", "0", "--backward_simulation_prob", "1", "--ida_decay", "0.5")
     order, trained_on, predict = [], [], run.models.predict
