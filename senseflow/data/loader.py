@@ -68,7 +68,7 @@ def make_dataloader(
         return PromptImageLoader(
             batches, batch_size=None, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_ctrl_c
         )
-    weighted = WeightedOrder(rows, args.seed) if mixed and rows.weights else None
+    weighted = WeightedOrder(rows.groups, rows.weights, args.seed) if mixed and rows.weights else None
     return PromptImageLoader(
         make_samples(rows),
         batch_sampler=GlobalBatchSampler(len(rows), *order, samples_seen, weighted),

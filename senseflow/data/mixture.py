@@ -5,8 +5,8 @@ import bisect
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, Optional
+from functools import cached_property, lru_cache, partial
+from typing import Any, Optional, Sequence
 
 import numpy as np
 import torch
@@ -35,6 +35,11 @@ class MixedRows:
     def starts(self) -> list[int]:
         """The first row of each data set, and the number of all rows."""
         return [0, *itertools.accumulate(map(len, self.sources))]
+
+    @property
+    def groups(self) -> list[range]:
+        """The rows of each data set."""
+        return [range(start, end) for start, end in itertools.pairwise(self.starts)]
 
     @property
     def shares(self) -> list[float]:
@@ -79,46 +84,50 @@ class MixedRows:
 
 
 class WeightedOrder:
-    """The row at each position of a run over `MixedRows` with weights: a function of (seed, position) alone.
+    """An endless order of rows in which groups of them have shares: a function of (seed, position) alone.
 
-    Positions are cut into blocks. In each, a data set with share w has w * block places, rounded so that its places in
-    all blocks so far are w * positions to 1; where they are is drawn. A data set's rows are drawn without replacement:
-    each comes once before any comes again.
+    Positions are cut into blocks. In each, a group with share w has w * block places, rounded so that its places in
+    all blocks so far are w * positions to 1; where they are is drawn. A group's rows are drawn without replacement:
+    all come once before any comes again.
+
+    Args:
+        groups: numbers of rows.
+        weights: of the groups, positive.
+        name: of this order, among others of the same seed.
     """
 
-    def __init__(self, rows: MixedRows, seed: int):
-        self.starts, self.seed = rows.starts, seed
-        self.ends = np.cumsum([0, *rows.shares])
-        self.ends[-1] = 1
-        self.block = max(MIN_BLOCK, math.ceil(2 / min(rows.shares)))  # so that each data set has a place in each
+    def __init__(self, groups: Sequence[Sequence[int]], weights: Sequence[float], seed: int, name: str = ""):
+        self.groups, self.seed, self.name = groups, seed, name
+        shares = [weight / sum(weights) for weight in weights]
+        self.block = max(MIN_BLOCK, math.ceil(2 / min(shares)))  # so that each group has a place in each
+        self._ends = np.cumsum([0, *shares])
+        self._ends[-1] = 1
         self._places = lru_cache(maxsize=2)(self._draw_places)  # a batch that crosses blocks or epochs needs two
-        self._orders = [lru_cache(maxsize=2)(self._draw_order) for _ in rows.sources]
+        self._orders = [lru_cache(maxsize=2)(partial(self._draw_order, group)) for group in range(len(groups))]
 
     def _num_places(self, block: int) -> np.ndarray:
-        """Return how many places each data set has before a block."""
-        return np.diff(np.floor(block * self.block * self.ends).astype(np.int64))
+        """Return how many places each group has before a block."""
+        return np.diff(np.floor(block * self.block * self._ends).astype(np.int64))
 
     def _draw_places(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each place of a block the data set, and which of all samples of that data set it is."""
+        """Return for each place of a block the group, and how many places the group has before it."""
         before = self._num_places(block)
-        sources = np.repeat(np.arange(len(before)), self._num_places(block + 1) - before)
-        generator = StatelessRNG(self.seed, block).generator("data_sets")
-        sources = sources[torch.randperm(len(sources), generator=generator).numpy()]
-        samples = np.empty_like(sources)
-        for source, first in enumerate(before):
-            is_source = sources == source
-            samples[is_source] = first + np.arange(is_source.sum())
-        return sources, samples
+        groups = np.repeat(np.arange(len(before)), self._num_places(block + 1) - before)
+        generator = StatelessRNG(self.seed, block).generator(f"places{self.name}")
+        groups = groups[torch.randperm(len(groups), generator=generator).numpy()]
+        turns = np.empty_like(groups)
+        for group, first in enumerate(before):
+            turns[groups == group] = first + np.arange((groups == group).sum())
+        return groups, turns
 
-    def _draw_order(self, source: int, epoch: int) -> torch.Tensor:
-        generator = StatelessRNG(self.seed, epoch).generator(f"epoch_order_{source}")
-        return torch.randperm(self.starts[source + 1] - self.starts[source], generator=generator)
+    def _draw_order(self, group: int, epoch: int) -> torch.Tensor:
+        generator = StatelessRNG(self.seed, epoch).generator(f"order{self.name}_{group}")
+        return torch.randperm(len(self.groups[group]), generator=generator)
 
     def row(self, position: int) -> int:
-        """Return the row at a position of the run, from 0."""
+        """Return the row at a position, from 0."""
         block, place = divmod(position, self.block)
-        sources, samples = self._places(block)
-        source = int(sources[place])
-        start, end = self.starts[source : source + 2]
-        epoch, index = divmod(int(samples[place]), end - start)
-        return start + int(self._orders[source](source, epoch)[index])
+        groups, turns = self._places(block)
+        group = int(groups[place])
+        epoch, index = divmod(int(turns[place]), len(self.groups[group]))
+        return int(self.groups[group][self._orders[group](epoch)[index]])

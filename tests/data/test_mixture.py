@@ -93,7 +93,7 @@ def test_without_weights_several_data_sets_are_as_one_of_all_their_rows(tmp_path
 )
 def test_each_data_set_has_its_share_and_each_row_its_turn(weights, sizes):
     rows = MixedRows([Numbered(size) for size in sizes], weights)
-    order, num = WeightedOrder(rows, 5), 20_000
+    order, num = WeightedOrder(rows.groups, rows.weights, 5), 20_000
     drawn = np.array([order.row(position) for position in range(num)])
     sources = np.searchsorted(np.cumsum(sizes), drawn, side="right")
     counts = np.cumsum(sources[:, None] == np.arange(len(sizes)), 0)
@@ -109,12 +109,14 @@ def test_each_data_set_has_its_share_and_each_row_its_turn(weights, sizes):
     # Where the places of a data set are is drawn, in each block anew.
     blocks = [sources[first : first + order.block].tolist() for first in (0, order.block)]
     assert blocks[0] != sorted(blocks[0]) and blocks[0] != blocks[1]
-    assert [WeightedOrder(rows, 6).row(position) for position in range(1000)] != drawn[:1000].tolist()
+    assert [WeightedOrder(rows.groups, rows.weights, 6).row(position) for position in range(1000)] != drawn[
+        :1000
+    ].tolist()
 
 
 def test_data_sets_of_one_size_have_orders_of_their_own():
     rows = MixedRows([Numbered(30), Numbered(30)], [1, 1])
-    drawn = [WeightedOrder(rows, 5).row(position) for position in range(60)]
+    drawn = [WeightedOrder(rows.groups, rows.weights, 5).row(position) for position in range(60)]
     first, second = [row for row in drawn if row < 30], [row - 30 for row in drawn if row >= 30]
     assert first[:20] != second[:20]
 
@@ -126,7 +128,7 @@ def test_the_weighted_order_does_not_depend_on_processes_or_on_where_a_run_resum
     def global_batches(batch_size, accumulation, world_size, iterations, **start):
         found = {}
         for rank in range(world_size):
-            order = {"weighted": WeightedOrder(rows, 5), **start}
+            order = {"weighted": WeightedOrder(rows.groups, rows.weights, 5), **start}
             sampler = GlobalBatchSampler(57, 5, batch_size, accumulation, rank, world_size, **order)
             for keys in take(sampler, accumulation * iterations):
                 found |= {key[1:]: key[0] for key in keys}
