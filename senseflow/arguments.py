@@ -307,6 +307,9 @@ def add_precision_arguments(parser: Parser) -> None:
         "weights and encoding are bf16, and decoding computes in fp32 (with --rank in bf16, which is ours).")
     add("--gradient_checkpointing", action="store_true",
         help="Recompute activations of student, fake score, DINOv2 and VAE decoder in the backward pass.")
+    add("--gradient_checkpointing_interval", type=number(int, 0), nargs="+", default=[1], metavar="N",
+        help="Recompute the first of every N blocks of student and fake score only: less time, more memory. Two "
+        "values: for the student, and for the fake score. 0: none. Implies --gradient_checkpointing.")
     add("--bf16_weight_copies", action="store_true",
         help="With --mixed_precision bf16: keep a bf16 copy of the weights of student and fake score, two bytes a "
         "weight, instead of casting them in every pass. Adapters have one in any case.")
@@ -386,24 +389,25 @@ def describe_presets(presets: dict[str, dict]) -> str:
 
 
 def complete_args(args) -> None:
-    """Set what follows from other flags: learning rates, --lora_alpha, attention, and pairs of values.
-
-    --resolution becomes [HEIGHT, WIDTH], and guidance scales [MIN, MAX].
+    """Set what follows from other flags: learning rates, --lora_alpha, checkpointing, attention, and pairs of values.
 
     Raises:
         UserError: exit code 2; more than two values of a pair, or two kernels of attention.
     """
-    if len(args.resolution) > 2:
-        raise UserError(f"--resolution {' '.join(map(str, args.resolution))}: give one side, or HEIGHT WIDTH", 2)
-    args.resolution = [args.resolution[0], args.resolution[-1]]
-    for name in ("dmd_guidance_scale", "isg_guidance_scale"):
+    pairs = {
+        "resolution": "side, or HEIGHT WIDTH",
+        "dmd_guidance_scale": "value, or MIN MAX",
+        "isg_guidance_scale": "value, or MIN MAX",
+        "gradient_checkpointing_interval": "value, or STUDENT FAKE_SCORE",
+    }
+    for name, pair in pairs.items():
         values = getattr(args, name)
         if values is not None:
             if len(values) > 2:
-                raise UserError(
-                    f"--{name} {' '.join(f'{v:g}' for v in values)}: give one value, or MIN MAX", exit_code=2
-                )
+                shown = " ".join(f"{value:g}" for value in values)
+                raise UserError(f"--{name} {shown}: give one {pair}", exit_code=2)
             setattr(args, name, [values[0], values[-1]])
+    args.gradient_checkpointing |= "gradient_checkpointing_interval" in args.given
 
     def decimal(value: float) -> float:
         return float(f"{value:.12g}")  # 7e-05, not 7.000000000000001e-05: these numbers are logged and published

@@ -306,8 +306,8 @@ def test_prompts_alone_train_other_anchors_and_a_warm_start(flags, teacher, tmp_
 
 def test_bf16_and_checkpointing_run(flags, tmp_path):
     """Precision comes from accelerate's configuration, as in diffusers' examples."""
-    add = ["--gradient_checkpointing", "--report_to", "tensorboard", "--allow_tf32", "--export_dtype", "bf16"]
-    add += ["--validation_prompts", "a red square", "--validation_steps", "2"]
+    add = ["--report_to", "tensorboard", "--allow_tf32", "--export_dtype", "bf16", "--validation_steps", "2"]
+    add += ["--validation_prompts", "a red square", "--gradient_checkpointing_interval", "2", "0"]
     launch(SCRIPT, [*flags, "--output_dir", str(tmp_path), *add], precision="bf16")
     exported = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
@@ -333,6 +333,11 @@ BAD = {
     "batch": ([], ["--train_batch_size", "0"], "--train_batch_size 0"),
     "guidance": ([], ["--dmd_guidance_scale", "8", "1"], "--dmd_guidance_scale 8 1"),
     "guidance of three": ([], ["--isg_guidance_scale", "1", "2", "3"], "--isg_guidance_scale"),
+    "three intervals": (
+        [],
+        ["--gradient_checkpointing_interval", "1", "2", "3"],
+        "--gradient_checkpointing_interval 1 2 3: give one value, or STUDENT FAKE_SCORE",
+    ),
     "resolution": ([], ["--resolution", "72"], "--resolution 72"),
     "teacher": (
         [],

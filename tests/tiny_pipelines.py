@@ -133,13 +133,17 @@ def tiny_vae(**config) -> AutoencoderKL:
     )
 
 
-def write_flux(path, guidance_embeds: bool = True, seed: int = 0) -> None:
-    """A FluxPipeline with the scheduler configuration of FLUX.1-dev; 64 px are 8 x 8 latents, 16 tokens."""
+def write_flux(path, guidance_embeds: bool = True, layers: int = 1, seed: int = 0) -> None:
+    """A FluxPipeline with the scheduler configuration of FLUX.1-dev; 64 px are 8 x 8 latents, 16 tokens.
+
+    Args:
+        layers: of each kind.
+    """
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=layers,
+        num_single_layers=layers,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=WIDTH,

@@ -10,6 +10,7 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 from accelerate import init_empty_weights
 from accelerate.logging import get_logger
+from torch.utils.checkpoint import checkpoint
 
 from senseflow.arguments import apply_preset, check_common_args, complete_args
 from senseflow.errors import UserError
@@ -238,8 +239,8 @@ class TrainingModels:
             for network in (self.network, student, fake_score):
                 set_attention_backend(network, self.args.attention_backend)
         if self.args.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-            fake_score.enable_gradient_checkpointing()
+            for network, interval in zip((student, fake_score), self.args.gradient_checkpointing_interval):
+                checkpoint_blocks(network, interval)
         return student, fake_score
 
     def log_recipe(self, global_batch_size: int) -> None:
@@ -280,6 +281,21 @@ class TrainingModels:
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Decode x0 (B, C, H, W) to images (B, 3, H, W), about in [-1, 1], float32, with gradient."""
         return decode(self.vae, x0, self.unfold)
+
+
+def checkpoint_blocks(network: torch.nn.Module, interval: int) -> None:
+    """Recompute the first of every `interval` blocks of a network of diffusers in the backward pass; none for 0.
+
+    Blocks are what the network hands to its checkpointing function, in the order of the first forward with gradient.
+    """
+    numbers: dict[int, int] = {}  # by identity, so that every later forward recomputes the same blocks
+
+    def run(block, *args):
+        number = numbers.setdefault(id(getattr(block, "__self__", block)), len(numbers))  # a module or its __call__
+        return checkpoint(block, *args, use_reentrant=False) if number % interval == 0 else block(*args)
+
+    if interval > 0:
+        network.enable_gradient_checkpointing(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
