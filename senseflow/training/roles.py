@@ -250,8 +250,9 @@ class Role:
             # As torch.amp.GradScaler does: gradients are divided by grad_scale; if found_inf is 1, nothing happens.
             self.optimizer.grad_scale, self.optimizer.found_inf = scale, (~finite).float()
         else:
-            for gradient in gradients:
-                gradient.div_(scale).masked_fill_(~finite, 0)
+            torch._foreach_div_(gradients, scale)
+            for gradient in gradients:  # not a product with 0, which would keep NaN
+                gradient.masked_fill_(~finite, 0)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)

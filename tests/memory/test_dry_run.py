@@ -204,6 +204,24 @@ def test_a_trace_equals_a_run_with_real_tensors(name, more, flags):
         assert 2 * student_bytes <= fake.optimizer_bytes["student"] <= 2.01 * student_bytes
 
 
+# {(script, flags): (operations, MB moved) of an ordinary iteration, and of one with the student's update}
+COUNTS = {
+    ("sdxl", "--bf16_weight_copies"): ((3831, 144), (6546, 256)),
+    ("sd3", ""): ((3761, 146), (6974, 241)),
+    ("flux", "--rank 8"): ((3566, 117), (6061, 178)),
+}
+
+
+@pytest.mark.parametrize("name, more", COUNTS)
+def test_operations_and_bytes_of_an_iteration(name, more, flags, bfloat16):
+    """Within 5 %. What changes them belongs into docs/performance.md, too, by a trace at full size."""
+    work = run_trace(SCRIPTS[name], flags(name, *bfloat16, *more.split())).work
+    totals = [sum(phases.values(), Work()) for phases in work.values()]
+    counts = [(total.operations, total.bytes_moved / 1e6) for total in totals]
+    for count, expected in zip(counts, COUNTS[name, more], strict=True):
+        assert count == pytest.approx(expected, rel=0.05), counts
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs torch's build for GPUs, without a GPU")
 @pytest.mark.parametrize("name, precision", [("flux", "no"), ("flux", "bf16"), ("sd3", "no"), ("sdxl", "no")])
 def test_devices_are_not_mixed(name, precision, flags, bfloat16, monkeypatch):
