@@ -48,7 +48,7 @@ class Case:
     Attributes:
         teacher: name in full_size.NETWORKS.
         configuration: file of accelerate_configs/.
-        dry_run: the case with the same dry run, which traces neither kernels of attention nor compiled code.
+        dry_run: another case with the same dry run, which traces neither kernels of attention nor compiled code.
         compiled: as by `accelerate launch --dynamo_backend inductor`.
         channels_last: whether convolutions of student, fake score, teacher, discriminator and VAE have their weights
             in that order of memory.
@@ -74,6 +74,8 @@ class Case:
 
 
 EIGHT_BIT, RANK = ["--use_8bit_adam"], ["--rank", "64"]
+CUDNN = ["--attention_backend", "_native_cudnn"]
+FAKE_SCORE_KEPT = ["--gradient_checkpointing_interval", "1", "0"]  # its activations
 # In the order in which they run.
 CASES = {
     "flux-rank": Case("flux", RANK),
@@ -82,7 +84,11 @@ CASES = {
     "sd35-medium": Case("sd35-medium"),
     "sdxl-compiled": Case("sdxl", dry_run="sdxl", compiled=True),
     "flux-rank-compiled": Case("flux", RANK, dry_run="flux-rank", compiled=True),
-    "flux-rank-cudnn": Case("flux", [*RANK, "--attention_backend", "_native_cudnn"], dry_run="flux-rank"),
+    "sdxl-fast": Case("sdxl", ["--bf16_weight_copies", *FAKE_SCORE_KEPT], compiled=True),
+    "flux-rank-fast": Case("flux", [*RANK, *CUDNN, *FAKE_SCORE_KEPT], compiled=True),
+    "flux-rank-cudnn": Case("flux", [*RANK, *CUDNN], dry_run="flux-rank"),
+    "sdxl-interval-2": Case("sdxl", ["--gradient_checkpointing_interval", "2"]),
+    "flux-rank-interval-2": Case("flux", [*RANK, "--gradient_checkpointing_interval", "2"]),
     "flux-rank-flash3": Case("flux", [*RANK, "--attention_backend", "_flash_3_hub"], dry_run="flux-rank"),
     "sdxl-channels-last": Case("sdxl", dry_run="sdxl", channels_last=True),
     "sd35-medium-compiled": Case("sd35-medium", dry_run="sd35-medium", compiled=True),
