@@ -188,7 +188,8 @@ class DMD2Models(SDXLModels):
     def student_and_fake_score(self):
         student, fake_score = super().student_and_fake_score()
         if self.args.gan_weight > 0:
-            sides = [mid_block_side(student, side) for side in self.latent_shape[1:]]
+            # self.time_ids has all sizes; the classifier is made for the smallest height and width.
+            sides = [mid_block_side(student, min(sides)) for sides in zip(*self.time_ids)]
             classifier = LatentClassifier(student.config.block_out_channels[-1], *sides)
             fake_score = ScoreWithClassifier(fake_score, classifier)
         return student, fake_score

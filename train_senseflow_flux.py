@@ -115,7 +115,7 @@ from senseflow_utils import (
 def student_input(models: TrainingModels, rng: StatelessRNG, batch: dict, condition: tuple, args):
     """Return the student's input x_t (B, C, H, W) and the index (B,) of its anchor, without gradient (step 1)."""
     schedule, sample_indices, num_anchors = models.schedule, batch["sample_indices"], len(models.schedule.anchors)
-    noise = rng.normal("input_noise", sample_indices, models.latent_shape)
+    noise = rng.normal("input_noise", sample_indices, models.x0_shape(batch))
     num_steps = num_simulated_steps(rng, args.backward_simulation_prob, num_anchors)
     if num_steps is not None:
         predict = partial(models.predict, models.student, condition=condition)

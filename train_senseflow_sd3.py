@@ -24,6 +24,7 @@ from senseflow.arguments import (
     add_validation_arguments,
     describe_presets,
     number,
+    sizes_by_flag,
 )
 from senseflow.errors import UserError, run_script
 
@@ -127,7 +128,7 @@ from senseflow_utils import (
 def student_input(models: TrainingModels, rng: StatelessRNG, batch: dict, condition: tuple, args):
     """Return the student's input x_t (B, C, H, W) and the index (B,) of its anchor, without gradient (step 1)."""
     schedule, sample_indices, num_anchors = models.schedule, batch["sample_indices"], len(models.schedule.anchors)
-    noise = rng.normal("input_noise", sample_indices, models.latent_shape)
+    noise = rng.normal("input_noise", sample_indices, models.x0_shape(batch))
     num_steps = num_simulated_steps(rng, args.backward_simulation_prob, num_anchors)
     if num_steps is not None:
         predict = partial(models.predict, models.student, condition=condition)
@@ -292,9 +293,10 @@ class SD3Models(TrainingModels):
         source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
         super().check_args(args, source)
         side = source.config(cls.network_class, "transformer").get("pos_embed_max_size", math.inf)
-        if max(args.resolution) > side * cls.pixel_multiple(source):
-            problem = f"this teacher has positions for {side * cls.pixel_multiple(source)} pixels a side at most"
-            raise UserError(f"--resolution {' '.join(map(str, args.resolution))}: {problem}", exit_code=2)
+        largest = side * cls.pixel_multiple(source)
+        for flag, size in sizes_by_flag(args).items():
+            if max(size) > largest:
+                raise UserError(f"{flag}: this teacher has positions for {largest} pixels a side at most", exit_code=2)
 
     @classmethod
     def make_schedule(cls, args, source: ModelSource, device):

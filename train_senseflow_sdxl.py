@@ -23,6 +23,7 @@ from senseflow.arguments import (
     add_senseflow_arguments,
     add_validation_arguments,
     number,
+    sizes_by_flag,
 )
 from senseflow.errors import UserError, run_script
 
@@ -103,7 +104,7 @@ from senseflow_utils import (
 def student_input(models: TrainingModels, rng: StatelessRNG, batch: dict, condition: tuple, args):
     """Return the student's input x_t (B, C, H, W) and the index (B,) of its anchor, without gradient (step 1)."""
     schedule, sample_indices, num_anchors = models.schedule, batch["sample_indices"], len(models.schedule.anchors)
-    noise = rng.normal("input_noise", sample_indices, models.latent_shape)
+    noise = rng.normal("input_noise", sample_indices, models.x0_shape(batch))
     num_steps = num_simulated_steps(rng, args.backward_simulation_prob, num_anchors)
     if num_steps is not None:
         predict = partial(models.predict, models.student, condition=condition)
@@ -260,8 +261,11 @@ class SDXLModels(TrainingModels):
 
     def __init__(self, args, source: ModelSource, schedule: DDPMSchedule, runtime: Runtime):
         super().__init__(args, source, schedule, runtime)
-        size = args.resolution  # whole images, as in a stock call
-        self.time_ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=runtime.weight_dtype)
+        self.time_ids: dict[tuple, torch.Tensor] = {}  # by the height and width of x0
+        for height, width in sizes_by_flag(args).values():
+            ids = [[height, width, 0, 0, height, width]]  # whole images, as in a stock call
+            shape = latent_shape_of(self.vae_config, (height, width))
+            self.time_ids[shape[1:]] = torch.tensor(ids, device=self.device, dtype=runtime.weight_dtype)
         if self.empty_condition is not None and self.pipeline.config.force_zeros_for_empty_prompt:
             self.empty_condition = tuple(map(torch.zeros_like, self.empty_condition))
         if args.pretrained_vae_model_name_or_path:
@@ -343,11 +347,12 @@ class SDXLModels(TrainingModels):
     def unet_inputs(self, role: Role, x_t, t, condition) -> dict:
         """Return the arguments of a UNet call at latents x_t (B, C, H, W) and timesteps t (B,)."""
         embeds, pooled = condition
+        time_ids = self.time_ids[tuple(x_t.shape[2:])].expand(len(x_t), -1)
         return {
             "sample": x_t.to(role.dtype),
             "timestep": t,
             "encoder_hidden_states": embeds,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": self.time_ids.expand(len(x_t), -1)},
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
         }
 
 

@@ -76,6 +76,15 @@ def file_size(text: str) -> str:
     return text
 
 
+def image_sizes(text: str) -> list[list[int]]:
+    """Parse "H,W;H,W;...", as diffusers' examples take it, to [[height, width], ...]: an argparse type."""
+    found = [re.fullmatch(r"\s*([1-9]\d*)\s*,\s*([1-9]\d*)\s*", pair) for pair in text.split(";")]
+    sizes = [[int(side) for side in match.groups()] for match in found if match]
+    if len(sizes) < len(found) or len(set(map(tuple, sizes))) < len(sizes):
+        raise argparse.ArgumentTypeError(f"must be different sizes H,W;H,W;... such as 1024,1024;832,1216, not {text}")
+    return sizes
+
+
 def dtype(text: str) -> str:
     """Parse fp32, bf16 or fp16, also by their long names: an argparse type."""
     return next((short for short, long in DTYPES.items() if text == long), text)
@@ -222,9 +231,12 @@ def add_data_arguments(parser: Parser) -> None:
         help="Name of the caption column, or of a field in one, such as json.caption. If a row holds a list of "
         "captions, one is picked at random.")
     add("--streaming", action="store_true", help="Read --dataset_name as a stream, without a copy on the disk.")
-    add("--resolution", type=number(int, 1), nargs="+", default=[1024],
+    add("--resolution", type=number(int, 1), nargs="+", default=[1024, 1024],
         help="Size of the training images in pixels: one side of a square, or HEIGHT WIDTH. Images are resized to "
         "cover it, then cropped.")
+    add("--aspect_ratio_buckets", type=image_sizes, metavar='"H,W;H,W;..."',
+        help="Sizes of the training images. An image gets the one with the nearest aspect ratio, and an iteration has "
+        "images of one. --resolution is then the size of validation images and of the exported pipeline's call.")
     add("--center_crop", action="store_true", help="Crop the center instead of a random part.")
     add("--random_flip", action="store_true", help="Flip half of the images horizontally.")
     add("--max_train_samples", type=number(int, 1), help="Use only the first N rows of each data set.", metavar="N")
@@ -430,6 +442,12 @@ def complete_args(args) -> None:
         args.attention_backend, args.enable_xformers_memory_efficient_attention = None, False
 
 
+def sizes_by_flag(args) -> dict[str, list[int]]:
+    """Return {flag with value: [height, width]} of the images that a run trains on or generates."""
+    sizes = {f"--aspect_ratio_buckets {h},{w}": [h, w] for h, w in args.aspect_ratio_buckets or []}
+    return {f"--resolution {' '.join(map(str, args.resolution))}": args.resolution, **sizes}
+
+
 def check_common_args(args, inactive_flags: Sequence[tuple] = ()) -> None:
     """Refuse (UserError, exit code 2) arguments that do not fit together; log a warning for flags without effect.
 
@@ -450,6 +468,14 @@ def check_common_args(args, inactive_flags: Sequence[tuple] = ()) -> None:
         raise UserError(
             "--lr_scheduler polynomial: decays to 1e-7, which is not below every learning rate; choose another", 2
         )
+    if args.aspect_ratio_buckets:
+        problem = None
+        if args.dataset_lmdb:
+            problem = "--dataset_lmdb holds latents of one size"
+        elif args.streaming and (args.gan_weight > 0 or args.backward_simulation_prob < 1):
+            problem = "--streaming reads images whose sizes are not known before"
+        if problem:
+            raise UserError(f"--aspect_ratio_buckets: {problem}; leave out one of the two flags", exit_code=2)
     if args.dry_run is not None and args.resume_from_checkpoint:
         flag = f"--resume_from_checkpoint {args.resume_from_checkpoint}"
         raise UserError(f"--dry_run: reads no checkpoint; leave out {flag}", exit_code=2)

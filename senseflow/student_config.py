@@ -47,6 +47,7 @@ def make_student_config(
         "timesteps": timesteps,
         "sampler": args.sampler,
         "num_inference_steps": len(timesteps),
+        "sizes": args.aspect_ratio_buckets or [args.resolution],
         "pixel_multiple": pixel_multiple,
         "teacher": absolute_if_local(args.pretrained_model_name_or_path),
         "teacher_revision": revision,

@@ -117,10 +117,10 @@ def difference(a: dict, b: dict, role: str) -> torch.Tensor:
     return torch.cat([(b[name] - a[name]).flatten() for name in names])
 
 
-def assert_trained(out: Path, *roles: str) -> None:
+def assert_trained(out: Path, *roles: str, last: int = LAST) -> None:
     """Check that each network moves by more than ten times the tolerance of `assert_near`."""
     for role in roles:
-        movement = difference(weights(out / "checkpoint-3"), weights(out / f"checkpoint-{LAST}"), role)
+        movement = difference(weights(out / "checkpoint-3"), weights(out / f"checkpoint-{last}"), role)
         assert movement.abs().max() > 1e-4, role
 
 
@@ -224,6 +224,41 @@ def test_dmd2_trains_as_one(mode, flags, tmp_path):
         batch = ["--train_batch_size", str(16 // processes), "--output_dir", str(tmp_path / name)]
         launch("train_dmd2_sdxl.py", [*arguments, *batch], processes, "no", launched)
     assert_checkpoints_near(tmp_path / "one", tmp_path / "two", LAST)
+
+
+@pytest.fixture(scope="session")
+def several_sizes(flags, tmp_path_factory):
+    """several_sizes(mode, processes, folder) runs six iterations without GAN, each with images of one of two sizes."""
+
+    def run(mode, processes, out, *more):
+        sizes = ["--resolution", "64", "96", "--aspect_ratio_buckets", "64,96;80,80", "--seed", "7"]
+        arguments = [*without_gan(without(flags("flux"), *ADVERSARIAL_FLAGS)), *sizes, "--max_train_steps", "6"]
+        arguments += ["--train_batch_size", str(4 // processes), "--output_dir", str(out), *more]
+        return launch("train_senseflow_flux.py", arguments, processes, "no", mode)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def several_sizes_in_one_process(several_sizes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sizes")
+    several_sizes("single", 1, out)
+    return out
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_images_of_several_sizes_in_two_processes(
+    mode, several_sizes, several_sizes_in_one_process, tmp_path, monkeypatch
+):
+    """As in one process, and resumed to the bit; each process reads the sizes of a half of the images."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    said = several_sizes(mode, 2, tmp_path / "whole")
+    assert said.count("rows by height x width: 64 x 96: 2, 80 x 80: 10") == 1
+    assert_checkpoints_near(several_sizes_in_one_process, tmp_path / "whole", 3, 6)
+    assert_trained(tmp_path / "whole", "transformer", "fake_score", last=6)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "half" / "checkpoint-3")
+    several_sizes(mode, 2, tmp_path / "half", "--resume_from_checkpoint", "latest")
+    assert_same(*(states(tmp_path / run / "checkpoint-6") for run in ("whole", "half")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ def make(rank: int, **changes) -> dict:
         base_quantization="none",
         teacher_lora=None,
         teacher_lora_scale=0.5,
+        resolution=[64, 96],
+        aspect_ratio_buckets=None,
     )
     vars(args).update(changes)
     levels = {"sigmas": [1.0, 0.5], "timesteps": [1000.0, 500.0], "pixel_multiple": 16}
@@ -32,6 +34,7 @@ def test_a_config_is_read_as_it_was_made(tmp_path):
         "timesteps": [1000.0, 500.0],
         "sampler": "stochastic",
         "num_inference_steps": 2,
+        "sizes": [[64, 96]],
         "pixel_multiple": 16,
         "teacher": "some/teacher",
         "teacher_revision": "0123",

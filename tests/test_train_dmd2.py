@@ -170,13 +170,14 @@ def test_the_classifier_takes_any_middle(channels, size, convolutions):
         x = torch.randn(2, channels, *size, requires_grad=True)
     layers = [module for module in classifier if isinstance(module, torch.nn.Conv2d)]
     logits = torch.nn.Sequential.forward(classifier, x)  # autocast knows no meta device
-    assert len(layers) == convolutions + 1 and logits.shape == (2,)
+    assert len(layers) == convolutions + 1 and logits.shape == (2, 1, 1, 1)
     if channels > 1000:
         assert [module.num_groups for module in classifier if isinstance(module, torch.nn.GroupNorm)] == [32] * 4
         return
     (gradient,) = torch.autograd.grad(classifier(x)[0], x)
     assert (gradient[0].abs().sum(0) > 0).all(), "every place of the map counts"
     assert gradient[1].abs().sum() == 0
+    assert classifier(torch.randn(2, channels, size[0] + 8, size[1])).shape == (2,), "for larger maps, too"
 
 
 def test_the_classifier_computes_in_the_precision_of_its_weights_under_autocast():

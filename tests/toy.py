@@ -236,6 +236,9 @@ class ToyModels(TrainingModels):
             output = guide(role(x_t, t, torch.full_like(condition, EMPTY)), output, guidance.scale)
         return self.schedule.as_prediction(x_t, output, t)
 
+    def x0_shape(self, batch):
+        return self.latent_shape
+
     def condition(self, prompts):
         return torch.tensor([int(prompt) for prompt in prompts])
 

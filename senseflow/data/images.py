@@ -5,7 +5,7 @@ import io
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Iterable, Optional, TypeVar
+from typing import BinaryIO, Iterable, Optional, TypeVar
 
 import numpy as np
 from datasets.utils.file_utils import xopen
@@ -50,7 +50,7 @@ def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Op
         if content is None:
             if not path:
                 return None, "there is no image"
-            with xopen(path, "rb") if "://" in path else open(path, "rb") as file:
+            with _open(path) as file:
                 content = file.read()
         image = Image.open(io.BytesIO(content))
         image.load()
@@ -63,6 +63,21 @@ def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Op
         return None, "in no format that Pillow reads"
     except Exception as error:  # each decoder raises errors of its own: AVIF's RuntimeError, others struct.error ...
         return None, " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]
+
+
+def _open(path: str) -> BinaryIO:
+    return xopen(path, "rb") if "://" in path else open(path, "rb")
+
+
+def read_size(path: Optional[str], content: Optional[BinaryIO] = None) -> tuple[int, int]:
+    """Read (height, width) of an image, upright, from its header; (0, 0) if that cannot be read."""
+    try:
+        with content or _open(path) as file, Image.open(file) as image:
+            # Not by a method of PNG files, which reads all pixels to find an orientation behind them.
+            turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size if turned else image.size[::-1]
+    except Exception:  # as in `read_image`, which says why
+        return 0, 0
 
 
 def _orientation(image: Image.Image) -> int:

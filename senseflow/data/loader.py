@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from senseflow.data.buckets import BucketRows, Buckets, make_buckets
 from senseflow.data.mixture import MixedRows, WeightedOrder
 from senseflow.data.rows import data_error
 from senseflow.data.streaming import StreamedBatches, StreamedRows
@@ -54,9 +55,10 @@ def make_dataloader(
         for line in rows.describe(num_samples) if mixed else [f"{rows.origin}: {rows.summary}"]:
             logger.info(line)
     order = args.seed, args.train_batch_size, args.gradient_accumulation_steps, rank, world_size, iteration
+    buckets, bucket_rows = make_buckets(args, rows)
     make_samples = partial(
         PromptImageDataset,
-        resolution=args.resolution,
+        buckets=buckets,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
         seed=args.seed,
@@ -68,10 +70,14 @@ def make_dataloader(
         return PromptImageLoader(
             batches, batch_size=None, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_ctrl_c
         )
-    weighted = WeightedOrder(rows.groups, rows.weights, args.seed) if mixed and rows.weights else None
+    if bucket_rows is not None:
+        batches = BucketBatchSampler(len(rows), *order, samples_seen, bucket_rows=bucket_rows)
+    else:
+        weighted = WeightedOrder(rows.groups, rows.weights, args.seed) if mixed and rows.weights else None
+        batches = GlobalBatchSampler(len(rows), *order, samples_seen, weighted)
     return PromptImageLoader(
         make_samples(rows),
-        batch_sampler=GlobalBatchSampler(len(rows), *order, samples_seen, weighted),
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=ignore_ctrl_c,
@@ -99,13 +105,14 @@ class PromptImageDataset(Dataset):
         pixel_values  (3, H, W) uint8 array; None where needs_images(iteration) is false: nothing is read then
         latents       (C, H, W) float32 array or None, in the place of pixel_values if `rows` holds latents
         prompt        one of the row's captions
+        size          (H, W) in pixels of all images of the iteration
         row           the row used: instead of one with an unreadable image, the next readable one, with its prompt
         sample_index  as asked for
         unreadable    (name, why) of the images or latents skipped, in order
 
     Args:
         rows: `ImageRows`, `LatentRows` or a `Substream`.
-        resolution: (H, W) in pixels. Images are scaled to cover it (Lanczos), and cropped.
+        buckets: give the size of an iteration. Images are scaled to cover it (Lanczos), and cropped.
         center_crop, random_flip: crop the center instead of a random part; flip half of the samples. Latents stay as
             they are.
     Raises:
@@ -113,7 +120,7 @@ class PromptImageDataset(Dataset):
     """
 
     rows: Any
-    resolution: Sequence[int]
+    buckets: Buckets
     center_crop: bool
     random_flip: bool
     seed: int
@@ -121,13 +128,14 @@ class PromptImageDataset(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         row, iteration, index = key
-        unreadable, value = [], None
+        unreadable, value, size = [], None, self.buckets.size(iteration)
         if self.needs_images(iteration):
             row, value, unreadable = self._next_readable(row)
             if self.rows.field == "pixel_values":
-                value = self._transform(value, StatelessRNG(self.seed, iteration), index)
+                value = self._transform(value, size, StatelessRNG(self.seed, iteration), index)
         prompt = draw_caption(self.rows.captions(row), self.seed, iteration, index)
-        return {self.rows.field: value, "prompt": prompt, "row": row, "sample_index": index, "unreadable": unreadable}
+        sample = {self.rows.field: value, "size": size, "prompt": prompt, "row": row, "sample_index": index}
+        return {**sample, "unreadable": unreadable}
 
     def __getitems__(self, keys: list[Key]) -> list[Union[dict[str, Any], UserError]]:
         """Return the samples for a DataLoader. A UserError is returned: raised, it would arrive as a traceback."""
@@ -149,8 +157,8 @@ class PromptImageDataset(Dataset):
         problem = "none of {} rows can be read, one is {}: {}".format(tries, *unreadable[0])
         raise data_error(self.rows.origin, problem, "repair them", 1)
 
-    def _transform(self, image: Image.Image, rng: StatelessRNG, sample_index: int) -> np.ndarray:
-        size = self.resolution[1], self.resolution[0]  # as Pillow counts: width, height
+    def _transform(self, image: Image.Image, size: Sequence[int], rng: StatelessRNG, sample_index: int) -> np.ndarray:
+        size = size[1], size[0]  # as Pillow counts: width, height
         wanted, own = max(zip(size, image.size), key=lambda sides: sides[0] / sides[1])
         scaled = [max(low, round(side * wanted / own)) for low, side in zip(size, image.size)]
         spare = [side - low for side, low in zip(scaled, size)]
@@ -180,6 +188,7 @@ def collate(samples: list[Union[dict[str, Any], UserError]]) -> Union[dict[str, 
     values = [sample[field] for sample in samples]
     return {
         field: None if values[0] is None else np.stack(values),
+        "size": samples[0]["size"],
         "prompts": tuple(sample["prompt"] for sample in samples),  # a pipeline's encode_prompt writes into a list
         "sample_indices": [sample["sample_index"] for sample in samples],
         "rows": [sample["row"] for sample in samples],
@@ -232,6 +241,24 @@ class GlobalBatchSampler(Sampler[list[Key]]):
                 first = (micro * self.world_size + self.rank) * self.batch_size
                 yield [(self.row(seen + index), iteration, index) for index in range(first, first + self.batch_size)]
             iteration, seen = iteration + 1, seen + self.batch_size * self.accumulation * self.world_size
+
+
+@dataclass
+class BucketBatchSampler(GlobalBatchSampler):
+    """Endless micro-batches of one rank, as `GlobalBatchSampler`, but with rows of one size in each iteration.
+
+    Over all ranks every row comes once before any row of its size comes again, of its data set with --dataset_weights.
+    """
+
+    bucket_rows: Optional[BucketRows] = None
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        share = self.batch_size * self.world_size
+        starts = self.bucket_rows.starts(self.iteration, self.samples_seen, share * self.accumulation)
+        for iteration, (bucket, start) in enumerate(starts, start=self.iteration):
+            for first in range(self.rank * self.batch_size, share * self.accumulation, share):
+                indices = range(first, first + self.batch_size)
+                yield [(self.bucket_rows.row(bucket, start + index), iteration, index) for index in indices]
 
 
 class UnreadableCounter:

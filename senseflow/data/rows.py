@@ -4,6 +4,7 @@
 import hashlib
 import itertools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Union
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 from filelock import FileLock
 from PIL import Image
 
-from senseflow.data.images import read_image
+from senseflow.data.images import read_image, read_size
 from senseflow.errors import UserError, write_atomically
 
 
@@ -135,6 +136,15 @@ def get_field(row: Any, name: str) -> Any:
     return get_field(row.get(column), field) if dot else None
 
 
+def _image_size(cell: pa.Scalar) -> tuple[int, int]:
+    if isinstance(cell, pa.BinaryScalar):
+        return read_size(cell.as_py().decode("utf-8", PATH_ERRORS))
+    if not cell.is_valid:
+        return 0, 0
+    content = cell["bytes"].as_buffer()  # not copied: of a mapped file, only the header is read
+    return read_size(cell["path"].as_py(), None if content is None else pa.BufferReader(content))
+
+
 class ImageRows:
     """Captions and images as Arrow columns, which forked workers share. Picklable.
 
@@ -177,6 +187,16 @@ class ImageRows:
 
     def captions(self, row: int) -> list[str]:
         return parse_captions(next(iter(self._captions[row].values())))
+
+    def image_sizes(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Yield (height, width) of the images of rows `first` to `last` - 1, upright, from their headers alone.
+
+        (0, 0) for an image that has none.
+        """
+        images = self._images.select(range(first, last)).with_format("arrow")
+        with ThreadPoolExecutor(16) as pool:  # of a file system over the network, each file is waited for
+            for table in images.iter(1000):
+                yield from pool.map(_image_size, table.column(0))
 
     def read(self, row: int) -> tuple[str, Optional[Image.Image], str]:
         """Read a row's image: (name for messages, upright RGB image, ""), or (name, None, why it cannot be read)."""

@@ -22,7 +22,15 @@ from senseflow.arguments import keep_last
 from senseflow.errors import UserError, check_writable, write_atomically
 from senseflow.memory.counter import GRADIENTS, HOST, KINDS, STATES, WEIGHTS, Counter, Work
 from senseflow.memory.speed import CARDS, seconds_of
-from senseflow.memory.trace import ORDINARY, WITH_STUDENT, Trace, init_fake_process_group, patch_loaders, trace
+from senseflow.memory.trace import (
+    ORDINARY,
+    WITH_STUDENT,
+    Trace,
+    init_fake_process_group,
+    largest_size,
+    patch_loaders,
+    trace,
+)
 
 
 GIB = 2**30
@@ -72,6 +80,7 @@ def summarize(args, traced: Trace, mode: str, processes: int) -> dict:
     return {
         "mode": mode,
         "processes": processes,
+        "image_size": largest_size(args),
         "peak_gib": traced.peak / GIB,
         "peak_phase": ", ".join(filter(None, traced.peak_phase)),
         "memory_gib": nested({label: size / GIB for label, size in traced.at_peak.items() if label[0] != HOST}),
@@ -108,6 +117,8 @@ def print_summary(summary: dict, args) -> None:
     mode, processes = summary["mode"], summary["processes"]
     arithmetic = "; weights, gradients and optimizer by arithmetic" if mode.startswith("zero") else ""
     print(f"{mode}, {processes} process{'es' if processes > 1 else ''}: GiB per process at the peak{arithmetic}")
+    if args.aspect_ratio_buckets:
+        print("images of {} x {} pixels, the largest of --aspect_ratio_buckets".format(*summary["image_size"]))
     print(f"{'':15}" + "".join(f"{kind:>13}" for kind in KINDS))
     for owner, sizes in summary["memory_gib"].items():
         row = [sizes.get(kind, 0) for kind in KINDS]

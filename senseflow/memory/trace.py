@@ -225,10 +225,16 @@ def roles_of(models) -> dict[str, Role]:
     return {name: role for name, role in roles.items() if role is not None}
 
 
+def largest_size(args) -> list[int]:
+    """Return [height, width] of the largest images that a run trains on."""
+    return max(args.aspect_ratio_buckets or [args.resolution], key=math.prod)
+
+
 def make_batch(args, models, sample_indices: list[int], device) -> dict[str, Any]:
     """Make a micro-batch of images or, with --dataset_lmdb, of latents."""
-    batch = {"sample_indices": sample_indices, "prompts": ("a prompt",) * len(sample_indices)}
-    name, shape = "pixel_values", (3, *args.resolution)
+    size = largest_size(args)
+    batch = {"sample_indices": sample_indices, "prompts": ("a prompt",) * len(sample_indices), "size": size}
+    name, shape = "pixel_values", (3, *size)
     if args.dataset_lmdb:
         name, shape = "latents", models.latent_shape
     return batch | {name: torch.zeros(len(sample_indices), *shape, device=device)}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
 
+from senseflow.arguments import sizes_by_flag
 from senseflow.errors import UserError
 from senseflow.models.autocast import cast_frozen_layers
 from senseflow.models.hub import ModelSource, load_network
@@ -47,11 +48,12 @@ def check_discriminator_args(args) -> None:
     _read_config(text_encoder, "CLIP", ("clip", "clip_text_model"))
     path, layers = args.discriminator_backbone, args.discriminator_layers
     config = Dinov2Config(**_read_config(ModelSource("--discriminator_backbone", path), "DINOv2", ("dinov2",)))
-    shown, value = f"--resolution {' '.join(map(str, args.resolution))}", args.discriminator_resolution
+    shown, size = min(sizes_by_flag(args).items(), key=lambda item: min(item[1]))
+    value = args.discriminator_resolution
     flag = shown if value is None else f"--discriminator_resolution {value}"
-    if (min(args.resolution) if value is None else value) < config.patch_size:
+    if (min(size) if value is None else value) < config.patch_size:
         raise UserError(f"{flag}: must be at least the patch size {config.patch_size} of {path}", exit_code=2)
-    if value is not None and value > min(args.resolution):
+    if value is not None and value > min(size):
         problem = f"must not exceed {shown}; lower it, or drop it to use images as they are"
         raise UserError(f"{flag}: {problem}", exit_code=2)
     last = config.num_hidden_layers - 1
@@ -377,9 +379,9 @@ class LatentClassifier(nn.Sequential):
     """DMD2's classifier: mid-block features (B, C, height, width) -> one logit per sample (B,), for any C and size.
 
     Convolutions of stride 2 halve the map until a side is at most 4, one more reduces it to 1 x 1, a linear map
-    follows. At 32 x 32 (SDXL at 1024 px) these are the release's four convolutions of kernel 4. GroupNorm has 32
-    groups if each has 8 channels or more, else fewer: on a 1 x 1 map few values per group would be normalized to
-    almost nothing.
+    follows. At 32 x 32 (SDXL at 1024 px) these are the release's four convolutions of kernel 4. Of a larger map more
+    than 1 x 1 is left, and logits are averaged. GroupNorm has 32 groups if each has 8 channels or more, else fewer:
+    on a 1 x 1 map few values per group would be normalized to almost nothing.
 
     It computes in the precision of its weights, float32 but where shards are gathered in bfloat16, without autocast.
     """
@@ -392,11 +394,11 @@ class LatentClassifier(nn.Sequential):
         layers.append(nn.Conv2d(channels, channels, (height, width)))
         norm = partial(nn.GroupNorm, math.gcd(32, max(1, channels // 8)), channels)
         blocks = [part for layer in layers for part in (layer, norm(), nn.SiLU())]
-        super().__init__(*blocks, nn.Conv2d(channels, 1, 1), nn.Flatten(0))
+        super().__init__(*blocks, nn.Conv2d(channels, 1, 1))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            return super().forward(features.to(self[0].weight.dtype))
+            return super().forward(features.to(self[0].weight.dtype)).flatten(1).mean(1)
 
 
 def load_discriminator(

@@ -244,6 +244,7 @@ def write_model_card(folder: Path, code: str, args, models: TrainingModels, conf
     arguments["revision"] = models.source.revision
     table = "\n".join(f"| {name} | {table_cell(value)} |" for name, value in sorted(arguments.items()))
     levels = ", ".join(f"{t:g} (sigma {sigma:.4f})" for t, sigma in zip(config["timesteps"], config["sigmas"]))
+    sizes = ", ".join(f"{height} x {width}" for height, width in config["sizes"])
     version = "".join(
         f", {name} `{config[f'teacher_{name}']}`" for name in ("revision", "variant") if config[f"teacher_{name}"]
     )
@@ -263,7 +264,8 @@ import torch
 image = pipeline(prompt="a prompt"{format_kwargs(config["pipeline_call"])}).images[0]
 ```
 
-The student was trained at these timesteps, which the call visits: {levels}; {config["sampler"]} sampler.
+The student was trained at these timesteps, which the call visits: {levels}; {config["sampler"]} sampler; and on images
+of {sizes} (height x width).
 
 The weights are a derivative of the teacher's and stay under the teacher's license ({license_name}).
 

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from accelerate.logging import get_logger
 from torch.utils.checkpoint import checkpoint
 
-from senseflow.arguments import apply_preset, check_common_args, complete_args
+from senseflow.arguments import apply_preset, check_common_args, complete_args, sizes_by_flag
 from senseflow.errors import UserError
 from senseflow.models.attention import check_attention_backend, set_attention_backend
 from senseflow.models.discriminator import check_discriminator_args
@@ -34,6 +34,7 @@ from senseflow_utils import Guidance, Prediction, Schedule, StatelessRNG, guide
 
 logger = get_logger(__name__)
 
+MAX_AREA_CHANGE = 0.1  # between --resolution and others, for a teacher whose noise levels depend on the size
 LOWEST_DEFAULT_ANCHOR = 50  # a timestep; below it next to nothing is left to generate
 
 
@@ -59,7 +60,8 @@ class TrainingModels:
         pipeline: the teacher's diffusers pipeline, with its text encoders.
         network: the teacher's network, on the meta device until its role is made.
         vae: the frozen VAE; None if the run needs none.
-        latent_shape: (C, H, W) of one x0.
+        vae_config: of the teacher's VAE.
+        latent_shape: (C, H, W) of one x0 at --resolution.
         extra_components: components of the saved pipeline that are not the teacher's, besides student and scheduler.
     """
 
@@ -94,7 +96,8 @@ class TrainingModels:
         changed_teacher = fuse_or_quantize(args, self.pipeline, self.network_name, self.device)
         self.teacher_fingerprint = changed_teacher or fingerprint(self.network)
         place_text_encoders(args, self.pipeline, self.device)
-        self.latent_shape = latent_shape_of(source.config(self.vae_class, "vae"), args.resolution)
+        self.vae_config = source.config(self.vae_class, "vae")
+        self.latent_shape = latent_shape_of(self.vae_config, args.resolution)
         self.empty_condition = self.encode_prompts([self.unconditional_prompt]) if self.calls_twice() else None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -267,6 +270,10 @@ class TrainingModels:
         """Return the condition of B prompts: encoded, or looked up after `cache_prompts`."""
         return self._condition(prompts)
 
+    def x0_shape(self, batch: dict) -> tuple[int, int, int]:
+        """Return (C, H, W) of one x0 of a batch."""
+        return latent_shape_of(self.vae_config, batch["size"])
+
     def real_latents(self, batch: dict, rows: torch.Tensor, rng: StatelessRNG) -> torch.Tensor:
         """Return x0 (R, C, H, W) of these R rows of a batch, float32: its latents, or its images encoded."""
         if "latents" in batch:
@@ -333,12 +340,26 @@ def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:
         check_compatible(start, cls.network_class, cls.network_name, config, cls.compatible_config)
     if args.attention_backend:
         check_attention(args, cls, config)
-    multiple = cls.pixel_multiple(source)
-    if any(side % multiple for side in args.resolution):
-        shown = " ".join(map(str, args.resolution))
-        raise UserError(f"--resolution {shown}: must be divisible by {multiple} for this teacher", exit_code=2)
+    check_sizes(args, source, cls)
     schedule, _, pipeline_kwargs = cls.make_schedule(args, source, "cpu")
     check_anchors(args, schedule, pipeline_kwargs.keys() - inspect.signature(cls.pipeline_class.__call__).parameters)
+
+
+def check_sizes(args, source: ModelSource, cls: type[TrainingModels]) -> None:
+    """Refuse (UserError, exit code 2) sizes of images that the teacher does not take.
+
+    If its noise levels depend on the size, the student is trained at those of --resolution: other sizes must be near.
+    """
+    multiple, area = cls.pixel_multiple(source), math.prod(args.resolution)
+    scheduler = source.read_json("scheduler/scheduler_config.json") or {}
+    shifts = scheduler.get("use_dynamic_shifting") and scheduler.get("base_shift") != scheduler.get("max_shift")
+    for flag, size in sizes_by_flag(args).items():
+        if any(side % multiple for side in size):
+            raise UserError(f"{flag}: must be divisible by {multiple} for this teacher", exit_code=2)
+        if shifts and abs(math.prod(size) - area) > MAX_AREA_CHANGE * area:
+            tokens, wanted = math.prod(size) // multiple**2, area // multiple**2
+            problem = f"has {tokens} tokens, --resolution {wanted}, and this teacher's noise levels depend on them"
+            raise UserError(f"{flag}: {problem}; give sizes within {MAX_AREA_CHANGE:.0%} of that", exit_code=2)
 
 
 def max_guidance(args) -> float:

@@ -11,6 +11,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from senseflow.data.buckets import Buckets
 from senseflow.data.sources import load_rows
 from senseflow.errors import UserError
 
@@ -22,9 +23,9 @@ def make_args(**changes) -> SimpleNamespace:
     args = dict(
         dataset_name=None, dataset_config_name=None, train_data_dir=None, dataset_json=None, prompts_file=None,
         dataset_lmdb=None, image_column="image", caption_column="text", resolution=[16, 16], center_crop=True,
-        random_flip=False, max_train_samples=None, train_batch_size=2, gradient_accumulation_steps=1,
-        dataloader_num_workers=0, seed=3, gan_weight=1.0, backward_simulation_prob=0.5, streaming=False,
-        dataset_weights=None, max_train_steps=100, given=(),
+        aspect_ratio_buckets=None, random_flip=False, max_train_samples=None, train_batch_size=2, seed=3,
+        gradient_accumulation_steps=1, dataloader_num_workers=0, gan_weight=1.0, backward_simulation_prob=0.5,
+        streaming=False, dataset_weights=None, max_train_steps=100, given=(),
     )  # fmt: skip
     assert set(changes) <= set(args)
     return changed(SimpleNamespace(**args), **changes)
@@ -34,6 +35,10 @@ def changed(args, **changes) -> SimpleNamespace:
     """Set flags as if they were given after those of `args`."""
     given = dict.fromkeys([*args.given, *(flag for flag, value in changes.items() if value is not None)])
     return SimpleNamespace(**{**vars(args), **changes, "given": tuple(given)})
+
+
+def one_size(size=(16, 16)) -> Buckets:
+    return Buckets(3, [size], [1])
 
 
 # At module level, so that spawned workers find them.

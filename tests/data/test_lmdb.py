@@ -17,6 +17,7 @@ from data_sets import (
     changed,
     make_args,
     odd_only,
+    one_size,
     refusal,
     take,
     write_json,
@@ -87,7 +88,7 @@ def test_unreadable_latents_are_replaced_and_a_missing_prompt_ends_the_run(tmp_p
         tmp_path, 7, latents_2_data=infinite.tobytes(), latents_3_data=bytes(4), latents_4_data=None,
         prompts_5_data=None, latents_6_data=np.full(SHAPE, np.nan, "<f2").tobytes(),
     )  # fmt: skip
-    sample = PromptImageDataset(LatentRows(folder, 5), (16, 16), False, False, 3, always)[2, 0, 7]
+    sample = PromptImageDataset(LatentRows(folder, 5), one_size(), False, False, 3, always)[2, 0, 7]
     assert (sample["row"], sample["prompt"]) == (0, "ein Würfel 0")
     assert sample["unreadable"] == [
         (f"latents_2_data in {folder}", "it is not finite"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_sets import always, changed, color, make_args, odd_only, take, write_dataset, write_json
+from data_sets import always, changed, color, make_args, odd_only, one_size, take, write_dataset, write_json
 from PIL import Image
 
 from senseflow.data import loader as loader_module
@@ -93,7 +93,7 @@ class OneImage:
 
 def transform(image, iteration=0, sample_index=0, resolution=(16, 16), center_crop=False, random_flip=False):
     """Transform one image as the loader does, to [-1, 1]."""
-    dataset = PromptImageDataset(OneImage(image), resolution, center_crop, random_flip, 3, always)
+    dataset = PromptImageDataset(OneImage(image), one_size(resolution), center_crop, random_flip, 3, always)
     sample = dataset[0, iteration, sample_index]["pixel_values"]
     assert sample.dtype == np.uint8 and sample.flags.c_contiguous
     return torch.from_numpy(sample).float() / 127.5 - 1
@@ -143,7 +143,7 @@ def test_flip_follows_from_iteration_and_sample_index_alone():
 # Unreadable images ---------------------------------------------------------------------------------------------------
 def test_an_unreadable_row_is_replaced_by_the_next_readable_one(tmp_path, caplog):
     args = make_args(dataset_json=write_json(tmp_path, broken=(2, 3, 5)))
-    dataset = PromptImageDataset(load_rows(args), (16, 16), True, False, 3, always)
+    dataset = PromptImageDataset(load_rows(args), one_size(), True, False, 3, always)
     for row, used, skipped in [(0, 0, []), (2, 4, [2, 3]), (3, 4, [3]), (5, 0, [5])]:
         sample = dataset[row, 0, 7]
         assert (sample["row"], sample["prompt"], sample["sample_index"]) == (used, f"prompt {used}", 7)
@@ -167,7 +167,7 @@ def test_if_no_row_is_readable_the_run_ends(tmp_path):
         assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
     rows = OneImage(None, count=10**9)  # a lost disk: one sample does not try all rows
     with pytest.raises(UserError, match="none of 1000 rows can be read, one is x: torn"):
-        PromptImageDataset(rows, (16, 16), True, False, 3, always)[5, 0, 0]
+        PromptImageDataset(rows, one_size(), True, False, 3, always)[5, 0, 0]
 
 
 @pytest.mark.parametrize("field", ["pixel_values", "latents"])
@@ -175,7 +175,7 @@ def test_more_than_one_percent_of_a_thousand_rows_is_a_failure(field):
     image = np.zeros((3, 1, 1), np.uint8)
 
     def batch(bad):
-        sample = {field: image, "prompt": "", "row": 0, "sample_index": 0}
+        sample = {field: image, "size": (1, 1), "prompt": "", "row": 0, "sample_index": 0}
         # A bad sample skipped three rows; it counts as one.
         skipped = [("lost.png", "torn")] * 3
         return collate([{**sample, "unreadable": skipped if index < bad else []} for index in range(100)])

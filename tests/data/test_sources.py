@@ -21,6 +21,7 @@ from data_sets import (
     color,
     make_args,
     never,
+    one_size,
     refusal,
     take,
     write_dataset,
@@ -107,7 +108,7 @@ def test_a_broken_image_in_a_table_is_skipped(tmp_path):
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     datasets.Dataset.from_dict({"image": cells, "text": list("abc")}, features).save_to_disk(tmp_path / "saved")
     rows = load_rows(make_args(dataset_name=str(tmp_path / "saved")))
-    sample = PromptImageDataset(rows, (16, 16), True, False, 3, always)[0, 0, 0]
+    sample = PromptImageDataset(rows, one_size(), True, False, 3, always)[0, 0, 0]
     origin = f"of --dataset_name {tmp_path / 'saved'})"
     assert sample["row"] == 2 and sample["unreadable"] == [
         (f"b.png (row 0 {origin}", "in no format that Pillow reads"), (f"image (row 1 {origin}", "there is no image"),

@@ -354,7 +354,8 @@ def test_bad_layers_and_resolutions_are_refused(vision, flag, values):
         discriminator_text_encoder=str(vision / "clip"),
         discriminator_layers=None,
         discriminator_resolution=None,
-        resolution=[64, 96],
+        resolution=[96, 96],
+        aspect_ratio_buckets=[[96, 96], [128, 64]],
     )
     for value in values[:-1]:
         setattr(args, f"discriminator_{flag}", value)

@@ -228,7 +228,8 @@ def test_a_cached_repository_loads_without_the_hub(offline, teacher, vision, hub
         "discriminator_text_encoder": "some/clip",
         "discriminator_layers": [0],
     }
-    discriminator.check_discriminator_args(SimpleNamespace(**args, discriminator_resolution=None, resolution=[64, 64]))
+    args |= {"discriminator_resolution": None, "resolution": [64, 64], "aspect_ratio_buckets": None}
+    discriminator.check_discriminator_args(SimpleNamespace(**args))
     discriminator.VisionFeatures("some/dinov2")
     assert discriminator.TextFeatures("some/clip")(["a cat"]).isfinite().all()
     # A shard that was never downloaded.

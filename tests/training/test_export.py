@@ -52,6 +52,7 @@ def test_the_prompt_goes_by_its_name(tmp_path):
     # senseflow.json is that of a call without guidance_scale, and the card's call is the one in it.
     args = SimpleNamespace(sampler="euler", export_dtype="fp32", rank=0, base_quantization="none", variant="fp16")
     args.pretrained_model_name_or_path = str(tmp_path)
+    args.resolution, args.aspect_ratio_buckets = [64, 64], [[64, 96], [96, 64]]
     levels = {"sigmas": [1.0, 0.5], "timesteps": [1000.0, 500.0], "pixel_multiple": 32, "iteration": 7}
     levels["pipeline_class"] = "EditsImages"
 
@@ -71,6 +72,7 @@ def test_the_prompt_goes_by_its_name(tmp_path):
     exec(line, names)
     assert names["pipeline"].prompts == ["a prompt"] and "ComfyUI" not in card
     assert f"Distilled from `{tmp_path.name}`, variant `fp16` with a method: 7 iterations." in card
+    assert "on images\nof 64 x 96, 96 x 64 (height x width)." in card
 
 
 @pytest.mark.parametrize(
