@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
+import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
@@ -63,6 +64,16 @@ def a_dry_run_of_what_was_trained(training_runs_are_recorded, traced):
             AcceleratorState._reset_state()  # its precision
             script.main([*arguments, "--output_dir", folder])
             AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def what_datasets_caches_ends_with_the_tests(tmp_path_factory):
+    """Also of scripts that they launch."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)
