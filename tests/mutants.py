@@ -30,6 +30,7 @@ ADVERSARIAL = "tests/test_toy.py::test_the_adversarial_turns_are_the_ones_writte
 REAL_LATENTS = "tests/test_toy.py::test_without_simulation_real_latents_are_noised_to_an_anchor_per_sample"
 BACKWARD = "tests/training/test_loop.py::test_each_backward_reaches_only_the_network_being_trained"
 FROZEN = "tests/training/test_loop.py::test_a_student_update_does_not_change_the_discriminators_step"
+COPIES = "tests/training/test_loop.py::test_weight_copies_train_to_the_bit_as_without_them"
 STEP = "tests/training/test_roles.py::test_a_step_is_clipped_and_taken_only_where_its_gradient_is_finite"
 FLUX_CALL = "tests/test_train_flux.py::test_the_network_is_called_as_the_stock_pipeline_calls_it"
 SD3_CALL = "tests/test_train_sd3.py::test_the_network_is_called_as_the_stock_pipeline_calls_it"
@@ -228,6 +229,18 @@ MUTANTS = [  # name, file, test, text, replacement; more pairs of text and repla
     ("role: IDA of the first parameter only", ROLES, BY_HAND,
         "ida_update(self._masters(), other._masters(), decay)",
         "ida_update(self._masters()[:1], other._masters()[:1], decay)"),
+    ("role: copies of weights stay as before a step", ROLES, COPIES,
+        "norm = self._step()\n        self._refresh_copies()",
+        "norm = self._step()"),
+    ("role: copies of weights stay as before IDA", ROLES, COPIES,
+        "other._masters(), decay)\n        self._refresh_copies()",
+        "other._masters(), decay)"),
+    ("role: copies of weights stay as before a checkpoint", ROLES, COPIES,
+        "self._load_weights(weights)\n            self._refresh_copies()",
+        "self._load_weights(weights)"),
+    ("role: copies of weights are constants", ROLES, COPIES,
+        "self.copies.attach()",
+        "pass"),
     ("role: no clipping", ROLES, STEP,
         "(norm / self.max_grad_norm).clamp(min=1)",
         "torch.ones_like(norm)"),

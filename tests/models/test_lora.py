@@ -35,6 +35,8 @@ from helpers import (
 )
 from senseflow.errors import UserError
 from senseflow.inference import find_model, load_model_pipeline
+from senseflow.memory.counter import Counter, Work
+from senseflow.models.autocast import WeightCopies
 from senseflow.models.lora import FILE, export_lora, fuse_applications, lora_config
 from senseflow.models.quantization import quantization_states
 from senseflow.training.roles import LaunchConfig, Role
@@ -700,9 +702,12 @@ def test_a_run_over_a_quantized_base_resumes_and_samples_as_trained(name, flags,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_are_applied_as_by_peft(dtype):
-    """To rounding in float32; under autocast at least as exactly as by peft, output and gradients."""
+    """To rounding in float32; under autocast at least as exactly as by peft, output and gradients.
 
-    def run(fused: bool, autocast: bool):
+    Copies of A and B in autocast's precision change no bit.
+    """
+
+    def run(fused: bool, autocast: bool, copied: bool = False):
         torch.manual_seed(0)
         network = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 32)).to(dtype)
         inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]), network)
@@ -714,13 +719,19 @@ def test_adapters_are_applied_as_by_peft(dtype):
         x = torch.randn(2, 5, 32, requires_grad=True)
         if not autocast:
             network.float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if copied:
+            WeightCopies(network, adapters, torch.bfloat16).attach()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Counter() as counter:
             out = network(x)
+        operations.append(sum(counter.work.values(), Work()).operations)
         (out.float() * torch.randn(out.shape)).sum().backward()
         return [out.float(), x.grad, *(p.grad for p in adapters)]
 
+    operations: list[float] = []
     exact = run(fused=False, autocast=False)
     torch.testing.assert_close(run(fused=True, autocast=False), exact)
+    assert all(map(torch.equal, run(True, True), run(True, True, copied=True)))
+    assert operations[-2] - operations[-1] == 4  # casts of A and B of two layers
     if dtype == torch.bfloat16:
         by_peft, ours = run(False, True), run(True, True)
         for wanted, theirs, own in zip(exact, by_peft, ours):
