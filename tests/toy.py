@@ -204,6 +204,7 @@ def make_args(**changes) -> SimpleNamespace:
         "use_8bit_adam": False,
         "rank": 0,
         "base_quantization": "none",
+        "bf16_weight_copies": False,
         "mixed_precision": "no",
         "allow_tf32": False,
         "report_to": "none",
