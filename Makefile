@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-modes mutants style fix-copies
+.PHONY: venv demo test test-modes test-teachers mutants style fix-copies
 
 venv: $(VENV)/.installed
 
@@ -16,11 +16,15 @@ demo: venv
 
 # Two at a time, each on one core.
 test: venv
-	$(BIN)/python -m pytest tests --ignore tests/test_modes.py -n 2
+	$(BIN)/python -m pytest tests --ignore tests/test_modes.py --ignore tests/test_teachers_train.py -n 2
 
 # Every configuration of accelerate_configs/, two processes each. DeepSpeed compiles an operator at its first launch.
 test-modes: venv
 	$(BIN)/python -m pytest tests/test_modes.py
+
+# Every file of teachers/, in one process and in two.
+test-teachers: venv
+	$(BIN)/python -m pytest tests/test_teachers_train.py -n 2
 
 mutants: venv
 	$(BIN)/python tests/mutants.py

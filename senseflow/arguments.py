@@ -377,6 +377,30 @@ def add_validation_arguments(parser: Parser):
     return add
 
 
+def make_flow_parser(description: str, epilog: str, pipeline: str, network: str, max_tokens: int) -> Parser:
+    """Make the parser of a file in teachers/: all shared flags, and those of flow teachers guided by a second pass.
+
+    Args:
+        pipeline, network: names of the diffusers classes.
+        max_tokens: the largest --max_sequence_length.
+    """
+    parser = Parser(description=description, epilog=epilog)
+    add = add_model_arguments(parser, pipeline, network)
+    add("--max_sequence_length", type=number(int, 1, max_tokens), help="Number of text tokens.")
+    add_lora_arguments(parser)
+    add_data_arguments(parser)
+    add = add_senseflow_arguments(parser)
+    add("--sampler", choices=SAMPLERS, default="stochastic",
+        help="How backward simulation and the exported pipeline step from anchor to anchor.")
+    add_optimization_arguments(parser)
+    add_precision_arguments(parser)
+    add_checkpointing_arguments(parser)
+    add = add_validation_arguments(parser)
+    add("--teacher_guidance_scale", type=number(float, 0),
+        help="Guidance scale of the teacher for its validation images; 1: not guided.")
+    return parser
+
+
 # fmt: on
 # ---------------------------------------------------------------------------------------------------------------------
 # Completing and checking

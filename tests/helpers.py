@@ -268,6 +268,7 @@ def built(script, arguments: list[str]) -> SimpleNamespace:
     """
     args = script.parse_args(arguments)
     cls = models_class(script)
+    script = sys.modules[getattr(script.main, "func", script.main).__module__]  # of a file of teachers/: its script
     source, rows = script.prepare(cls, args)
     schedule, scheduler, pipeline_kwargs = cls.make_schedule(args, source, "cpu")
     runtime = Runtime(args)

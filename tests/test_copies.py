@@ -159,6 +159,7 @@ ARROWS |= {
 _TRAINING = _MODELS | {"senseflow.training", "senseflow.memory", "senseflow.data"}
 ARROWS |= {script: _TRAINING for script in copies.SCRIPTS}
 ARROWS["train_dmd2_sdxl"] = {*_TRAINING, "train_senseflow_sdxl"}
+ARROWS["teachers"] = {*_TRAINING, *copies.SCRIPTS}
 ARROWS |= {
     "infer": _MODELS | {"senseflow.inference", "senseflow.data"},
     "evaluate": _MODELS | {"senseflow.evaluation", "senseflow.data"},
@@ -185,8 +186,8 @@ def imports_of(path) -> set[str]:
 
 
 def test_imports_go_one_way():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "senseflow").rglob("*.py")]:
-        part = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("teachers/*.py"), *(ROOT / "senseflow").rglob("*.py")]:
+        part = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts)) or path.parent.name
         if path.name != "__init__.py":
             wrong = imports_of(path) - ARROWS[part] - {part, "senseflow_utils"}
             assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"

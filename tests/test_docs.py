@@ -53,6 +53,7 @@ NOT_RUN = {
     ("performance.md", "python benchmarks/gpu.py"): "full size on a GPU; a test runs it with tiny networks",
     ("checkpoints.md", "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT"): "an environment variable of the launcher alone",
     ("new_teacher.md", "pip install -e ."): "installs the repository",
+    ("teachers.md", "python teachers/"): "tests/test_teachers_train.py trains every file",
     ("new_teacher.md", "from helpers import built"): "a template; the tests of the three scripts run it in full",
 }
 # Flags of other programs, by the program.
@@ -62,7 +63,7 @@ OTHER_FLAGS = {
     "benchmarks/gpu.py": {"minutes", "before"},
     "docker, Slurm": {"memory", "shm-size", "signal"},
 }
-OTHER_PATHS = {"networks/convert_flux_lora.py"}  # of sd-scripts
+OTHER_PATHS = {"networks/convert_flux_lora.py", "teachers/train_senseflow_NAME.py"}  # of sd-scripts; a placeholder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,6 +392,7 @@ def test_named_files_exist():
                     ROOT / path,
                     ROOT / "accelerate_configs" / path,
                     ROOT / "senseflow" / path,
+                    ROOT / "teachers" / path,
                     document.parent / path,
                 )
                 assert any(place.exists() for place in places), f"{document.name}: {path}"

@@ -3,6 +3,7 @@
     python tests/tiny_pipelines.py flux DIR              a FluxPipeline with embedded guidance
     python tests/tiny_pipelines.py sd3 DIR               a StableDiffusion3Pipeline, built as SD 3.5 Medium is
     python tests/tiny_pipelines.py sdxl DIR              a StableDiffusionXLPipeline
+    python tests/tiny_pipelines.py NAME DIR              that of teachers/train_senseflow_NAME.py
     python tests/tiny_pipelines.py discriminator DIR     DIR/dinov2 and DIR/clip, for the discriminator's two flags
                                                          (and DIR/dinov2 for --feature_model of evaluate.py)
 
@@ -25,14 +26,27 @@ if __name__ == "__main__":  # a user's first command: no notes of the libraries 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     BitImageProcessorPil,
@@ -42,6 +56,16 @@ from transformers import (
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -57,6 +81,11 @@ WORDS = (
 ).split()
 T5_CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 WIDTH = 32
+QWEN_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{{ message.content[0].text }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 def byte_letters() -> list[str]:
@@ -65,21 +94,36 @@ def byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + rest) for rest in range(256 - len(printable))]
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """Bytes, with merges that build WORDS."""
-    tokens = ["<|startoftext|>", "<|endoftext|>"]
-    tokens += byte_letters() + [f"{letter}</w>" for letter in byte_letters()]
-    merges = []
-    for word in WORDS:
-        symbols = [*word[:-1], f"{word[-1]}</w>"]
+def merged(tokens: list[str], words: list[list[str]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Merges that build words from their letters, and the vocabulary of `tokens` and of what is merged."""
+    tokens, merges = [*tokens], []
+    for symbols in words:
         while len(symbols) > 1:  # from the left, so that words share their beginnings
             if (symbols[0], symbols[1]) not in merges:
                 merges.append((symbols[0], symbols[1]))
             symbols = [symbols[0] + symbols[1], *symbols[2:]]
             if symbols[0] not in tokens:
                 tokens.append(symbols[0])
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Bytes, with merges that build WORDS."""
+    tokens = ["<|startoftext|>", "<|endoftext|>"]
+    tokens += byte_letters() + [f"{letter}</w>" for letter in byte_letters()]
+    vocabulary, merges = merged(tokens, [[*word[:-1], f"{word[-1]}</w>"] for word in WORDS])
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, with merges that build words of prompts and of the pipelines' templates."""
+    template = "system user assistant Describe image detailing color shape size texture quantity text objects think"
+    words = (*WORDS, *template.split())
+    vocabulary, merges = merged(byte_letters(), [["\u0120", *word] for word in words])
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
+    tokenizer.add_tokens(QWEN_TOKENS, special_tokens=True)
+    tokenizer.chat_template = QWEN_TEMPLATE
+    return tokenizer
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -238,6 +282,168 @@ def write_sdxl(path, seed: int = 0) -> None:
     ).save_pretrained(path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Teachers of teachers/train_senseflow_NAME.py: write_NAME
+# ---------------------------------------------------------------------------------------------------------------------
+TEXT = {"hidden_size": WIDTH, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def tiny_qwen3(tokenizer: Qwen2Tokenizer, cls: type = Qwen3Model, layers: int = 3):
+    config = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=layers, head_dim=16, **TEXT)
+    return vivid(cls(config))
+
+
+def write_qwenimage(path, seed: int = 0) -> None:
+    """A QwenImagePipeline with the scheduler configuration of Qwen-Image; 64 px are 8 x 8 latents, 16 tokens."""
+    torch.manual_seed(seed)
+    tokenizer, rope = qwen_tokenizer(), {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "rope_parameters": rope, **TEXT}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": WIDTH}
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+            shift_terminal=0.02,
+        ),
+        vae=tiny_qwen_vae(),
+        text_encoder=vivid(
+            Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+        ),
+        tokenizer=tokenizer,
+        transformer=vivid(transformer),
+    ).save_pretrained(path)  # fmt: skip
+
+
+def write_zimage(path, seed: int = 0) -> None:
+    """A ZImagePipeline with a fixed shift; 64 px are 8 x 8 latents, 16 tokens, which the network pads to 32."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6], axes_lens=[256, 64, 64],
+    )  # fmt: skip
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=tiny_qwen3(tokenizer),
+        tokenizer=tokenizer,
+        transformer=vivid(transformer),
+    ).save_pretrained(path)
+
+
+def tiny_folding_vae() -> AutoencoderKLFlux2:
+    """8 x, 4 latent channels, folded to 16 x and 16 channels by the statistics of a batch norm."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64
+    )
+    vae.bn.running_mean.uniform_(-1, 1)
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vivid(vae)
+
+
+def tiny_flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    return vivid(transformer)
+
+
+def write_flux2(path, seed: int = 0) -> None:
+    """A Flux2Pipeline with a plain tokenizer, since its own processor needs torchvision; 64 px are 16 tokens."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    text = {"model_type": "mistral", "vocab_size": len(tokenizer), "num_hidden_layers": 31, "head_dim": 16, **TEXT}
+    vision = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 32, "image_size": 32, "patch_size": 16}  # fmt: skip
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight.mul_(10)  # few tokens are of the prompt
+    Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=tiny_folding_vae(),
+        text_encoder=vivid(encoder),  # the pipeline reads layers 10, 20 and 30
+        tokenizer=tokenizer,
+        transformer=tiny_flux2_transformer(guidance_embeds=True),
+    ).save_pretrained(path)
+
+
+def write_flux2_klein(path, seed: int = 0) -> None:
+    """A Flux2KleinPipeline; 64 px are 4 x 4 folded latents, 16 tokens."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=tiny_folding_vae(),
+        text_encoder=tiny_qwen3(tokenizer, Qwen3ForCausalLM, layers=28),  # the pipeline reads layers 9, 18 and 27
+        tokenizer=tokenizer,
+        transformer=tiny_flux2_transformer(guidance_embeds=False),
+    ).save_pretrained(path)
+
+
+QWEN3_VL_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": WIDTH}
+
+
+def qwen3_vl_config(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3VLConfig:
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e6}
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": layers, "head_dim": 16, "rope_parameters": rope, **TEXT}
+    vision = {**QWEN3_VL_VISION, "deepstack_visual_indexes": [0]}
+    return Qwen3VLConfig(text_config=text, vision_config=vision)
+
+
+def tiny_qwen_vae() -> AutoencoderKLQwenImage:
+    """8 x, 4 latent channels, with a frame axis."""
+    statistics = {"latents_mean": [0.3, -0.2, 0.1, 0.5], "latents_std": [1.5, 0.7, 2.0, 1.1]}
+    return vivid(AutoencoderKLQwenImage(base_dim=8, z_dim=4, num_res_blocks=1, **statistics))
+
+
+def write_krea2(path, seed: int = 0) -> None:
+    """A Krea2Pipeline with the scheduler configuration that its docstring names; 64 px are 16 tokens."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    transformer = Krea2Transformer2DModel(
+        in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=WIDTH, num_text_layers=2,
+        text_num_attention_heads=2, text_num_key_value_heads=2, text_intermediate_size=32,
+        num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=6400
+        ),
+        vae=tiny_qwen_vae(),
+        text_encoder=vivid(Qwen3VLModel(qwen3_vl_config(tokenizer, 3))),
+        tokenizer=tokenizer,
+        transformer=vivid(transformer),
+        text_encoder_select_layers=(1, 3),
+    ).save_pretrained(path)
+
+
+def write_ideogram4(path, seed: int = 0) -> None:
+    """An Ideogram4Pipeline of two networks; 64 px are 4 x 4 folded latents, 16 tokens."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    networks = [
+        Ideogram4Transformer2DModel(
+            in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, intermediate_size=32,
+            adaln_dim=16, llm_features_dim=13 * WIDTH, mrope_section=(4, 2, 2),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    Ideogram4Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_folding_vae(),
+        text_encoder=vivid(Qwen3VLModel(qwen3_vl_config(tokenizer, 36))),  # the pipeline reads layers up to 35
+        tokenizer=tokenizer,
+        transformer=vivid(networks[0]),
+        unconditional_transformer=vivid(networks[1]),
+    ).save_pretrained(path)
+
+
 def write_discriminator(path, seed: int = 0) -> None:
     """A DINOv2 (4 blocks, 8 px patches) with its image processor, and a CLIP text encoder with projection."""
     torch.manual_seed(seed)
@@ -276,7 +482,7 @@ def cache_repository(cache, name: str, source, commit: str, subfolder: str = "")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    writers = {"flux": write_flux, "sd3": write_sd3, "sdxl": write_sdxl, "discriminator": write_discriminator}
+    writers = {name.removeprefix("write_"): write for name, write in globals().items() if name.startswith("write_")}
     parser.add_argument("kind", choices=writers)
     parser.add_argument("folder", metavar="DIR")
     args = parser.parse_args()

@@ -156,6 +156,19 @@ def all_nonzero(mode, function, values: torch.Tensor) -> torch.Tensor:
     return values.new_empty((values.numel(), values.dim()), dtype=torch.int64)
 
 
+def copy_plain(original, tensor: torch.Tensor, memo: dict) -> torch.Tensor:
+    """Replace the copying of a tensor that a module holds as a plain attribute, which has values in a trace, too."""
+    if type(tensor) is not torch.Tensor:
+        return original(tensor, memo)
+    with unset_fake_temporarily():
+        return original(tensor, memo)
+
+
+def true_of_bool(original, mode, function, value: torch.Tensor):
+    """Replace the reading of a single value, if it is a bool, such as whether a mask selects all text: it does."""
+    return True if value.dtype is torch.bool else original(mode, function, value)
+
+
 def all_in_first_bin(mode, function, values: torch.Tensor, weights=None, minlength: int = 0) -> torch.Tensor:
     """Replace `bincount` of a tensor without values, such as the experts that tokens go to: all go to the first.
 
@@ -197,11 +210,15 @@ def patch_loaders(args) -> Iterator[None]:
                     patch(module, name, replacements[value])
         if args.use_8bit_adam:
             stack.enter_context(mock.patch("bitsandbytes.optim.AdamW8bit", FakeAdamW8bit))
+        read_value = torch.ops.aten._local_scalar_dense.default
         without_values = {
+            read_value: partial(true_of_bool, op_implementations_dict[read_value]),
             torch.ops.aten.nonzero.default: all_nonzero,
             torch.ops.aten.bincount.default: all_in_first_bin,
         }
         stack.enter_context(mock.patch.dict(op_implementations_dict, without_values))
+        copy_tensor = torch.Tensor.__deepcopy__
+        patch(torch.Tensor, "__deepcopy__", lambda tensor, memo: copy_plain(copy_tensor, tensor, memo))
         yield
 
 
@@ -222,7 +239,7 @@ def init_fake_process_group() -> None:
 def roles_of(models) -> dict[str, Role]:
     """Return the roles by name, the teacher first, because adapters share its tensors."""
     roles = {name: getattr(models, name) for name in ("teacher", "student", "fake_score", "discriminator")}
-    return {name: role for name, role in roles.items() if role is not None}
+    return models.further_roles | {name: role for name, role in roles.items() if role is not None}
 
 
 def largest_size(args) -> list[int]:

@@ -56,6 +56,7 @@ class TrainingModels:
         student, teacher, fake_score: the roles; None until `make_models` of the script has made them.
         discriminator: the role; None with --gan_weight 0, and under DMD2.
         vision_features, text_features: the discriminator's frozen DINOv2 and CLIP; None if it is None.
+        further_roles: frozen roles of `further_networks`, by name.
         empty_condition: condition (1, ...) of the unconditional prompt; None if the teacher is never called with it.
         pipeline: the teacher's diffusers pipeline, with its text encoders.
         network: the teacher's network, on the meta device until its role is made.
@@ -72,6 +73,7 @@ class TrainingModels:
     network_class: type
     vae_class: type
     network_name = "transformer"  # the pipeline's component that is distilled
+    further_networks: Sequence[str] = ()  # components of network_class that only a guided teacher's call runs
     unconditional_prompt = ""  # what a guided teacher is called with beside the prompt
     pipeline_entries: Sequence[str] = ()  # entries of model_index.json, besides components, that the methods read
     vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
@@ -91,7 +93,12 @@ class TrainingModels:
         self.network = from_pretrained_meta(source, self.network_class, self.network_name, dtype=dtype)
         encodes, decodes = self.uses_vae(args)
         self.vae = load_vae(vae_source, self.vae_class, args, self.device, encodes, decodes, self.vae_auto_dtype)
-        components = {self.network_name: self.network, "vae": self.vae}
+        further = {
+            name: from_pretrained_meta(source, self.network_class, name, dtype=dtype) for name in self.further_networks
+        }
+        self.further_fingerprints = {name: fingerprint(network) for name, network in further.items()}
+        self.further_roles = {name: runtime.frozen_role(name, network) for name, network in further.items()}
+        components = {self.network_name: self.network, "vae": self.vae, **further}
         self.pipeline = load_pipeline(source, self.pipeline_class, dtype=dtype, **components)
         changed_teacher = fuse_or_quantize(args, self.pipeline, self.network_name, self.device)
         self.teacher_fingerprint = changed_teacher or fingerprint(self.network)
@@ -209,6 +216,11 @@ class TrainingModels:
         source = student_source(self.args, self.source)
         return from_pretrained_meta(source, self.network_class, self.network_name)
 
+    @staticmethod
+    def unused_weights(config: dict) -> Sequence[str]:
+        """Return how the names of weights begin that no output of a network depends on; these are not trained."""
+        return ()
+
     def lora_base(self) -> Optional[tuple[str, str]]:
         """Return architecture and version of the teacher as kohya's sd-scripts name them, for other programs."""
         return None
@@ -220,7 +232,7 @@ class TrainingModels:
     def fingerprints(self) -> dict[str, Any]:
         """Return what must be the same on resume: frozen networks, adapters, the class of the optimizer."""
         fingerprints = {"teacher": self.teacher_fingerprint, "optimizer": type(self.student.optimizer).__name__}
-        fingerprints |= adapter_settings(self.student.module)
+        fingerprints |= self.further_fingerprints | adapter_settings(self.student.module)
         if self.discriminator is not None:
             vision = self.vision_features
             fingerprints["discriminator_backbone"] = f"{fingerprint(vision)} {vision.layers}"
@@ -241,6 +253,10 @@ class TrainingModels:
         if self.args.attention_backend:
             for network in (self.network, student, fake_score):
                 set_attention_backend(network, self.args.attention_backend)
+        for network in (student, fake_score):  # DDP waits for the gradient of each trained weight
+            unused = tuple(self.unused_weights(network.config))
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and not name.startswith(unused))
         if self.args.gradient_checkpointing:
             for network, interval in zip((student, fake_score), self.args.gradient_checkpointing_interval):
                 checkpoint_blocks(network, interval)

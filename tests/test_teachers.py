@@ -1,0 +1,89 @@
+"""Every file of teachers/ calls its networks as the stock pipeline does, and its flags are complete.
+
+A new file is found by its name: teachers/train_senseflow_NAME.py needs `write_NAME` in tests/tiny_pipelines.py. What
+takes longer is in test_teachers_train.py.
+"""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+import tiny_pipelines
+from helpers import ROOT, assert_starts_as_the_teacher, built, models_class
+from senseflow.training.models import TrainingModels
+from stock_call import assert_called_as_stock
+
+
+FILES = sorted((ROOT / "teachers").glob("train_senseflow_*.py"))
+SCRIPTS = {path.stem.removeprefix("train_senseflow_"): importlib.import_module(path.stem) for path in FILES}
+
+# The default anchors at 1024 pixels, where those at 64 are refused.
+AT_64_PIXELS = {"ideogram4": "--anchors 1000 846.1 666.7 421.1"}
+# Flags that no shared default serves.
+REQUIRED = (
+    "ttur_ratio ida_decay isg_weight isg_margin gan_weight backward_simulation_prob dmd_guidance_scale "
+    "isg_guidance_scale learning_rate max_train_steps teacher_num_inference_steps teacher_guidance_scale lora_layers "
+    "max_sequence_length"
+).split()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Return pipeline(name) -> folder of the tiny pipeline of a file of teachers/; each is written once."""
+    written = {}
+
+    def write(name):
+        if name not in written:
+            written[name] = tmp_path_factory.mktemp(name)
+            getattr(tiny_pipelines, f"write_{name}")(written[name])
+        return written[name]
+
+    return write
+
+
+def as_x0(models: TrainingModels, latents: torch.Tensor) -> torch.Tensor:
+    """Turn a stock pipeline's latents into (B, C, H, W): with a frame axis, or tokens of 1 or of 2 x 2 latents."""
+    channels, height, width = models.latent_shape
+    if latents.dim() == 3 and latents.shape[2] == channels:
+        return latents.mT.unflatten(2, (height, width))
+    if latents.dim() == 3:
+        squares = latents.unflatten(1, (height // 2, width // 2)).unflatten(3, (channels, 2, 2))
+        return squares.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+    return latents.squeeze(2) if latents.dim() == 5 else latents
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_teacher_is_called_as_by_its_stock_pipeline(name, pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    flags = f"--pretrained_model_name_or_path {pipeline(name)} --prompts_file {tmp_path}/prompts.txt --gan_weight 0"
+    flags += f" --backward_simulation_prob 1 --resolution 64 --output_dir {tmp_path} --report_to none"
+    flags += f" --max_sequence_length 192 --validation_prompts a {AT_64_PIXELS.get(name, '')}"
+    run = built(SCRIPTS[name], flags.split())
+    teachers = run.models.teacher_pipeline_kwargs()
+    guided = {key: value for key, value in teachers.items() if key not in ("num_inference_steps", "sigmas")}
+    unpack = lambda latents: as_x0(run.models, latents)  # noqa: E731
+    assert run.args.teacher_guidance_scale > 1
+    assert_called_as_stock(run, run.pipeline_kwargs | guided, run.args.teacher_guidance_scale, unpack)
+    assert_called_as_stock(run, run.pipeline_kwargs, None, unpack)
+    assert_starts_as_the_teacher(run.models)
+    run.args.teacher_guidance_scale = 1.0  # the teacher's images without guidance
+    call = run.pipeline_kwargs | run.models.teacher_pipeline_kwargs() | {"num_inference_steps": 2}
+    inspect.signature(run.pipeline.__call__).bind(prompt="a", **call)
+    assert run.pipeline(prompt="a red square", output_type="np", **call).images.std() > 0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_teacher_has_nothing_of_the_script_that_it_is_made_from(name):
+    """Names for other programs, presets, and the flags' defaults, would be another teacher's."""
+    script = SCRIPTS[name]
+    cls = models_class(script)
+    for attribute in ("lora_base", "comfyui_shift", "comfyui_guidance", "kohya_names", "presets", "parse_args"):
+        inherited = getattr(TrainingModels, attribute, None)
+        assert attribute in vars(cls) or getattr(cls, attribute) == inherited, attribute
+    args = script.parse_args(["--pretrained_model_name_or_path", "x", "--output_dir", "y"])
+    assert len(inspect.getsource(script).splitlines()) <= 120
+    missing = [flag for flag in REQUIRED if getattr(args, flag) is None]
+    assert not missing, f"no default: {missing}"
+    assert f"teachers/{script.__name__}.py" in script.__doc__, "the docstring has the command"
