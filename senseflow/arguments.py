@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from typing import Callable, Optional, Sequence
+from typing import Callable, Collection, Optional, Sequence
 
 from senseflow.errors import UserError, require_package
 
@@ -160,8 +160,8 @@ class SetToken(argparse.Action):
         os.environ["HF_TOKEN"] = value
 
 
-def keep_last(argv: Sequence[str]) -> list[str]:
-    """Drop the earlier ones of flags that a command line gives more than once, with their values."""
+def keep_last(argv: Sequence[str], without: Collection[str] = ()) -> list[str]:
+    """Drop the earlier ones of flags that a command line gives more than once, and flags of `without`, with values."""
     given: dict[str, list[str]] = {}
     flag = ""
     for word in argv:
@@ -169,7 +169,7 @@ def keep_last(argv: Sequence[str]) -> list[str]:
             flag = word.partition("=")[0]
             given.pop(flag, None)
         given.setdefault(flag, []).append(word)
-    return [word for words in given.values() for word in words]
+    return [word for flag, words in given.items() if flag not in without for word in words]
 
 
 # fmt: off
@@ -343,7 +343,7 @@ def add_precision_arguments(parser: Parser) -> None:
         help="The same as --attention_backend xformers. Needs a GPU.")
     add("--dry_run", type=number(float, 0), nargs="?", const=0.0, metavar="GB",
         help="Train nothing: print the memory, the operations and the estimated time of this command and, if GB is "
-        "given, flags with which it fits a GPU of that size.")
+        "given, flags with which it fits a GPU of that size, or is faster with the memory that it leaves.")
     add("--dry_run_output", metavar="FILE", help="With --dry_run: JSON file for its numbers.")
 
 

@@ -105,6 +105,7 @@ def test_the_last_of_a_repeated_flag_is_kept():
         "--dry_run",
     ]
     assert keep_last(words) == ["script.py", "--rank=8", "--anchors", "7", "--dry_run"]
+    assert keep_last(words, ["--rank", "--anchors", "--seed"]) == ["script.py", "--dry_run"]
 
 
 INACTIVE = {

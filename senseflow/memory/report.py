@@ -1,16 +1,13 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""`--dry_run`: trace a training command (senseflow.memory.trace) and print its memory, FLOPs and the cards it fits."""
+"""`--dry_run`: trace a training command (senseflow.memory.trace) and print its memory, work and the cards it fits."""
 
 import inspect
 import json
 import os
-import re
-import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional
 
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -18,10 +15,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from senseflow.arguments import keep_last
 from senseflow.errors import UserError, check_writable, write_atomically
 from senseflow.memory.counter import GRADIENTS, HOST, KINDS, STATES, WEIGHTS, Counter, Work
-from senseflow.memory.speed import CARDS, seconds_of
+from senseflow.memory.speed import CARDS, GIB, SIZES, USABLE, seconds_of
+from senseflow.memory.suggestions import Command, gib, suggest_savings, suggest_speed
 from senseflow.memory.trace import (
     ORDINARY,
     WITH_STUDENT,
@@ -31,12 +28,6 @@ from senseflow.memory.trace import (
     patch_loaders,
     trace,
 )
-
-
-GIB = 2**30
-SIZES = sorted({card.gib for card in CARDS.values()})
-USABLE = 0.93  # assumed share of it; the rest is for the driver, workspaces of kernels and fragmentation
-MORE_PROCESSES = "twice as many processes"
 
 
 def apply_zero(traced: Trace, mode: str, processes: int, bf16: bool) -> Trace:
@@ -55,10 +46,6 @@ def apply_zero(traced: Trace, mode: str, processes: int, bf16: bool) -> Trace:
     peak = sum(size for (owner, _), size in at_peak.items() if owner != HOST)
     masters = sum(4 * num_params for name, num_params in traced.num_params.items() if name != "teacher")
     return replace(traced, at_peak=at_peak, peak=peak, checkpoint_bytes=traced.checkpoint_bytes + masters)
-
-
-def gib(size: float) -> str:
-    return f"{size:.2f}" if size >= 0.1 else f"{size:.5f}"
 
 
 def summarize(args, traced: Trace, mode: str, processes: int) -> dict:
@@ -90,6 +77,7 @@ def summarize(args, traced: Trace, mode: str, processes: int) -> dict:
         "export_gib": traced.export_bytes / GIB,
         "fits": [name for name, card in CARDS.items() if traced.peak <= USABLE * card.gib * GIB],
         "iterations": iterations,
+        "seconds": seconds,
         "hours": {card: args.max_train_steps * mean / 3600 for card, mean in seconds.items()},
     }
 
@@ -154,60 +142,6 @@ def fit(peak: float) -> str:
     return "; ".join(parts) + f" ({USABLE:.0%} of a card are assumed to be usable)"
 
 
-def candidates(args, mode: str) -> list[list[str]]:
-    """Return the flags that may save memory and are not set, the least costly first; a run may refuse some of them."""
-    micro_batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-    smaller = ["--train_batch_size", "1", "--gradient_accumulation_steps", str(micro_batch * accumulation)]
-    adapters = not mode.startswith("zero") and not args.student_model_name_or_path
-    flags = [
-        (not args.gradient_checkpointing, ["--gradient_checkpointing"]),
-        (not args.offload_text_encoders, ["--offload_text_encoders"]),
-        (micro_batch > 1, smaller),
-        (not args.use_8bit_adam and mode != "fsdp2", ["--use_8bit_adam"]),
-        (mode not in ("single", "ddp"), [MORE_PROCESSES]),
-        (args.rank == 0 and adapters, ["--rank", "64"]),
-        (args.base_quantization == "none" and adapters and mode != "fsdp2", ["--base_quantization", "4bit"]),
-        (args.gan_weight > 0, ["--gan_weight", "0"]),
-    ]
-    return [candidate for possible, candidate in flags if possible]
-
-
-def trace_command(command: list[str], environment: dict[str, str], processes: int) -> Optional[float]:
-    """Return the peak (bytes) that a command prints with `--dry_run` in its own process; None if it fails."""
-    environment = environment | {"WORLD_SIZE": str(processes), "RANK": "0"}
-    command = [sys.executable, *keep_last([*command, "--dry_run"])]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    peak = re.search(r"^peak ([\d.]+) GiB", result.stdout, re.MULTILINE)
-    return float(peak[1]) * GIB if peak and result.returncode == 0 else None
-
-
-def suggest(args, command: list[str], environment: dict, mode: str, processes: int, peak: float, card: float) -> None:
-    """Add flags to the command until it fits the card, and print the peak with each; the last line has the result.
-
-    Args:
-        environment: as the launcher left it, with the launch mode, which `launch_config` removes.
-    """
-    added: list[str] = []
-    for flags in candidates(args, mode):
-        if peak <= USABLE * card * GIB:
-            break
-        more = flags == [MORE_PROCESSES]
-        new_command, new_processes = (command, 2 * processes) if more else (command + flags, processes)
-        new_peak = trace_command(new_command, environment, new_processes)
-        name = f"{new_processes} processes" if more else " ".join(flags)
-        helps = new_peak is not None and new_peak < 0.99 * peak
-        verdict = (
-            "fails, left out"
-            if new_peak is None
-            else f"{gib(new_peak / GIB)} GiB" + "; no help, left out" * (not helps)
-        )
-        print(f"with {' '.join([*added, name])}: {verdict}", flush=True)
-        if helps:
-            command, processes, peak, added = new_command, new_processes, new_peak, [*added, name]
-    verdict = "fits" if peak <= USABLE * card * GIB else "does not fit"
-    print(f"{verdict} in {card:g} GB with {' '.join(added) or 'any of these'}")
-
-
 def report(args, source, models_class, make_models, train_iteration) -> None:
     """Print, in the first process, what a process of this command needs, instead of training.
 
@@ -244,6 +178,7 @@ def report(args, source, models_class, make_models, train_iteration) -> None:
     if args.dry_run_output:
         text = json.dumps(summary, indent=1) + "\n"
         write_atomically(Path(args.dry_run_output), lambda file: file.write_text(text))
-    if args.dry_run and traced.peak > USABLE * args.dry_run * GIB:
-        command = [inspect.getfile(models_class), *sys.argv[1:]]
-        suggest(args, command, environment, mode, launch.world_size, traced.peak, args.dry_run)
+    if args.dry_run:
+        command = Command([inspect.getfile(models_class), *sys.argv[1:]], environment, launch.world_size)
+        suggest = suggest_savings if traced.peak > USABLE * args.dry_run * GIB else suggest_speed
+        suggest(args, command, mode, summary)

@@ -28,6 +28,9 @@ CARDS = {
     "H100 80 GB": Card(80, 3.35, 989),
     "H200": Card(141, 4.8, 989),
 }
+GIB = 2**30
+SIZES = sorted({card.gib for card in CARDS.values()})
+USABLE = 0.93  # assumed share of it; the rest is for the driver, workspaces of kernels and fragmentation
 # Fitted to rows of an H200 in benchmarks/RESULTS.md, see docs/performance.md.
 LAUNCH_SECONDS = 37.5e-6  # an operation, with Python and autograd; depends on the host
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.57, 0.81  # of the published rates

@@ -21,12 +21,12 @@ import train_senseflow_flux
 import train_senseflow_sd3
 import train_senseflow_sdxl
 from helpers import ROOT, models_class, refused, without
-from senseflow.arguments import keep_last
+from senseflow.arguments import complete_args, keep_last
 from senseflow.errors import UserError
-from senseflow.memory import report
 from senseflow.memory.counter import GRADIENTS, STATES, WEIGHTS, Counter, Work
 from senseflow.memory.gpu_rules import FLOAT32, gpu_rules
-from senseflow.memory.report import GIB, apply_zero, candidates, fit
+from senseflow.memory.report import GIB, apply_zero, fit
+from senseflow.memory.suggestions import INTERVAL, Command, savings, suggest_savings, suggest_speed
 from senseflow.memory.trace import Trace, patch_loaders, trace
 from tiny_pipelines import write_sd3, write_sdxl
 
@@ -309,18 +309,16 @@ def test_runs_without_a_vae_and_with_loras_are_traced(name, given, flags, tmp_pa
 
 
 def test_flags_are_added_until_the_command_fits(flags, capsys, monkeypatch):
-    peaks, commands = {"--gradient_checkpointing": 60, "--offload_text_encoders": 60, "--use_8bit_adam": 30}, []
+    peaks = {"--gradient_checkpointing": 60, "--offload_text_encoders": 60, "--use_8bit_adam": 30}
 
-    def trace_command(command, environment, processes):
-        commands.append(command)
-        if "--train_batch_size" in command[-4:]:
+    def trace(command, changes):
+        if "--train_batch_size" in changes:
             return None
-        return min([90, *(peak for flag, peak in peaks.items() if flag in command)]) * GIB
+        return {"peak_gib": min([90, *(peak for flag, peak in peaks.items() if flag in changes)])}
 
-    monkeypatch.setattr(report, "trace_command", trace_command)
-    command = flags("flux", "--dry_run", "40")
-    args = train_senseflow_flux.parse_args(command)
-    report.suggest(args, command, {}, "single", 1, 90 * GIB, 40)
+    monkeypatch.setattr(Command, "trace", trace)
+    args = train_senseflow_flux.parse_args(flags("flux", "--dry_run", "40"))
+    suggest_savings(args, Command([], {}, 1), "single", {"peak_gib": 90})
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines == [
         "with --gradient_checkpointing: 60.00 GiB",
@@ -329,20 +327,53 @@ def test_flags_are_added_until_the_command_fits(flags, capsys, monkeypatch):
         "with --gradient_checkpointing --use_8bit_adam: 30.00 GiB",
     ]
     assert last == "fits in 40 GB with --gradient_checkpointing --use_8bit_adam"
-    assert commands[0] == [*command, "--gradient_checkpointing"]
-    # `trace_command` appends --dry_run, which takes the place of --dry_run 40.
-    assert train_senseflow_flux.parse_args([*command, "--dry_run"]).dry_run == 0
     assert fit(30 * GIB).startswith("fits in 40, 48, 80, 141 GB; does not fit in 24 by 7.7 GiB")
-    # What a mode refuses is not offered.
-    assert ["--use_8bit_adam"] not in candidates(args, "fsdp2")
-    offered = {flags[0] for flags in candidates(args, "zero3")}
-    assert "--rank" not in offered and report.MORE_PROCESSES in offered and "--use_8bit_adam" in offered
+    # What a mode refuses is not offered, and what costs memory is taken back.
+    assert {"--use_8bit_adam": []} not in savings(args, "fsdp2", 8)
+    offered = savings(args, "zero3", 8)
+    assert {"--rank": [64]} not in offered and {"processes": [16]} in offered and {"--use_8bit_adam": []} in offered
+    args.gradient_checkpointing, args.gradient_checkpointing_interval, args.bf16_weight_copies = True, [1, 0], True
+    assert savings(args, "single", 1)[:2] == [{INTERVAL: [1]}, {"--bf16_weight_copies": None}]
 
 
-def test_the_command_that_is_traced_again_prints_its_peak(flags):
-    command = [str(ROOT / "train_senseflow_flux.py"), *flags("flux", "--gan_weight", "0", "--dry_run", "0.001")]
-    assert 0 < report.trace_command(command, dict(os.environ), 1) < 0.1 * GIB
-    assert report.trace_command([*command, "--rank", "-1"], dict(os.environ), 1) is None
+def test_memory_that_is_left_over_is_turned_into_speed(flags, capsys, monkeypatch):
+    """The fake score's checkpointing fits; copies do not; a batch fits and is no faster; then one of two fits."""
+
+    def trace(command, changes):
+        batch, intervals = changes.get("--train_batch_size", [1])[0], changes.get(INTERVAL, [1, 1])
+        peak = 30 + 20 * ("--bf16_weight_copies" in changes) + batch
+        peak += 20 if intervals is None else sum({1: 0, 2: 3, 0: 7}[interval] for interval in intervals)
+        seconds = 2 - 0.1 * (4 if intervals is None else sum({1: 0, 2: 1, 0: 2}[interval] for interval in intervals))
+        return {"peak_gib": peak, "seconds": {"A100 40 GB": 10, "L40S": seconds, "A100 80 GB": 0}}
+
+    monkeypatch.setattr(Command, "trace", trace)
+    arguments = flags("flux", "--dry_run", "48", "--train_batch_size", "1", "--gradient_accumulation_steps", "4")
+    args = train_senseflow_flux.parse_args([*arguments, "--gradient_checkpointing"])
+    complete_args(args)
+    args.mixed_precision = "bf16"
+    suggest_speed(args, Command(["--gradient_checkpointing"], {}, 1), "single", trace(None, {}))
+    interval = "with --gradient_checkpointing_interval 1 0"
+    assert capsys.readouterr().out.splitlines() == [
+        "13.64 GiB of 48 GB are left; an iteration takes 2.00 s (estimate for L40S)",
+        f"{interval}: 38.00 GiB, 1.80 s",
+        f"{interval} --bf16_weight_copies: 58.00 GiB, 1.80 s; does not fit",
+        f"{interval} --train_batch_size 4 --gradient_accumulation_steps 1: 41.00 GiB, 1.80 s; not faster, left out",
+        "without --gradient_checkpointing: 51.00 GiB, 1.60 s; does not fit",
+        "with --gradient_checkpointing_interval 0 0: 45.00 GiB, 1.60 s; does not fit",
+        "with --gradient_checkpointing_interval 2 0: 41.00 GiB, 1.70 s",
+        "fits in 48 GB with --gradient_checkpointing_interval 2 0, an iteration in 1.70 s",
+    ]
+
+
+def test_what_is_suggested_is_a_trace_of_the_command(flags, monkeypatch, capsys):
+    arguments = flags("flux", "--gan_weight", "0", "--gradient_checkpointing_interval", "1", "0", "--dry_run", "24")
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    train_senseflow_flux.main(arguments)
+    lines = re.findall(r"^(with.*): ([\d.]+) GiB, [\d.]+ s$", capsys.readouterr().out, re.MULTILINE)
+    peak = run_trace(train_senseflow_flux, flags("flux", "--gan_weight", "0")).peak / GIB
+    assert lines == [("without --gradient_checkpointing_interval", f"{peak:.5f}")]
+    command = Command([str(ROOT / "train_senseflow_flux.py"), *arguments], dict(os.environ), 1)
+    assert command.trace({"--rank": [-1]}) is None
 
 
 def test_zero_by_arithmetic():
