@@ -78,6 +78,7 @@ from senseflow.models.hub import ModelSource
 from senseflow.training.checkpoints import Checkpointer
 from senseflow.training.metrics import Metrics
 from senseflow.training.models import TrainingModels
+from senseflow.training.prompts import cache_prompts
 from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation
 from senseflow_utils import StatelessRNG, denoising_loss, logistic_loss, needs_images, non_saturating_loss
@@ -112,7 +113,7 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         # 1. The student's input: from its own first steps (backward simulation), or noised real latents.
         sample_indices = batch["sample_indices"]
         with torch.no_grad():
-            condition = models.condition(batch["prompts"])
+            condition = models.condition(batch)
             if args.gan_weight > 0:
                 x0 = models.real_latents(batch, torch.arange(len(sample_indices)), rng)
                 batch = {**batch, "latents": x0}  # encoded once, for the student's input, too
@@ -262,7 +263,8 @@ def main(argv=None, models: type[TrainingModels] = DMD2Models):
     runtime.start("senseflow")
     schedule, scheduler, pipeline_kwargs = models.make_schedule(args, source, runtime.device)
     models = make_models(models, args, source, schedule, runtime)
-    models.cache_prompts(rows)
+    validation = Validation(runtime, args, models, scheduler, pipeline_kwargs)
+    cache_prompts(models, rows, runtime, validation.record_prompts)
 
     # The iteration to start or resume from, and the data from there.
     checkpointer = Checkpointer(args, runtime, models, scheduler, pipeline_kwargs, rows.fingerprint)
@@ -270,11 +272,11 @@ def main(argv=None, models: type[TrainingModels] = DMD2Models):
     process_index, num_processes = runtime.accelerator.process_index, runtime.accelerator.num_processes
     reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
     loader = make_dataloader(args, rows, process_index, num_processes, iteration, samples_seen, reads_images)
+    loader.read_prompts = models.read_prompts
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     models.log_recipe(global_batch_size)
 
     # The loop.
-    validation = Validation(runtime, args, models, scheduler, pipeline_kwargs)
     if iteration == 0:
         validation.run(iteration)
     is_local_main = runtime.accelerator.is_local_main_process

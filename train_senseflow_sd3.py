@@ -103,6 +103,7 @@ from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
 from senseflow.training.models import TrainingModels, resolve_teacher
+from senseflow.training.prompts import cache_prompts
 from senseflow.training.runtime import Runtime
 from senseflow.training.validation import Validation
 from senseflow_utils import (
@@ -206,11 +207,11 @@ def train_iteration(iteration: int, batches: list[dict], models: TrainingModels,
         # 1. The student's input: from its own first steps (backward simulation), or noised real latents.
         sample_indices = batch["sample_indices"]
         with torch.no_grad():
-            condition = models.condition(batch["prompts"])
+            condition = models.condition(batch)
             x_t, index = student_input(models, rng, batch, condition, args)
             t, t_next = schedule.anchors[index], schedule.next_timesteps[index]
             if discriminator is not None:
-                real, text, omega = models.real_images(batch), models.text_features(batch["prompts"]), models.omega(t)
+                real, text, omega = models.real_images(batch), models.discriminator_text(batch), models.omega(t)
                 reference = models.vision_features(real)  # the discriminator is conditioned on these and on the text
 
         # 2. The student's prediction; with gradient only if the student is updated.
@@ -415,7 +416,8 @@ def main(argv=None, models: type[TrainingModels] = SD3Models):
     runtime.start("senseflow")
     schedule, scheduler, pipeline_kwargs = models.make_schedule(args, source, runtime.device)
     models = make_models(models, args, source, schedule, runtime)
-    models.cache_prompts(rows)
+    validation = Validation(runtime, args, models, scheduler, pipeline_kwargs)
+    cache_prompts(models, rows, runtime, validation.record_prompts)
 
     # The iteration to start or resume from, and the data from there.
     checkpointer = Checkpointer(args, runtime, models, scheduler, pipeline_kwargs, rows.fingerprint)
@@ -423,11 +425,11 @@ def main(argv=None, models: type[TrainingModels] = SD3Models):
     process_index, num_processes = runtime.accelerator.process_index, runtime.accelerator.num_processes
     reads_images = partial(needs_images, args.seed, args.gan_weight, args.backward_simulation_prob)
     loader = make_dataloader(args, rows, process_index, num_processes, iteration, samples_seen, reads_images)
+    loader.read_prompts = models.read_prompts
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     models.log_recipe(global_batch_size)
 
     # The loop.
-    validation = Validation(runtime, args, models, scheduler, pipeline_kwargs)
     if iteration == 0:
         validation.run(iteration)
     is_local_main = runtime.accelerator.is_local_main_process

@@ -325,9 +325,12 @@ def add_precision_arguments(parser: Parser) -> None:
     add("--bf16_weight_copies", action="store_true",
         help="With --mixed_precision bf16: keep a bf16 copy of the weights of student and fake score, two bytes a "
         "weight, instead of casting them in every pass. Adapters have one in any case.")
+    add("--cache_dir", metavar="DIR",
+        help="Encode every prompt of the data set once, before training, keep the results in this folder for later "
+        "runs, too, and free the text encoders.")
     add("--offload_text_encoders", action="store_true",
         help="Keep the text encoders on the CPU. If the data set has at most 1,000 prompts, they are encoded once and "
-        "the encoders are freed.")
+        "the encoders are freed; with more, give --cache_dir.")
     add("--use_8bit_adam", action="store_true", help="Use 8-bit AdamW. Needs bitsandbytes.")
     add("--allow_tf32", action="store_true",
         help="Allow TF32 for matrix products on Ampere and later GPUs, as the release does.")

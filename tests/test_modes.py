@@ -204,6 +204,26 @@ def test_bf16_trains_as_fp32(mode, trained):
         assert 0.97 < b.norm() / a.norm() < 1.03, role
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_processes_share_a_cache_of_prompts(mode, trained, flags, tmp_path):
+    """As the run that encodes in its loop; resumed, to the bit."""
+    arguments = [*flags("flux"), "--train_batch_size", "8", "--cache_dir", str(tmp_path / "cache")]
+    arguments += ["--validation_prompts", "a red square", "--teacher_num_inference_steps", "2"]
+    arguments += ["--max_train_steps", "6"]
+    launch("train_senseflow_flux.py", [*arguments, "--output_dir", str(tmp_path / "full")], 2, "no", mode)
+    assert_checkpoints_near(trained("flux", mode), tmp_path / "full", 3, 6)
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    keys = [{bytes(key.tolist()) for key in load_file(file)["keys"]} for file in files]
+    assert len(files) == 4, "of two processes and two encoders"
+    assert keys[0].isdisjoint(keys[1]) and abs(len(keys[0]) - len(keys[1])) <= 1
+    assert keys[0] | keys[1] == keys[2] | keys[3]
+    if mode == "fsdp2":
+        resume(tmp_path / "full" / "checkpoint-3", arguments, 2, mode, tmp_path / "resumed")
+        ends = (states(tmp_path / folder / "checkpoint-6") for folder in ("full", "resumed"))
+        assert_same(*ends)
+        assert files == sorted((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_two_nodes_train_as_one(trained, flags, tmp_path):
     """Two launches of one process each, as on two machines: rows and sample indices follow the global rank."""
     arguments = [*flags("flux"), "--train_batch_size", "8", "--output_dir", str(tmp_path)]
@@ -391,12 +411,24 @@ def has_traceback(stderr: str) -> bool:
     return re.search(r"\[rank\d+\]: ", stderr) is not None
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero3"])
-@pytest.mark.parametrize(
-    "fault, message", [("error", "the disk went away; mount it again"), ("nan", "fake_loss not finite 3 times")]
-)
+FAULTS = [
+    (mode, *fault)
+    for mode in ("ddp", "fsdp2", "zero3")
+    for fault in (("error", "the disk went away; mount it again"), ("nan", "fake_loss not finite 3 times"))
+]
+
+
+FAULTS += [("ddp", "encoding", "the disk went away; mount it again")]
+FAULTS += [("ddp", "elsewhere", "not the same folder in all processes; give one on a disk that all nodes see")]
+
+
+@pytest.mark.parametrize("mode, fault, message", FAULTS)
 def test_what_ends_one_process_ends_all_and_is_printed_last(mode, fault, message, flags, tmp_path):
     arguments = [fault, *flags("flux"), "--train_batch_size", "1", "--output_dir", str(tmp_path)]
+    if fault == "encoding":  # the other process waits for its files
+        arguments += ["--cache_dir", str(tmp_path / "cache")]
+    if fault == "elsewhere":
+        arguments = [fault, *flags("flux"), "--cache_dir", "relative", "--output_dir", str(tmp_path)]
     process = start("tests/workers/faulty_rank.py", arguments, 2, "no", mode)
     try:
         _, stderr = process.communicate(timeout=90)  # starting takes up to 20 s

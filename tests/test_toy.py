@@ -140,7 +140,7 @@ def test_an_iteration_is_the_one_written_by_hand(simulated):
     values, _ = train_iteration(iteration, [batch], models, args)
 
     rng, sample_indices, anchors = StatelessRNG(0, iteration), range(4), [*ANCHORS["flow"], 0.0]
-    student, fake, condition = copy.deepcopy(start), copy.deepcopy(start), models.condition(batch["prompts"])
+    student, fake, condition = copy.deepcopy(start), copy.deepcopy(start), models.condition(batch)
 
     def normal(name):
         return rng.normal(name, sample_indices, teacher.shape)
@@ -244,7 +244,7 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
             models.discriminator = Runtime(args).trained_role("discriminator", copy.deepcopy(critic), 0.5e6)
             models.real_images = lambda batch: batch["pixel_values"]
             models.decode, models.omega = decode, omega
-            models.vision_features, models.text_features = (lambda pixels: [pixels]), (lambda prompts: text)
+            models.vision_features, models.discriminator_text = (lambda pixels: [pixels]), (lambda batch: text)
             discriminator = models.discriminator.module
         train_iteration(iteration, [batch], models, args)
         moved[with_gan] = [
@@ -253,7 +253,7 @@ def test_the_adversarial_turns_are_the_ones_written_by_hand():
 
     t = torch.full((4,), 1000.0, dtype=torch.float64)
     noise = rng.normal("input_noise", sample_indices, teacher.shape)
-    condition = models.condition(batch["prompts"])
+    condition = models.condition(batch)
     fake = diff_augment(decode(noise - start(noise, t, condition)), rng, sample_indices, "fake")
     real, reference = diff_augment(batch["pixel_values"], rng, sample_indices, "real"), [batch["pixel_values"]]
 

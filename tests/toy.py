@@ -240,8 +240,8 @@ class ToyModels(TrainingModels):
     def x0_shape(self, batch):
         return self.latent_shape
 
-    def condition(self, prompts):
-        return torch.tensor([int(prompt) for prompt in prompts])
+    def condition(self, batch):
+        return torch.tensor([int(prompt) for prompt in batch["prompts"]])
 
     def real_latents(self, batch, rows, rng):
         return batch["pixel_values"][rows]

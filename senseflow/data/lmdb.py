@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 from contextlib import contextmanager
-from typing import Optional
+from typing import Iterator, Optional
 
 import numpy as np
 
@@ -97,6 +97,11 @@ class LatentRows:
         except (OSError, ValueError) as error:
             problem = f"the prompt of row {row} cannot be read ({error})"
             raise data_error(self.origin, problem, "write it again", 1) from error
+
+    def all_captions(self) -> Iterator[str]:
+        """Iterate over the prompts of all rows. UserError as by `captions`."""
+        for row in range(len(self)):
+            yield from self.captions(row)
 
     def latents(self, row: int) -> np.ndarray:
         """Read (C, H, W) float32. Raises OSError if they are not there, ValueError if they have another size."""

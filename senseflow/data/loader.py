@@ -299,11 +299,14 @@ class PromptImageLoader(DataLoader):
     Attributes:
         failure: the error that should end the run once its checkpoint is saved (exit code 1): more than 1 % of the
             rows were unreadable. Valid micro-batches still follow.
+        read_prompts: `read_prompts(prompts)` returns entries to add to a micro-batch, such as encodings of prompts. It
+            is called in this process, while the device works on the iteration before.
     Raises:
         UserError: exit code 1, while iterating: no micro-batch can be made, or a worker has died or does not answer.
     """
 
     failure: Optional[UserError] = None
+    read_prompts: Optional[Callable[[Sequence[str]], dict[str, Any]]] = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         counter = UnreadableCounter(self.dataset.rows.origin)
@@ -312,7 +315,8 @@ class PromptImageLoader(DataLoader):
                 raise batch
             if batch is not None:
                 self.failure = self.failure or counter.add(batch)
-                yield {name: _to_tensor(value) for name, value in batch.items()}
+                encoded = self.read_prompts(batch["prompts"]) if self.read_prompts else {}
+                yield {name: _to_tensor(value) for name, value in batch.items()} | encoded
 
     def _fetch(self) -> Iterator[Union[dict[str, Any], UserError, None]]:
         """Yield what the workers send. Report a dead worker here, between two iterations, in one line."""

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Any, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
@@ -77,6 +77,10 @@ class MixedRows:
     def captions(self, row: int) -> list[str]:
         source, row = self._find(row)
         return source.captions(row)
+
+    def all_captions(self) -> Iterator[str]:
+        """Iterate over the captions of all rows."""
+        return itertools.chain.from_iterable(source.all_captions() for source in self.sources)
 
     def read(self, row: int) -> tuple[str, Any, str]:
         source, row = self._find(row)

@@ -198,6 +198,12 @@ class ImageRows:
             for table in images.iter(1000):
                 yield from pool.map(_image_size, table.column(0))
 
+    def all_captions(self) -> Iterator[str]:
+        """Iterate over the captions of all rows."""
+        for cells in _batches(self._captions):
+            for cell in cells:
+                yield from _as_list(cell)
+
     def read(self, row: int) -> tuple[str, Optional[Image.Image], str]:
         """Read a row's image: (name for messages, upright RGB image, ""), or (name, None, why it cannot be read)."""
         cell = next(iter(self._images[row].values())) or {"path": None, "bytes": None}

@@ -1,7 +1,8 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Choose the readers of the data sets.
 
-Each returns rows: `captions(row)`, `read(row)`, `field`, `origin`, `summary`, `fingerprint`.
+Each returns rows: `captions(row)`, `all_captions()` (not a stream's), `read(row)`, `field`, `origin`, `summary`,
+`fingerprint`.
 """
 
 from typing import Union

@@ -113,7 +113,8 @@ def print_summary(summary: dict, args) -> None:
         if sum(row) >= 0.0005 * summary["peak_gib"]:
             print(f"{owner:15}" + "".join(f"{gib(size) if size else '':>13}" for size in row))
     print(f"peak {gib(summary['peak_gib'])} GiB, in: {summary['peak_phase']}")
-    duration = "during the run" if args.offload_text_encoders else "while they load"
+    stay = args.offload_text_encoders and not args.cache_dir
+    duration = "during the run" if stay else "while they load"
     print(f"in host memory: text encoders, {gib(summary['host_gib'])} GiB, {duration}; one tensor of other networks")
     sizes = f"a checkpoint {gib(summary['checkpoint_gib'])} GiB, the export {gib(summary['export_gib'])} GiB"
     print(f"on disk: {sizes}")

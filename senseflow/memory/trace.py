@@ -23,6 +23,7 @@ from diffusers import ModelMixin
 from torch import distributed
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from senseflow.arguments import torch_dtype
@@ -247,14 +248,36 @@ def largest_size(args) -> list[int]:
     return max(args.aspect_ratio_buckets or [args.resolution], key=math.prod)
 
 
-def make_batch(args, models, sample_indices: list[int], device) -> dict[str, Any]:
-    """Make a micro-batch of images or, with --dataset_lmdb, of latents."""
+def encode_and_free(counter: Counter, models) -> dict[str, Any]:
+    """Encode one prompt and free the text encoders, as with --cache_dir.
+
+    Returns:
+        What `read_prompts` will return, on the meta device.
+    """
+    with counter.in_phase(ENCODERS, "encoding before training"):
+        for encoder in text_encoders_of(models.pipeline).values():
+            encoder.to(models.device)
+        encoded: dict[str, Any] = {"condition": models.encode_prompts(["a prompt"])}
+        if models.text_features is not None:
+            encoded["text_features"] = models.text_features(["a prompt"])
+    models.pipeline.register_modules(**dict.fromkeys(text_encoders_of(models.pipeline)))
+    models.text_features = None
+    return tree_map(lambda part: part.to("meta"), encoded)
+
+
+def make_batch(args, models, sample_indices: list[int], device, encoded: dict[str, Any]) -> dict[str, Any]:
+    """Make a micro-batch of images or, with --dataset_lmdb, of latents; and of encodings like those of one prompt."""
     size = largest_size(args)
     batch = {"sample_indices": sample_indices, "prompts": ("a prompt",) * len(sample_indices), "size": size}
     name, shape = "pixel_values", (3, *size)
     if args.dataset_lmdb:
         name, shape = "latents", models.latent_shape
-    return batch | {name: torch.zeros(len(sample_indices), *shape, device=device)}
+
+    def zeros(one: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(sample_indices), *one.shape[1:], dtype=one.dtype, device=device)
+
+    encoded = tree_map(zeros, encoded)
+    return batch | {name: torch.zeros(len(sample_indices), *shape, device=device)} | encoded
 
 
 def patch_phase(counter: Counter, obj, method: str, owner, activity: str):
@@ -305,9 +328,12 @@ def trace(args, source, models_class, make_models, train_iteration, counter: Cou
         stack.enter_context(mock.patch.object(Accelerator, "device", runtime.device))
         models = make_models(models_class, args, source, schedule, runtime)
         roles = roles_of(models)
-        encoders = HOST if args.offload_text_encoders else ENCODERS
+        encoders = HOST if args.offload_text_encoders and not args.cache_dir else ENCODERS
         label_networks(counter, models, encoders)
-        encoder_bytes = counter.by_label[encoders, WEIGHTS]
+        encoder_bytes, bytes_on_disk = counter.by_label[encoders, WEIGHTS], sizes_on_disk(args, models)
+        counter.reset()
+        encoded = encode_and_free(counter, models) if args.cache_dir else {}
+        encoding = counter.peak, counter.at_peak, counter.peak_phase
         for method in ("encode", "decode") if models.vae is not None else ():
             stack.enter_context(patch_phase(counter, models.vae, method, "VAE", method))
         stack.enter_context(patch_phase(counter, models, "condition", encoders, "forward"))
@@ -320,14 +346,13 @@ def trace(args, source, models_class, make_models, train_iteration, counter: Cou
         for stage in (ORDINARY, WITH_STUDENT):
             print_stage(f"iteration {stage}")
             if stage == WITH_STUDENT or args.ttur_ratio > 1:
-                work[stage] = run_iteration(args, models, train_iteration, counter, stage)
+                work[stage] = run_iteration(args, models, train_iteration, counter, stage, encoded)
+        training = counter.peak, counter.at_peak, counter.peak_phase
         return Trace(
-            counter.peak,
-            counter.at_peak,
-            counter.peak_phase,
+            *max(training, encoding, key=lambda found: found[0]),
             encoder_bytes,
             work,
-            *sizes_on_disk(args, models),
+            *bytes_on_disk,
             num_params={name: sum(p.numel() for p in role.module.parameters()) for name, role in roles.items()},
             optimizer_bytes=optimizer_bytes,
         )
@@ -366,14 +391,17 @@ def allocate_states(
     return {name: counter.by_label[name, STATES] for name in roles}
 
 
-def run_iteration(args, models, train_iteration, counter: Counter, stage: str) -> dict[tuple[str, str], Work]:
+def run_iteration(
+    args, models, train_iteration, counter: Counter, stage: str, encoded: dict[str, Any]
+) -> dict[tuple[str, str], Work]:
     """Run an iteration with at most two micro-batches; return the work of all of them by phase."""
     micro_batches = min(2, args.gradient_accumulation_steps)  # the second adds to existing gradients
     sample_indices = list(range(args.train_batch_size * micro_batches))
     counter.work.clear()
     with counter.in_phase("loop", ""):
         batches = [
-            make_batch(args, models, sample_indices[i::micro_batches], models.device) for i in range(micro_batches)
+            make_batch(args, models, sample_indices[i::micro_batches], models.device, encoded)
+            for i in range(micro_batches)
         ]
         train_iteration(args.ttur_ratio - (stage == WITH_STUDENT), batches, models, args)
     scale = args.gradient_accumulation_steps / micro_batches

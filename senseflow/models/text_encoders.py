@@ -1,22 +1,17 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
 """Encode prompts to conditions: where the frozen text encoders are, and for how long."""
 
-import os
 from functools import partial
-from typing import Callable, Optional, Sequence, Union
+from typing import Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
-from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
-from tqdm.auto import tqdm
 
 from senseflow.errors import UserError
 
 
-logger = get_logger(__name__)
-
-MAX_CACHED_PROMPTS = 1000  # embeddings of FLUX.1-dev take 4 MB per prompt in bf16
+MAX_PROMPTS_IN_MEMORY = 1000  # embeddings of FLUX.1-dev take 4 MB per prompt in bf16
 
 
 def text_encoders_of(pipeline) -> dict[str, torch.nn.Module]:
@@ -38,40 +33,14 @@ def _encode_on_their_device(pipeline, encode_prompt, *args, device, **kwargs) ->
     return send_to_device(encode_prompt(*args, device=own_device, **kwargs), device)  # lists of tensors, too
 
 
-def cache_conditions(args, rows, pipeline, encode_prompts: Callable, device) -> Callable:
-    """With --offload_text_encoders and few different prompts, encode them all once and free the encoders.
-
-    Args:
-        rows: of the data set.
-        encode_prompts: `encode_prompts(prompts)` -> condition, a tuple of tensors (B, ...).
-    Returns:
-        A replacement of `encode_prompts`. The encoders stay on the CPU if --validation_prompts needs them.
-    """
-    prompts = different_prompts(rows) if args.offload_text_encoders else None
-    if prompts is None:
-        return encode_prompts
-    encoders = text_encoders_of(pipeline)
-    for encoder in encoders.values():
-        encoder.to(device)
-    progress = tqdm(prompts, "prompts", disable=os.environ.get("LOCAL_RANK", "0") != "0")
-    cached = {prompt: [part.cpu() for part in encode_prompts([prompt])] for prompt in progress}
-    for encoder in encoders.values():
-        encoder.to("cpu")
-    if not args.validation_prompts:
-        pipeline.register_modules(**dict.fromkeys(encoders))
-    location = "stay on the CPU" if args.validation_prompts else "are freed"
-    logger.info(f"{len(cached)} prompts are encoded; the text encoders {location}")
-    return lambda prompts: tuple(torch.cat(parts).to(device) for parts in zip(*[cached[prompt] for prompt in prompts]))
-
-
-def different_prompts(rows) -> Optional[list[str]]:
-    """List the different prompts of a data set; None for more than MAX_CACHED_PROMPTS, and for a stream."""
-    prompts: dict[str, None] = {}
-    for row in range(len(rows) if hasattr(rows, "__len__") else 0):
-        prompts |= dict.fromkeys(rows.captions(row))
-        if len(prompts) > MAX_CACHED_PROMPTS:
-            return None
-    return list(prompts) or None
+def has_few_prompts(rows) -> bool:
+    """Return whether a data set has at most MAX_PROMPTS_IN_MEMORY different prompts; those of a stream are unknown."""
+    prompts: set[str] = set()
+    for prompt in rows.all_captions() if hasattr(rows, "all_captions") else ():
+        prompts.add(prompt)
+        if len(prompts) > MAX_PROMPTS_IN_MEMORY:
+            return False
+    return bool(prompts)
 
 
 def pad_condition(

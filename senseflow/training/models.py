@@ -24,7 +24,8 @@ from senseflow.models.hub import (
     student_source,
 )
 from senseflow.models.lora import adapted_copies, adapter_settings, check_lora_args, fuse_or_quantize
-from senseflow.models.text_encoders import cache_conditions, place_text_encoders
+from senseflow.models.prompt_cache import check_cache_dir
+from senseflow.models.text_encoders import place_text_encoders
 from senseflow.models.vae import decode, encode, latent_shape_of, load_vae, repack
 from senseflow.models.weights import fingerprint, from_pretrained_meta, materialize
 from senseflow.training.roles import Role
@@ -55,7 +56,10 @@ class TrainingModels:
     Attributes:
         student, teacher, fake_score: the roles; None until `make_models` of the script has made them.
         discriminator: the role; None with --gan_weight 0, and under DMD2.
-        vision_features, text_features: the discriminator's frozen DINOv2 and CLIP; None if it is None.
+        vision_features, text_features: the discriminator's frozen DINOv2 and CLIP; None if it is None. The CLIP is
+            None, too, and `text_fingerprint` is its fingerprint, once prompts are encoded and it is freed.
+        read_prompts: reads {"condition": ..., "text_features": ...} of a batch's prompts, in host memory; None if they
+            are encoded in the loop (senseflow.training.prompts).
         further_roles: frozen roles of `further_networks`, by name.
         empty_condition: condition (1, ...) of the unconditional prompt; None if the teacher is never called with it.
         pipeline: the teacher's diffusers pipeline, with its text encoders.
@@ -82,13 +86,13 @@ class TrainingModels:
     method = "SenseFlow (arXiv 2506.00523)"  # for the model card
     kohya_names = False  # whether an exported adapter has kohya's tensor names, which other programs look for
     comfyui_shift: Optional[float] = None  # the shift of noise levels by which ComfyUI loads this teacher, if tried
-    vision_features = text_features = None
+    vision_features = text_features = text_fingerprint = None
+    read_prompts: Optional[Callable[[Sequence[str]], dict[str, Any]]] = None
 
     def __init__(self, args, source: ModelSource, schedule: Schedule, runtime: Runtime):
         self.args, self.source, self.schedule, self.device = args, source, schedule, runtime.device
         self.student = self.teacher = self.fake_score = self.discriminator = None
         self.extra_components: dict[str, Any] = {}
-        self._condition = self.encode_prompts  # `cache_prompts` may replace it by a look-up
         dtype, vae_source = runtime.weight_dtype, self.vae_source(args, source)
         self.network = from_pretrained_meta(source, self.network_class, self.network_name, dtype=dtype)
         encodes, decodes = self.uses_vae(args)
@@ -229,6 +233,10 @@ class TrainingModels:
         """Return further {setting: value} of ComfyUI, for the model card."""
         return {}
 
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return the flags on which `encode_prompts` depends, in JSON's types: part of the keys of --cache_dir."""
+        return {"max_sequence_length": getattr(self.args, "max_sequence_length", None)}
+
     def fingerprints(self) -> dict[str, Any]:
         """Return what must be the same on resume: frozen networks, adapters, the class of the optimizer."""
         fingerprints = {"teacher": self.teacher_fingerprint, "optimizer": type(self.student.optimizer).__name__}
@@ -237,7 +245,7 @@ class TrainingModels:
             vision = self.vision_features
             fingerprints["discriminator_backbone"] = f"{fingerprint(vision)} {vision.layers}"
             fingerprints["discriminator_resolution"] = vision.resolution
-            fingerprints["discriminator_text_encoder"] = fingerprint(self.text_features)
+            fingerprints["discriminator_text_encoder"] = self.text_fingerprint or fingerprint(self.text_features)
         return fingerprints
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -278,13 +286,17 @@ class TrainingModels:
             line += f", and the defaults are for {recipe}: {fix}"
         logger.info(line)
 
-    def cache_prompts(self, rows) -> None:
-        """Encode all prompts once and free the encoders, with --offload_text_encoders and few different prompts."""
-        self._condition = cache_conditions(self.args, rows, self.pipeline, self.encode_prompts, self.device)
+    def condition(self, batch: dict) -> tuple[torch.Tensor, ...]:
+        """Return the condition of a batch's prompts: what `read_prompts` has added to the batch, or encoded here."""
+        return batch["condition"] if "condition" in batch else self.encode_prompts(batch["prompts"])
 
-    def condition(self, prompts: Sequence[str]) -> tuple[torch.Tensor, ...]:
-        """Return the condition of B prompts: encoded, or looked up after `cache_prompts`."""
-        return self._condition(prompts)
+    def encode_for_discriminator(self, prompts: Sequence[str]) -> tuple[torch.Tensor]:
+        """Encode B prompts to the discriminator's features (B, T)."""
+        return (self.text_features(prompts),)
+
+    def discriminator_text(self, batch: dict) -> torch.Tensor:
+        """Return the discriminator's features (B, T) of a batch's prompts, as `condition` does."""
+        return batch["text_features"] if "text_features" in batch else self.text_features(batch["prompts"])
 
     def x0_shape(self, batch: dict) -> tuple[int, int, int]:
         """Return (C, H, W) of one x0 of a batch."""
@@ -350,6 +362,7 @@ def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:
     if channels * math.isqrt(taken // channels) ** 2 != taken:  # networks may fold squares of latents into channels
         problem = f"takes {taken} channels for latents of {channels}, as for inpainting or control images"
         raise source.error(f"its {cls.network_name} {problem}; give a text-to-image teacher")
+    check_cache_dir(args)
     check_lora_args(args, cls.pipeline_class, cls.network_name, cls.network_class, config)
     if args.student_model_name_or_path and not args.rank:
         start = student_source(args, source)

@@ -3,7 +3,7 @@
 
 import itertools
 import textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, Iterator, Optional, Sequence
 
 import numpy as np
@@ -84,12 +84,39 @@ class Validation:
             self._monitor.update(iteration, signals)
         self.signals = {"iteration": iteration, **signals}
 
+    def record_prompts(self) -> None:
+        """Start every stock call of `run`, which calls the pipeline's `encode_prompt`, and stop it at the network."""
+        if not self.args.validation_prompts:
+            return
+        pipeline = self.models.pipeline
+        student = (self.models.student, self.scheduler, self.pipeline_kwargs)
+        teacher_kwargs = self.pipeline_kwargs | self.models.teacher_pipeline_kwargs()
+        for role, scheduler, kwargs in (student, (self.models.teacher, self.teacher_scheduler, teacher_kwargs)):
+            self._register(role, scheduler)
+            # First of all hooks: those of shards would gather them.
+            hook = role.module.register_forward_pre_hook(_stop, prepend=True)
+            for prompt in self.args.validation_prompts:
+                with suppress(_Stopped):
+                    call_pipeline(self.runtime.accelerator, pipeline, prompt, self.args.seed, kwargs)
+            hook.remove()
+
     def _generate(self, role: Role, scheduler, pipeline_kwargs: dict):
         """Return the images and latents of `generate_images` with a role's network."""
+        self._register(role, scheduler)
+        return generate_images(self.runtime.accelerator, self.models.pipeline, self.args, pipeline_kwargs)
+
+    def _register(self, role: Role, scheduler) -> None:
         pipeline, scheduler = self.models.pipeline, type(scheduler).from_config(scheduler.config)
         pipeline.register_modules(scheduler=scheduler, **{self.models.network_name: role.module})
         pipeline.set_progress_bar_config(disable=True)
-        return generate_images(self.runtime.accelerator, pipeline, self.args, pipeline_kwargs)
+
+
+class _Stopped(Exception):
+    """A stock call has come to its network."""
+
+
+def _stop(*_) -> None:
+    raise _Stopped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,6 +138,15 @@ def record_decoded_latents(vae: ModelMixin) -> Iterator[list[torch.Tensor]]:
         vae.decode = decode
 
 
+@torch.no_grad()
+def call_pipeline(accelerator, pipeline, prompt: str, seed: int, pipeline_kwargs: dict) -> Image.Image:
+    """Generate one image with a stock call."""
+    generator = torch.Generator().manual_seed(seed)
+    bind_generator(pipeline.scheduler, generator)
+    with accelerator.autocast():  # the student is in float32, VAE and text encoders may not be
+        return pipeline(prompt=prompt, generator=generator, **pipeline_kwargs).images[0]
+
+
 def generate_images(
     accelerator, pipeline, args, pipeline_kwargs: dict
 ) -> tuple[list[list[Image.Image]], list[list[torch.Tensor]]]:
@@ -124,11 +160,8 @@ def generate_images(
     # Padded: the shards of a network are gathered in all processes at once.
     with accelerator.split_between_processes(jobs, apply_padding=True) as own_jobs:
         for index, (prompt, number) in own_jobs:
-            generator = torch.Generator().manual_seed(args.seed + number)
-            bind_generator(pipeline.scheduler, generator)
-            # Autocast: the student is in float32, VAE and text encoders may not be.
-            with torch.no_grad(), accelerator.autocast(), record_decoded_latents(pipeline.vae) as latents:
-                image = pipeline(prompt=prompt, generator=generator, **pipeline_kwargs).images[0]
+            with record_decoded_latents(pipeline.vae) as latents:
+                image = call_pipeline(accelerator, pipeline, prompt, args.seed + number, pipeline_kwargs)
             results[index] = image, latents[-1][0]
     results = dict(gather_object(list(results.items())))
     images, latents = zip(*(results[index] for index, _ in jobs))

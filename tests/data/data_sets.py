@@ -59,7 +59,9 @@ def take(loader, count):
 
 
 def all_captions(rows):
-    return [rows.captions(row) for row in range(len(rows))]
+    captions = [rows.captions(row) for row in range(len(rows))]
+    assert list(rows.all_captions()) == list(itertools.chain.from_iterable(captions))
+    return captions
 
 
 def refusal(args, *parts) -> str:

@@ -177,7 +177,7 @@ def test_what_depends_on_values_is_refused(flags, monkeypatch):
 @pytest.mark.parametrize(
     "name, more",
     [
-        ("flux", ["--gradient_checkpointing"]),
+        ("flux", ["--gradient_checkpointing", "--cache_dir", "not-made", "--dry_run"]),
         ("sd3", ["--rank", "8", "--gan_weight", "0", "--gradient_accumulation_steps", "3"]),
         ("dmd2", ["--gan_weight", "0.005", "--ttur_ratio", "1"]),
     ],
@@ -220,6 +220,20 @@ def test_operations_and_bytes_of_an_iteration(name, more, flags, bfloat16):
     counts = [(total.operations, total.bytes_moved / 1e6) for total in totals]
     for count, expected in zip(counts, COUNTS[name, more], strict=True):
         assert count == pytest.approx(expected, rel=0.05), counts
+
+
+def test_with_a_cache_no_text_encoder_is_there_during_training(flags, tmp_path):
+    """Neither the pipeline's nor the discriminator's; nothing is encoded, and the folder is not made."""
+    cache = ["--dry_run", "--cache_dir", str(tmp_path / "cache")]
+    without_cache, with_cache = (run_trace(train_senseflow_flux, flags("flux", *more)) for more in ([], cache))
+    assert ("text encoders", "forward") in without_cache.work["ordinary"]
+    assert not any(size for (owner, _), size in with_cache.at_peak.items() if owner == "text encoders")
+    assert not any(owner == "text encoders" for phases in with_cache.work.values() for owner, _ in phases)
+    freed = without_cache.at_peak["text encoders", WEIGHTS]
+    freed += without_cache.at_peak["other frozen", WEIGHTS] - with_cache.at_peak["other frozen", WEIGHTS]
+    assert with_cache.encoder_bytes == without_cache.encoder_bytes < freed
+    assert freed * 0.9 < without_cache.peak - with_cache.peak < freed * 1.1
+    assert with_cache.export_bytes == without_cache.export_bytes and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs torch's build for GPUs, without a GPU")

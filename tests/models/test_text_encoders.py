@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
 
 from senseflow.errors import UserError
 from senseflow.models import text_encoders
@@ -60,20 +59,3 @@ def test_outputs_of_offloaded_encoders_are_on_the_device():
     texts, absent, pooled = pipeline.encode_prompt(["a", "bc"], device="meta")
     assert [text.shape[0] for text in texts] == [1, 2] and absent is None
     assert {tensor.device.type for tensor in (*texts, pooled)} == {"meta"}
-
-
-def test_cached_conditions_equal_those_encoded_together():
-    """Prompts are cached one by one, and rows of different prompts are joined, so that their lengths must agree."""
-    PartialState()  # accelerate's loggers need it
-    args = SimpleNamespace(offload_text_encoders=True, validation_prompts=None)
-    pipeline = SimpleNamespace(components={}, register_modules=lambda **models: None)
-
-    class Rows(list):
-        def captions(self, row):
-            return [self[row]]
-
-    cached = text_encoders.cache_conditions(args, Rows(PROMPTS), pipeline, encode, "cpu")
-    assert cached is not encode
-    for prompts in (PROMPTS, PROMPTS[::-1], (PROMPTS[2], PROMPTS[2])):
-        for found, wanted in zip(cached(prompts), encode(prompts), strict=True):
-            assert torch.equal(found, wanted)

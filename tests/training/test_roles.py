@@ -25,7 +25,6 @@ from senseflow.arguments import keep_last
 from senseflow.errors import UserError
 from senseflow.models import text_encoders
 from senseflow.training import checkpoints
-from senseflow.training import models as training_models
 from senseflow.training import runtime as runtime_module
 from senseflow.training.metrics import Metrics
 from senseflow.training.roles import LaunchConfig, join_shards
@@ -504,31 +503,3 @@ def test_offloaded_encoders_run_on_the_cpu_and_their_output_goes_to_the_device(o
     text_encoders.place_text_encoders(SimpleNamespace(offload_text_encoders=offload), pipeline, "meta")
     assert encoder.weight.device.type == where and not encoder.weight.requires_grad
     assert pipeline.encode_prompt(["a"], device="meta")[1].device.type == "meta" and asked == [where]
-
-
-@pytest.mark.parametrize("few, validate", [(True, False), (True, True), (False, True)])
-def test_text_encoders_leave_the_device(few, validate, flags, tmp_path, monkeypatch):
-    """With the same weights. A few prompts are encoded once, and then only validation keeps the encoders."""
-    calls, pipelines = [], []
-    cache_conditions = training_models.cache_conditions
-
-    def recording(args, rows, pipeline, encode_prompts, device):
-        if args.offload_text_encoders:
-            encode = pipeline.encode_prompt
-            pipeline.encode_prompt = lambda *a, **k: calls.append(1) or encode(*a, **k)
-            pipelines.append(pipeline)
-        return cache_conditions(args, rows, pipeline, encode_prompts, device)
-
-    monkeypatch.setattr(training_models, "cache_conditions", recording)
-    monkeypatch.setattr(text_encoders, "MAX_CACHED_PROMPTS", 12 if few else 11)  # the data set has 12 prompts
-    flags = [*flags, "--max_train_steps", "2", *(["--validation_prompts", "a red square"] if validate else [])]
-    for name, add in (("with", ["--offload_text_encoders"]), ("without", [])):
-        script.main([*flags, *add, "--output_dir", str(tmp_path / name)])
-    assert_same(
-        states(tmp_path / "with" / "checkpoint-2"), states(tmp_path / "without" / "checkpoint-2"), rtol=1e-5, atol=1e-6
-    )
-    (pipeline,) = pipelines
-    freed = pipeline.text_encoder is None and pipeline.text_encoder_2 is None
-    assert freed == (few and not validate)
-    # Two training batches; validation images of the teacher once and of the student twice, without negative prompts.
-    assert len(calls) == (12 if few else 2) + 3 * validate

@@ -1,10 +1,11 @@
 """Run the FLUX script with a fault in the process of rank 1. Launched by test_modes.py.
 
-python tests/workers/faulty_rank.py {error, nan, unreadable} [the script's arguments]
+python tests/workers/faulty_rank.py {error, nan, unreadable, encoding, elsewhere} [the script's arguments]
 """
 
 import os
 import sys
+import tempfile
 
 import train_senseflow_flux as script
 from senseflow.errors import UserError, run_script
@@ -29,7 +30,15 @@ def unreadable_data(*args):
     return loader
 
 
+def faulty_encoding(models, prompts):
+    raise UserError("--cache_dir cache: the disk went away; mount it again")
+
+
+if fault == "elsewhere":  # a relative path is another one in each process, as on another node
+    os.chdir(tempfile.mkdtemp(dir=arguments[-1]))
 if os.environ["RANK"] == "1":
+    if fault == "encoding":
+        script.FluxModels.encode_prompts = faulty_encoding
     script.train_iteration = faulty_iteration
     if fault == "unreadable":
         script.make_dataloader = unreadable_data
