@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-modes test-teachers mutants style fix-copies
+.PHONY: venv demo test test-modes test-teachers test-runs mutants style fix-copies
 
 venv: $(VENV)/.installed
 
@@ -14,9 +14,11 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 demo: venv
 	$(BIN)/python demo/run.py
 
+SLOW := test_modes.py test_teachers_train.py test_runs.py
+
 # Two at a time, each on one core.
 test: venv
-	$(BIN)/python -m pytest tests --ignore tests/test_modes.py --ignore tests/test_teachers_train.py -n 2
+	$(BIN)/python -m pytest tests -n 2 $(addprefix --ignore tests/,$(SLOW))
 
 # Every configuration of accelerate_configs/, two processes each. DeepSpeed compiles an operator at its first launch.
 test-modes: venv
@@ -25,6 +27,10 @@ test-modes: venv
 # Every file of teachers/, in one process and in two.
 test-teachers: venv
 	$(BIN)/python -m pytest tests/test_teachers_train.py -n 2
+
+# The files of runs/, whole, with tiny networks.
+test-runs: venv
+	$(BIN)/python -m pytest tests/test_runs.py -n 2
 
 mutants: venv
 	$(BIN)/python tests/mutants.py
