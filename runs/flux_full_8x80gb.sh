@@ -3,9 +3,9 @@
 #
 # bash runs/flux_full_8x80gb.sh           (with DATA=data.json, a captions JSON; it goes on where it was stopped)
 #
-# Estimated by --dry_run, not measured: a peak of 60 GiB on each GPU of GPU memory and 8 hours on H100s, without what they send each other,
-# of training. Two checkpoints and the export take 580 GiB of disk. Sampling 5,000 images with student and teacher comes
-# on top. It has been run whole with tiny networks (tests/test_runs.py), never with real weights.
+# Training, estimated by --dry_run, not measured: 60 GiB of each GPU, 8 hours on H100s and what these send each other.
+# 855 GiB of disk for checkpoints and the export. 5,000 images of student and teacher each come on top. It has been run
+# whole with tiny networks (tests/test_runs.py), never with real weights.
 
 TEACHER=${TEACHER:-black-forest-labs/FLUX.1-dev}
 SCRIPT=train_senseflow_flux.py CARD="A100 80 GB" OUT=${OUT:-runs/flux-full}

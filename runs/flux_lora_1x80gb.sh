@@ -3,9 +3,9 @@
 #
 # bash runs/flux_lora_1x80gb.sh           (with DATA=data.json, a captions JSON; it goes on where it was stopped)
 #
-# Estimated by --dry_run, not measured: a peak of 58 GiB of GPU memory and 52 hours on an H100
-# of training. Two checkpoints and the export take 30 GiB of disk. Sampling 5,000 images with student and teacher comes
-# on top. It has been run whole with tiny networks (tests/test_runs.py), never with real weights.
+# Training, estimated by --dry_run, not measured: 58 GiB of GPU memory, 52 hours on an H100.
+# 44 GiB of disk for checkpoints and the export. 5,000 images of student and teacher each come on top. It has been run
+# whole with tiny networks (tests/test_runs.py), never with real weights.
 
 TEACHER=${TEACHER:-black-forest-labs/FLUX.1-dev}
 SCRIPT=train_senseflow_flux.py CARD="A100 80 GB" OUT=${OUT:-runs/flux-lora}

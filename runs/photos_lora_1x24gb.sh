@@ -7,9 +7,9 @@
 # The teacher has to know the subject or style already: give a fine-tuned one as TEACHER, or its LoRA by
 # TRAIN="--teacher_lora my-style.safetensors". Distillation keeps what the teacher draws; the photos are what the
 # discriminator takes for real, and their captions are the prompts of training and evaluation.
-# Estimated by --dry_run, not measured: a peak of 20 GiB of GPU memory and 7 hours on an RTX 4090. Checkpoints and export take
-# 6 GiB of disk. It has been run whole with tiny networks (tests/test_runs.py), never with real weights; how few photos
-# are enough has not been tried.
+# Training, estimated by --dry_run, not measured: 20 GiB of GPU memory, 7 hours on an RTX 4090. 9 GiB of disk for
+# checkpoints and the export. It has been run whole with tiny networks (tests/test_runs.py), never with real weights;
+# how few photos are enough has not been tried.
 
 PHOTOS=${PHOTOS:-photos} DATA=unused
 TEACHER=${TEACHER:-stabilityai/stable-diffusion-xl-base-1.0}

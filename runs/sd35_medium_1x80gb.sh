@@ -3,9 +3,9 @@
 #
 # bash runs/sd35_medium_1x80gb.sh           (with DATA=data.json, a captions JSON; it goes on where it was stopped)
 #
-# Estimated by --dry_run, not measured: a peak of 68 GiB of GPU memory and 60 hours on an H100
-# of training. Two checkpoints and the export take 78 GiB of disk. Sampling 5,000 images with student and teacher comes
-# on top. It has been run whole with tiny networks (tests/test_runs.py), never with real weights.
+# Training, estimated by --dry_run, not measured: 68 GiB of GPU memory, 60 hours on an H100.
+# 109 GiB of disk for checkpoints and the export. 5,000 images of student and teacher each come on top. It has been run
+# whole with tiny networks (tests/test_runs.py), never with real weights.
 
 TEACHER=${TEACHER:-stabilityai/stable-diffusion-3.5-medium}
 SCRIPT=train_senseflow_sd3.py CARD="A100 80 GB" OUT=${OUT:-runs/sd35-medium}
