@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_docs import Workspace
 
 from helpers import ROOT, without
-from test_docs import Workspace
 
 
 RUNS = sorted(path.name for path in (ROOT / "runs").glob("*.sh") if path.name != "common.sh")
@@ -65,4 +65,3 @@ def test_a_run_goes_from_the_weights_to_a_row_and_does_nothing_twice(name, works
         again = run(name, workspace)
         assert again.returncode == 0 and again.stdout.endswith(table), again.stderr[-3000:]
         assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == written
-
