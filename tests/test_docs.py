@@ -50,7 +50,6 @@ NOT_RUN = {
     ),
     ("export.md", "python -m senseflow.convert_lora"): "tests/test_convert_lora.py runs it, with another name",
     ("lora.md", "python -m senseflow.merge_lora"): "tests/test_convert_lora.py runs it, with other names",
-    ("performance.md", "python benchmarks/gpu.py"): "full size on a GPU; a test runs it with tiny networks",
     ("checkpoints.md", "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT"): "an environment variable of the launcher alone",
     ("new_teacher.md", "pip install -e ."): "installs the repository",
     ("teachers.md", "python teachers/"): "tests/test_teachers_train.py trains every file",
@@ -60,7 +59,6 @@ NOT_RUN = {
 OTHER_FLAGS = {
     "accelerate launch": {"config_file", "num_processes", "machine_rank", "main_process_ip", "multi_gpu"},
     "senseflow.convert_lora, senseflow.merge_lora": {"to", "dtype"},
-    "benchmarks/gpu.py": {"minutes", "before"},
     "docker, Slurm": {"memory", "shm-size", "signal"},
 }
 OTHER_PATHS = {"networks/convert_flux_lora.py", "teachers/train_senseflow_NAME.py"}  # of sd-scripts; a placeholder
