@@ -6,12 +6,14 @@ takes longer is in test_teachers_train.py.
 
 import importlib
 import inspect
+import json
+import shutil
 
 import pytest
 import torch
 
 import tiny_pipelines
-from helpers import ROOT, assert_starts_as_the_teacher, built, models_class
+from helpers import ROOT, assert_starts_as_the_teacher, built, models_class, refused
 from senseflow.training.models import TrainingModels
 from stock_call import assert_called_as_stock
 
@@ -87,3 +89,12 @@ def test_a_teacher_has_nothing_of_the_script_that_it_is_made_from(name):
     missing = [flag for flag in REQUIRED if getattr(args, flag) is None]
     assert not missing, f"no default: {missing}"
     assert f"teachers/{script.__name__}.py" in script.__doc__, "the docstring has the command"
+
+
+@pytest.mark.parametrize("name", ["flux2_klein", "krea2"])
+def test_a_teacher_that_is_distilled_is_refused(name, pipeline, tmp_path, capsys):
+    shutil.copytree(pipeline(name), tmp_path / "distilled")
+    index = tmp_path / "distilled" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
+    flags = f"--pretrained_model_name_or_path {tmp_path}/distilled --prompts_file p.txt --output_dir {tmp_path}/out"
+    refused(SCRIPTS[name], flags.split(), 2, "has is_distilled true in its model_index.json", capsys)

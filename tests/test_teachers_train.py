@@ -53,16 +53,17 @@ def test_it_trains_resumes_to_the_bit_and_exports_what_its_card_generates(name, 
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_adapters_resume_to_the_bit_and_are_generated_with(name, flags, tmp_path):
+def test_adapters_in_bf16_resume_to_the_bit_and_are_generated_with(name, flags, bfloat16, tmp_path):
     cls, script = models_class(SCRIPTS[name]), SCRIPTS[name]
     if not (hasattr(cls.network_class, "add_adapter") and hasattr(cls.pipeline_class, "save_lora_weights")):
         pytest.skip("its pipeline takes no adapters")
     out, again = tmp_path / "out", tmp_path / "again"
-    script.main([*flags(name), "--rank", "4", "--output_dir", str(out)])
+    arguments = [*flags(name), *bfloat16, "--rank", "4", "--offload_text_encoders"]
+    script.main([*arguments, "--output_dir", str(out)])
     assert image_of(out, tmp_path / "images").std() > 0
     run_card(out)
     shutil.copytree(out / "checkpoint-2", again / "checkpoint-2")
-    script.main([*flags(name), "--rank", "4", "--output_dir", str(again), "--resume_from_checkpoint", "latest"])
+    script.main([*arguments, "--output_dir", str(again), "--resume_from_checkpoint", "latest"])
     assert_same(states(out / "checkpoint-4"), states(again / "checkpoint-4"))
 
 

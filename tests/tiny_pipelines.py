@@ -39,6 +39,8 @@ from diffusers import (
     Ideogram4Transformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    OvisImagePipeline,
+    OvisImageTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -441,6 +443,23 @@ def write_ideogram4(path, seed: int = 0) -> None:
         tokenizer=tokenizer,
         transformer=vivid(networks[0]),
         unconditional_transformer=vivid(networks[1]),
+    ).save_pretrained(path)
+
+
+def write_ovis_image(path, seed: int = 0) -> None:
+    """An OvisImagePipeline; 64 px are 8 x 8 latents, 16 tokens."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    transformer = OvisImageTransformer2DModel(
+        in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    OvisImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=tiny_qwen3(tokenizer),
+        tokenizer=tokenizer,
+        transformer=vivid(transformer),
     ).save_pretrained(path)
 
 
