@@ -73,7 +73,8 @@ def savings(args, mode: str, processes: int) -> list[Changes]:
         (not args.gradient_checkpointing, {"--gradient_checkpointing": []}),
         (args.gradient_checkpointing and args.gradient_checkpointing_interval != [1, 1], {INTERVAL: [1]}),
         (args.bf16_weight_copies, {"--bf16_weight_copies": None}),
-        (not args.offload_text_encoders, {"--offload_text_encoders": []}),
+        (encodes_on_gpu(args), cache(args)),
+        (encodes_on_gpu(args), {"--offload_text_encoders": []}),
         (micro_batch > 1, batch(1, micro_batch * accumulation)),
         (not args.use_8bit_adam and mode != "fsdp2", {"--use_8bit_adam": []}),
         (mode not in ("single", "ddp"), {PROCESSES: [2 * processes]}),
@@ -82,6 +83,14 @@ def savings(args, mode: str, processes: int) -> list[Changes]:
         (args.gan_weight > 0, {"--gan_weight": [0]}),
     ]
     return [change for possible, change in changes if possible]
+
+
+def encodes_on_gpu(args) -> bool:
+    return not (args.offload_text_encoders or args.cache_dir)
+
+
+def cache(args) -> Changes:
+    return {"--cache_dir": [f"{args.output_dir}/prompts"]}
 
 
 def batch(size: int, accumulation: int) -> Changes:
@@ -117,11 +126,13 @@ def suggest_savings(args, command: Command, mode: str, summary: dict) -> None:
 def speedups(args, mode: str, chosen: Changes) -> Iterator[list[Changes]]:
     """Yield what may save time for memory, as alternatives, the fastest first.
 
-    The least memory for the most time comes first.
+    What saves the most time for the least memory comes first.
 
     Args:
         chosen: the changes up to now; the caller adds to them.
     """
+    if encodes_on_gpu(args):
+        yield [cache(args)]
     if args.gradient_checkpointing:
         student, fake_score = args.gradient_checkpointing_interval
         yield [{INTERVAL: [student, interval]} for interval in longer(fake_score)]

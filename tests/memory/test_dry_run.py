@@ -336,6 +336,7 @@ def test_flags_are_added_until_the_command_fits(flags, capsys, monkeypatch):
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines == [
         "with --gradient_checkpointing: 60.00 GiB",
+        f"with --gradient_checkpointing --cache_dir {args.output_dir}/prompts: 60.00 GiB; no help, left out",
         "with --gradient_checkpointing --offload_text_encoders: 60.00 GiB; no help, left out",
         "with --gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 2: fails, left out",
         "with --gradient_checkpointing --use_8bit_adam: 30.00 GiB",
@@ -369,6 +370,7 @@ def test_memory_that_is_left_over_is_turned_into_speed(flags, capsys, monkeypatc
     interval = "with --gradient_checkpointing_interval 1 0"
     assert capsys.readouterr().out.splitlines() == [
         "13.64 GiB of 48 GB are left; an iteration takes 2.00 s (estimate for L40S)",
+        f"with --cache_dir {args.output_dir}/prompts: 31.00 GiB, 2.00 s; not faster, left out",
         f"{interval}: 38.00 GiB, 1.80 s",
         f"{interval} --bf16_weight_copies: 58.00 GiB, 1.80 s; does not fit",
         f"{interval} --train_batch_size 4 --gradient_accumulation_steps 1: 41.00 GiB, 1.80 s; not faster, left out",
@@ -380,11 +382,12 @@ def test_memory_that_is_left_over_is_turned_into_speed(flags, capsys, monkeypatc
 
 
 def test_what_is_suggested_is_a_trace_of_the_command(flags, monkeypatch, capsys):
-    arguments = flags("flux", "--gan_weight", "0", "--gradient_checkpointing_interval", "1", "0", "--dry_run", "24")
+    kept = ["--gan_weight", "0", "--offload_text_encoders"]
+    arguments = flags("flux", *kept, "--gradient_checkpointing_interval", "1", "0", "--dry_run", "24")
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     train_senseflow_flux.main(arguments)
     lines = re.findall(r"^(with.*): ([\d.]+) GiB, [\d.]+ s$", capsys.readouterr().out, re.MULTILINE)
-    peak = run_trace(train_senseflow_flux, flags("flux", "--gan_weight", "0")).peak / GIB
+    peak = run_trace(train_senseflow_flux, flags("flux", *kept)).peak / GIB
     assert lines == [("without --gradient_checkpointing_interval", f"{peak:.5f}")]
     command = Command([str(ROOT / "train_senseflow_flux.py"), *arguments], dict(os.environ), 1)
     assert command.trace({"--rank": [-1]}) is None
