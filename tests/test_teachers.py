@@ -97,4 +97,5 @@ def test_a_teacher_that_is_distilled_is_refused(name, pipeline, tmp_path, capsys
     index = tmp_path / "distilled" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
     flags = f"--pretrained_model_name_or_path {tmp_path}/distilled --prompts_file p.txt --output_dir {tmp_path}/out"
+    capsys.readouterr()  # of the writing of the pipeline
     refused(SCRIPTS[name], flags.split(), 2, "has is_distilled true in its model_index.json", capsys)
