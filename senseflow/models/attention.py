@@ -64,16 +64,19 @@ def with_kernel(processor, kernel: SDPBackend):
 
     Blocks are recomputed in the backward pass, outside of any context around the forward; a processor is part of them.
     """
-    cls = type(processor)
+    processor = copy.copy(processor)
+    processor.__class__ = class_with_kernel(type(processor), kernel)
+    return processor
 
+
+@functools.cache  # blocks whose processors are of one class share what torch.compile makes
+def class_with_kernel(cls: type, kernel: SDPBackend) -> type:
     @functools.wraps(cls.__call__)  # the layer passes on the keywords that are in this signature
     def call(self, *args, **kwargs):
         with sdpa_kernel(kernel):
             return cls.__call__(self, *args, **kwargs)
 
-    processor = copy.copy(processor)
-    processor.__class__ = type(cls.__name__, (cls,), {"__call__": call})
-    return processor
+    return type(cls.__name__, (cls,), {"__call__": call})
 
 
 def keep_dtype_of_norms(layer: torch.nn.Module) -> None:
