@@ -427,6 +427,7 @@ def make_models(models: type[TrainingModels], args, source: ModelSource, schedul
     if args.gan_weight > 0:
         dtype = runtime.weight_dtype
         heads, models.vision_features, models.text_features = load_discriminator(args, dtype, models.device)
+        runtime.compile(models.vision_features)
         # gather_bf16=False, because spectral norms are computed in float32, of weights in float32.
         models.discriminator = runtime.trained_role("discriminator", heads, args.learning_rate_disc, gather_bf16=False)
     return models

@@ -57,7 +57,8 @@ NOT_RUN = {
 }
 # Flags of other programs, by the program.
 OTHER_FLAGS = {
-    "accelerate launch": {"config_file", "num_processes", "machine_rank", "main_process_ip", "multi_gpu"},
+    "accelerate launch": {"config_file", "num_processes", "machine_rank", "main_process_ip", "multi_gpu"}
+    | {"dynamo_backend", "dynamo_mode", "dynamo_use_dynamic"},
     "senseflow.convert_lora, senseflow.merge_lora": {"to", "dtype"},
     "docker, Slurm": {"memory", "shm-size", "signal"},
 }

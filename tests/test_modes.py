@@ -149,6 +149,14 @@ def test_two_processes_train_as_one(script, mode, trained):
         assert all(set(state) == {"master"} for state in stored.values())
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_compiled_blocks_train_as_eager_ones(mode, trained, flags, tmp_path):
+    """With checkpoints inside and around compiled blocks."""
+    arguments = [*flags("flux"), "--train_batch_size", "8", "--gradient_checkpointing", "--output_dir", str(tmp_path)]
+    launch("tests/workers/compiled.py", arguments, 2, "no", mode, "--dynamo_backend", "aot_eager")
+    assert_checkpoints_near(trained("flux", "single", "no", 1), tmp_path, 3, LAST)
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_one_step_reaches_the_next_forward_unless_its_gradient_is_not_finite(mode, tmp_path):
     """IDA and skipped steps. In the runs above, student and fake score are too close for IDA to show."""

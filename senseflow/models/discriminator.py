@@ -84,6 +84,8 @@ class VisionFeatures(nn.Module):
         resolution: pixels to which the shorter side of images is resized; None: not resized.
     """
 
+    _repeated_blocks = ("Dinov2Layer",)
+
     def __init__(
         self,
         path: str,

@@ -97,6 +97,8 @@ class TrainingModels:
         self.network = from_pretrained_meta(source, self.network_class, self.network_name, dtype=dtype)
         encodes, decodes = self.uses_vae(args)
         self.vae = load_vae(vae_source, self.vae_class, args, self.device, encodes, decodes, self.vae_auto_dtype)
+        if decodes:  # the encoder sees another number of images in every iteration
+            runtime.compile(self.vae.decoder)
         further = {
             name: from_pretrained_meta(source, self.network_class, name, dtype=dtype) for name in self.further_networks
         }

@@ -16,7 +16,13 @@ from typing import Any, Callable, ContextManager, NoReturn, Optional, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    TorchDynamoPlugin,
+    parse_flag_from_env,
+)
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
 from torch.distributed.fsdp import CPUOffloadPolicy
 
@@ -49,6 +55,7 @@ class LaunchConfig:
         mode: "replicated" (a single process, or DDP), "fsdp2", "zero2" or "zero3".
         world_size: the number of processes over all nodes.
         plugin: accelerate's plugin of FSDP2 or DeepSpeed, else None.
+        compile_options: arguments of torch.compile; None if nothing is compiled.
     Raises:
         UserError: exit code 2; no role can follow the configuration.
     """
@@ -80,6 +87,24 @@ class LaunchConfig:
                 self._reject("fsdp_offload_params", "set it to false")
             if self.plugin.activation_checkpointing:
                 self._reject("fsdp_activation_checkpointing", "set it to false and give --gradient_checkpointing")
+        self.compile_options = self._read_compile_options()
+
+    def _read_compile_options(self) -> Optional[dict[str, Any]]:
+        try:
+            plugin = TorchDynamoPlugin()
+        except ValueError as error:
+            self._reject(f"dynamo_backend ({error})", "set it to inductor or no")
+        if plugin.backend == DynamoBackend.NO:
+            return None
+        if self.mode.startswith("zero"):
+            self._reject("dynamo_backend with DeepSpeed", "set it to no, or use ddp.yaml or fsdp2.yaml")
+        # As the launcher, which always passes it; torch itself would compile for any size at the second one.
+        options = {"dynamic": False} | plugin.to_kwargs()
+        if plugin.mode == "reduce-overhead":  # CUDA graphs overwrite what later blocks and the backward read
+            self._reject("dynamo_mode reduce-overhead", "set it to default or max-autotune")
+        if plugin.mode == "max-autotune":
+            options["mode"] = "max-autotune-no-cudagraphs"
+        return options
 
     @staticmethod
     def _reject(entry: str, fix: str) -> NoReturn:
@@ -90,11 +115,11 @@ class LaunchConfig:
 def launch_config() -> LaunchConfig:
     """Read the launch configuration once, then remove it from the environment.
 
-    Otherwise accelerate would prepare networks by its own rules (one network with one optimizer), and transformers and
-    diffusers would load text encoders as networks to be sharded.
+    Otherwise accelerate would prepare and compile networks by its own rules (one network with one optimizer), and
+    transformers and diffusers would load text encoders as networks to be sharded.
     """
     launch = LaunchConfig()
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_BACKEND"):
         os.environ.pop(variable, None)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches for one and warns, whoever imports it

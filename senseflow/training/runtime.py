@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from senseflow.arguments import warn_inactive
 from senseflow.errors import INTERRUPTED, TERMINATED, UserError, check_launcher, exit_now, print_from_signal_handler
 from senseflow.models.weights import is_meta, materialize
+from senseflow.training.compilation import compile_blocks, set_up_compilation
 from senseflow.training.lock import OutputLock
 from senseflow.training.roles import LaunchConfig, Role, launch_config, set_schedule_step
 from senseflow.training.sharded import FSDP2Role, ZeroRole, deepspeed_engine, materialize_for_deepspeed, shard
@@ -107,6 +108,11 @@ class Runtime:
         self.device = self.accelerator.device
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]
         self.trained: list[Role] = []
+        self._compile_options = self.launch.compile_options if args.dry_run is None else None
+        if self._compile_options:
+            set_up_compilation(self._compile_options, self.device)
+            backend = self._compile_options["backend"]
+            logger.info(f"dynamo_backend {backend}: iterations are slow until the first student update has compiled")
         if self.launch.mode == "fsdp2":
             self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
         # cuDNN's attention has gradients that are not finite for some shapes. --attention_backend asks for it by name.
@@ -149,9 +155,15 @@ class Runtime:
         return f"checkpoint-{self.saved} is complete" if self.saved else "no checkpoint has been saved yet"
 
     # Roles -----------------------------------------------------------------------------------------------------------
+    def compile(self, network: torch.nn.Module) -> None:
+        """Compile a network's blocks in place, if the launch's configuration says so; not in a dry run."""
+        if self._compile_options:
+            compile_blocks(network, self._compile_options)
+
     def frozen_role(self, name: str, module: torch.nn.Module) -> Role:
         """Make a role that is never trained (the teacher), of a network already in `weight_dtype`."""
         module.requires_grad_(False).eval()
+        self.compile(module)  # before FSDP2 adds its hooks, which run as they are
         # Adapted copies run under autocast, which keeps some layers in float32: so does the network that they share.
         role = Role(name, module, self.weight_dtype, self.accelerator, self.args, autocast=self.args.rank > 0)
         if self.launch.mode == "zero3":
@@ -191,6 +203,7 @@ class Runtime:
             cls, kwargs = ZeroRole, {"config": self._deepspeed_config(gather_bf16)}
         else:  # adapters are small
             kwargs["copy_weights"] = gather_bf16 and (self.args.rank > 0 or self.args.bf16_weight_copies)
+        self.compile(module)
         parameters = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
         kwargs |= {"parameters": parameters, "subfolder": subfolder}
         role = cls(name, module, self.weight_dtype, self.accelerator, self.args, **kwargs)

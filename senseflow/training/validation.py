@@ -49,6 +49,7 @@ class Validation:
         self._teacher_statistics: dict[str, float] = {}
         self._monitor = SignalMonitor(args.rank > 0)
 
+    @torch.compiler.set_stance("force_eager")  # or other batch sizes and precisions would be compiled for few calls
     def run(self, iteration: int, debug_latents: Optional[dict[str, torch.Tensor]] = None) -> None:
         """Log the student's images beside the teacher's, its signals, and debug latents. All processes call it.
 

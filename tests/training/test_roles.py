@@ -69,6 +69,12 @@ def test_a_launch_is_read_from_the_environment_that_accelerate_sets(environment,
         ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage 1"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device"),
+        ({**ZERO, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend with DeepSpeed"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "FASTEST"}, "dynamo_backend .*FASTEST"),
+        (
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "reduce-overhead"},
+            "dynamo_mode reduce-overhead",
+        ),
     ],
 )
 def test_an_unsupported_configuration_is_refused(environment, needle, monkeypatch):
