@@ -133,14 +133,14 @@ def speedups(args, mode: str, chosen: Changes) -> Iterator[list[Changes]]:
     """
     if encodes_on_gpu(args):
         yield [cache(args)]
+    micro_batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    factors = [factor for factor in range(accumulation, 1, -1) if accumulation % factor == 0]
+    yield [batch(factor * micro_batch, accumulation // factor) for factor in factors]
     if args.gradient_checkpointing:
         student, fake_score = args.gradient_checkpointing_interval
         yield [{INTERVAL: [student, interval]} for interval in longer(fake_score)]
     if mode == "single" and args.mixed_precision == "bf16" and args.rank == 0 and not args.bf16_weight_copies:
         yield [{"--bf16_weight_copies": []}]
-    micro_batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-    factors = [factor for factor in range(accumulation, 1, -1) if accumulation % factor == 0]
-    yield [batch(factor * micro_batch, accumulation // factor) for factor in factors]
     if args.gradient_checkpointing:
         fake_score = chosen.get(INTERVAL, [fake_score])[-1]
         none = {"--gradient_checkpointing": None, INTERVAL: None}
