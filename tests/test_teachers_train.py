@@ -83,12 +83,12 @@ def test_help_answers_before_heavy_imports_from_any_folder(name, tmp_path):
     """Without an installed library: the file finds it beside its folder."""
     script = ROOT / "teachers" / f"train_senseflow_{name}.py"
     code = (
-        f"import runpy, sys; sys.argv = [{str(script)!r}, '--help']; sys.path[:] = [p for p in sys.path if p]\n"
+        f"import runpy, sys; sys.argv = [{str(script)!r}, '--help']\n"
         f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
         "except SystemExit as stop:\n"
         "    sys.exit(stop.code or ' '.join({'torch', 'diffusers', 'numpy'} & {*sys.modules}) or 0)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-P", "-c", code]  # -P: without the present folder
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0 and "usage:" in result.stdout, result.stderr[-500:]
