@@ -229,7 +229,7 @@ def test_latents_and_images_equal_those_of_the_stock_pipeline(stock, monkeypatch
     assert vae_module.vae_scale_of(config) == stock.scale
     models = models_of(stock, stock.vae)
     x0 = encode(models, images, NoDraws(), [0, 1])
-    assert x0.shape == (2, *vae_module.latent_shape_of(config, SIDE)) and x0.dtype == torch.float32
+    assert x0.shape == (2, *vae_module.latent_shape_of(config, (SIDE, SIDE))) and x0.dtype == torch.float32
     torch.testing.assert_close(x0, stock.encode(images), rtol=1e-4, atol=1e-5)
 
     # A stock call whose scheduler returns these latents, whatever the network's output.
