@@ -205,6 +205,7 @@ def make_args(**changes) -> SimpleNamespace:
         "rank": 0,
         "base_quantization": "none",
         "bf16_weight_copies": False,
+        "dry_run": None,
         "mixed_precision": "no",
         "allow_tf32": False,
         "report_to": "none",
