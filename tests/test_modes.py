@@ -182,10 +182,11 @@ def resume(checkpoint: Path, arguments: list[str], processes: int, mode: str, ou
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize("at", [3, 6])
 def test_a_resumed_run_is_the_same_run(mode, at, trained, flags, tmp_path):
-    """To the bit; at 3 the student has not stepped yet, at 6 it has."""
+    """To the bit, under ZeRO-3 to rounding; at 3 the student has not stepped yet, at 6 it has."""
     full = trained("flux", mode)
     resume(full / f"checkpoint-{at}", [*flags("flux"), "--train_batch_size", "8"], 2, mode, tmp_path)
-    assert_same(states(full / f"checkpoint-{LAST}"), states(tmp_path / f"checkpoint-{LAST}"))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if mode == "zero3" else {}
+    assert_same(states(full / f"checkpoint-{LAST}"), states(tmp_path / f"checkpoint-{LAST}"), **tolerance)
 
 
 @pytest.mark.parametrize(
