@@ -44,8 +44,7 @@ def run_script(main: Callable[[], object]) -> None:
     """Run a script's main function. Print a UserError or Ctrl-C as one line on stderr, without a traceback, and exit.
 
     If several processes run, the launcher gets the message, too; it ends the others and prints the message last.
-    A complete run of several processes ends without Python's finalization: a thread of the process group that asks for
-    the interpreter then would abort the process, and the launcher would report a failure.
+    A complete run of several processes ends without Python's finalization.
     """
     quiet_libraries()
     rank = os.environ.get("RANK", "0")
@@ -78,10 +77,7 @@ def run_script(main: Callable[[], object]) -> None:
         write_launcher_error(traceback.format_exc())
         raise
     if "torch" in sys.modules and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        exit_without_finalization()
 
 
 def quiet_libraries() -> None:
@@ -109,6 +105,18 @@ def print_from_signal_handler(line: str) -> None:
     """Print one line below a progress bar, in the main process alone; safe where a signal interrupts `print`."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"\n{Path(sys.argv[0]).name}: {line}\n".encode())
+
+
+def exit_without_finalization() -> NoReturn:
+    """End this process with exit code 0, without Python's finalization.
+
+    A thread of the process group that asks for the interpreter then aborts the process ("terminate called without an
+    active exception"), and the launcher reports a failure.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def exit_now(line: str) -> NoReturn:

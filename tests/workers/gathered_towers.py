@@ -11,6 +11,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 
+from senseflow.errors import exit_without_finalization
 from senseflow.models.discriminator import TOWERS_PER_GROUP, Discriminator, TowerGroup
 from senseflow.training.runtime import Runtime
 from train_senseflow_flux import parse_args
@@ -65,3 +66,4 @@ torch.testing.assert_close(*gradients)
 assert max(num_gathered["forward"] + num_gathered["backward"]) == 1, num_gathered
 runtime.accelerator.wait_for_everyone()
 runtime.accelerator.end_training()
+exit_without_finalization()

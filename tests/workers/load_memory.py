@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 
+from senseflow.errors import exit_without_finalization
 from senseflow.models.hub import ModelSource
 from senseflow.models.weights import from_pretrained_meta
 from senseflow.training.runtime import Runtime
@@ -91,6 +92,7 @@ def main() -> None:
     (out / f"{runtime.accelerator.process_index}.json").write_text(json.dumps(memory))
     runtime.accelerator.wait_for_everyone()
     runtime.accelerator.end_training()
+    exit_without_finalization()
 
 
 if __name__ == "__main__":

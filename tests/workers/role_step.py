@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from senseflow.errors import exit_without_finalization
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from train_senseflow_flux import parse_args
@@ -59,3 +60,4 @@ for target in (1.0, float("nan"), -2.0, float("inf"), 0.5):
         torch.testing.assert_close(role(x), weight @ x, msg=f"after the step towards {target}")
 runtime.accelerator.wait_for_everyone()
 runtime.accelerator.end_training()
+exit_without_finalization()

@@ -9,6 +9,7 @@ import torch
 
 import helpers
 import train_senseflow_flux as script
+from senseflow.errors import exit_without_finalization
 from senseflow.training.runtime import Runtime
 
 
@@ -56,3 +57,4 @@ for name, parameter in run.models.student.parameters.items():
     assert "lora_B" not in name or parameter.full_tensor().abs().sum() > 0, name
 run.runtime.accelerator.wait_for_everyone()
 run.runtime.accelerator.end_training()
+exit_without_finalization()
