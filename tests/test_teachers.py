@@ -14,6 +14,7 @@ import torch
 
 import tiny_pipelines
 from helpers import ROOT, assert_starts_as_the_teacher, built, models_class, refused
+from senseflow.models.attention import attention_layers
 from senseflow.training.models import TrainingModels
 from stock_call import assert_called_as_stock
 
@@ -74,6 +75,17 @@ def test_a_teacher_is_called_as_by_its_stock_pipeline(name, pipeline, tmp_path):
     call = run.pipeline_kwargs | run.models.teacher_pipeline_kwargs() | {"num_inference_steps": 2}
     inspect.signature(run.pipeline.__call__).bind(prompt="a", **call)
     assert run.pipeline(prompt="a red square", output_type="np", **call).images.std() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if models_class(SCRIPTS[name]).further_networks])
+def test_all_networks_of_a_teacher_have_the_chosen_kernel(name, pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    flags = f"--pretrained_model_name_or_path {pipeline(name)} --prompts_file {tmp_path}/prompts.txt --gan_weight 0"
+    flags += f" --backward_simulation_prob 1 --resolution 64 --output_dir {tmp_path} --report_to none"
+    run = built(SCRIPTS[name], [*flags.split(), *AT_64_PIXELS[name].split(), "--attention_backend", "_native_math"])
+    for role in (run.models.teacher, *run.models.further_roles.values()):
+        kernels = {str(layer.processor._attention_backend.value) for layer in attention_layers(role.module)}
+        assert kernels == {"_native_math"}, role.name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -164,6 +164,7 @@ class TrainingModels:
     def check_args(cls, args, source: ModelSource) -> None:
         """Refuse (UserError, exit code 2) arguments that do not fit each other or the teacher; no weights load."""
         check_common_args(args, cls.inactive_flags)
+        check_cache_dir(args)
         check_models(args, source, cls)
         if args.gan_weight > 0:
             cls.check_adversarial_args(args, source)
@@ -261,7 +262,8 @@ class TrainingModels:
             student = self.make_student()
             fake_score = copy.deepcopy(student)
         if self.args.attention_backend:
-            for network in (self.network, student, fake_score):
+            further = (role.module for role in self.further_roles.values())
+            for network in (self.network, *further, student, fake_score):
                 set_attention_backend(network, self.args.attention_backend)
         for network in (student, fake_score):  # DDP waits for the gradient of each trained weight
             unused = tuple(self.unused_weights(network.config))
@@ -364,7 +366,6 @@ def check_models(args, source: ModelSource, cls: type[TrainingModels]) -> None:
     if channels * math.isqrt(taken // channels) ** 2 != taken:  # networks may fold squares of latents into channels
         problem = f"takes {taken} channels for latents of {channels}, as for inpainting or control images"
         raise source.error(f"its {cls.network_name} {problem}; give a text-to-image teacher")
-    check_cache_dir(args)
     check_lora_args(args, cls.pipeline_class, cls.network_name, cls.network_class, config)
     if args.student_model_name_or_path and not args.rank:
         start = student_source(args, source)
