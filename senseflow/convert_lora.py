@@ -1,8 +1,5 @@
 # Copyright 2026 The SenseFlow-scripts authors. Licensed under the Apache License, Version 2.0.
-"""Convert a LoRA of FLUX or SD 3.5 between diffusers' layers and the fused ones of sd-scripts and Forge.
-
-python -m senseflow.convert_lora flux-4step/pytorch_lora_weights.safetensors kohya.safetensors --to kohya
-"""
+"""Convert a LoRA of FLUX or SD 3.5 between diffusers' layers and the fused ones of sd-scripts and Forge."""
 
 import re
 from pathlib import Path
