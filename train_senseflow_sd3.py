@@ -359,10 +359,6 @@ class SD3Models(TrainingModels):
     def omega(self, t):
         return self.schedule.descending_sigma_squared(t)
 
-    def teacher_pipeline_kwargs(self):
-        steps, guidance = self.args.teacher_num_inference_steps, self.args.teacher_guidance_scale
-        return {"num_inference_steps": steps, "guidance_scale": guidance, "sigmas": None}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run

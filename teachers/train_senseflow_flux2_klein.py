@@ -68,6 +68,7 @@ class Flux2KleinModels(flux.FluxModels):
     scheduler_sets_shift = False
     compatible_config = ("in_channels", "out_channels", "joint_attention_dim", "patch_size")
     comfyui_shift, lora_base, comfyui_guidance = None, TrainingModels.lora_base, TrainingModels.comfyui_guidance
+    teacher_pipeline_kwargs = TrainingModels.teacher_pipeline_kwargs
 
     @staticmethod
     def stock_sigmas(scheduler, steps, num_tokens):
@@ -78,10 +79,6 @@ class Flux2KleinModels(flux.FluxModels):
     @classmethod
     def pixel_multiple(cls, source):
         return vae_scale_of(source.config(cls.vae_class, "vae"))  # of folded latents
-
-    def teacher_pipeline_kwargs(self):
-        steps, guidance = self.args.teacher_num_inference_steps, self.args.teacher_guidance_scale
-        return {"num_inference_steps": steps, "guidance_scale": guidance, "sigmas": None}
 
     @torch.no_grad()
     def encode_prompts(self, prompts):

@@ -59,10 +59,7 @@ class OvisImageModels(flux.FluxModels):
     pipeline_class, network_class = OvisImagePipeline, OvisImageTransformer2DModel
     compatible_config = ("in_channels", "out_channels", "joint_attention_dim", "patch_size")
     comfyui_shift, lora_base, comfyui_guidance = None, TrainingModels.lora_base, TrainingModels.comfyui_guidance
-
-    def teacher_pipeline_kwargs(self):
-        steps, guidance = self.args.teacher_num_inference_steps, self.args.teacher_guidance_scale
-        return {"num_inference_steps": steps, "guidance_scale": guidance, "sigmas": None}
+    teacher_pipeline_kwargs = TrainingModels.teacher_pipeline_kwargs
 
     @torch.no_grad()
     def encode_prompts(self, prompts):

@@ -43,7 +43,7 @@ class TrainingModels:
     """Hold the networks of a run, and define how the training loop calls them.
 
     A subclass sets the class attributes, and defines `make_schedule`, `pixel_multiple`, `encode_prompts`,
-    `network_output`, `omega` and `teacher_pipeline_kwargs`; it overrides what else is different for its teacher.
+    `network_output` and `omega`; it overrides what else is different for its teacher.
 
     A condition is what prompts are encoded to: a tuple of tensors (B, ...) whose shapes, B apart, stay the same
     throughout a run. Text of variable length is padded, with a mask (senseflow.models.text_encoders.pad_condition).
@@ -143,10 +143,6 @@ class TrainingModels:
         """Return the weight (B,) of the adversarial losses at timesteps t (B,)."""
         raise NotImplementedError
 
-    def teacher_pipeline_kwargs(self) -> dict[str, Any]:
-        """Return what differs from the student's stock call when the teacher generates validation images."""
-        raise NotImplementedError
-
     @classmethod
     def pixel_multiple(cls, source: ModelSource) -> int:
         """Return what height and width in pixels must be divisible by."""
@@ -199,6 +195,11 @@ class TrainingModels:
     def guide(self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Combine two outputs (B, C, H, W) of the teacher at the scales (B,) as the stock pipeline does."""
         return guide(unconditional, conditional, scale)
+
+    def teacher_pipeline_kwargs(self) -> dict[str, Any]:
+        """Return what differs from the student's stock call when the teacher generates validation images."""
+        steps, guidance = self.args.teacher_num_inference_steps, self.args.teacher_guidance_scale
+        return {"num_inference_steps": steps, "guidance_scale": guidance, "sigmas": None}
 
     @staticmethod
     def vae_source(args, source: ModelSource) -> ModelSource:
