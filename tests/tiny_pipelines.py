@@ -28,6 +28,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -458,6 +460,24 @@ def write_ovis_image(path, seed: int = 0) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
         vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=tiny_qwen3(tokenizer),
+        tokenizer=tokenizer,
+        transformer=vivid(transformer),
+    ).save_pretrained(path)
+
+
+def write_chroma(path, seed: int = 0) -> None:
+    """A ChromaPipeline with levels that are not shifted, as Chroma1-HD's; 64 px are 8 x 8 latents, 16 tokens."""
+    torch.manual_seed(seed)
+    tokenizer = t5_tokenizer()
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6), approximator_num_channels=16,
+        approximator_hidden_dim=32, approximator_layers=2,
+    )  # fmt: skip
+    ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=tiny_t5(tokenizer),
         tokenizer=tokenizer,
         transformer=vivid(transformer),
     ).save_pretrained(path)
