@@ -2,7 +2,8 @@
 
 For a script of your own, in a test:
 
-    run = built(script, [..., "--validation_prompts", "a red square"])  # of tests/helpers.py: the script, its flags
+    # of tests/helpers.py: the script, its flags
+    run = built(script, [..., "--gradient_checkpointing", "--validation_prompts", "a red square"])
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 4.0}, scale=4.0)   # guided
     assert_called_as_stock(run, run.pipeline_kwargs | {"guidance_scale": 1.0}, scale=None)  # not guided
 
@@ -74,6 +75,8 @@ def assert_called_as_stock(
     assert models.vae is not None, "the run has no VAE: build it with --validation_prompts"
     pipeline.set_progress_bar_config(disable=True)
     assert_levels_are_the_teachers(models)
+    multiple, wanted = models.pixel_multiple(models.source), pipeline.image_processor.config.vae_scale_factor
+    assert multiple % wanted == 0, f"pixel_multiple is {multiple}: the stock call rounds sizes to {wanted}"
     shapes = set()
     for prompts in (PROMPTS[:1], PROMPTS):
         texts = {name: [text] * len(prompts) for name, text in pipeline_kwargs.items() if isinstance(text, str)}
@@ -135,7 +138,7 @@ def assert_trains_as_it_predicts(models, x_t, t, condition, without_gradient: Se
     with torch.enable_grad(), student.accumulate():
         prediction = models.predict(student, x_t, t, condition)
         student.backward(prediction.x0.square().mean())
-    assert_close(prediction.output.detach(), outside, "predict differs inside a training turn")
+    assert_close(prediction.output.detach(), outside, "predict differs inside a training turn (recomputed blocks?)")
     missing = {name for name, parameter in student.parameters.items() if parameter.grad is None}
     student.optimizer.zero_grad(set_to_none=True)
     assert missing == set(without_gradient), f"trained tensors without gradient: {sorted(missing)}"

@@ -51,7 +51,6 @@ NOT_RUN = {
     ("export.md", "python -m senseflow.convert_lora"): "tests/test_convert_lora.py runs it, with another name",
     ("lora.md", "python -m senseflow.merge_lora"): "tests/test_convert_lora.py runs it, with other names",
     ("checkpoints.md", "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT"): "an environment variable of the launcher alone",
-    ("new_teacher.md", "pip install -e ."): "installs the repository",
     ("teachers.md", "python teachers/"): "tests/test_teachers_train.py trains every file",
     ("new_teacher.md", "from helpers import built"): "a template; the tests of the three scripts run it in full",
 }

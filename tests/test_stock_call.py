@@ -23,6 +23,7 @@ def runs(teacher, tmp_path_factory):
     (folder / "prompts.txt").write_text("a red square\n")
     flags = ["--prompts_file", str(folder / "prompts.txt"), "--gan_weight", "0", "--backward_simulation_prob", "1"]
     flags += ["--resolution", "64", "--validation_prompts", "a", "--output_dir", str(folder), "--report_to", "none"]
+    flags += ["--gradient_checkpointing"]
     path = "--pretrained_model_name_or_path"
     return {
         "sdxl": built(train_senseflow_sdxl, [*flags, path, str(folder / "sdxl")]),
@@ -165,6 +166,10 @@ def drops_out(run, patch):
     ))  # fmt: skip
 
 
+def recomputed_without_positions(run, patch):
+    patch(run.models.student.module, "_gradient_checkpointing_func", lambda block, *inputs: block(*inputs[:3]))
+
+
 def frozen_layer(run, patch):
     student = run.models.student
     extra = {"unused.weight": torch.nn.Parameter(torch.zeros(1))}
@@ -195,6 +200,8 @@ WRONG = {
     "scale of the VAE": ("sdxl", decode_unscaled, "decode is not the stock call's image"),
     "order of a fold": ("sdxl", fold_otherwise, "fold does not undo unfold"),
     "dropout": ("flux", drops_out, "predict differs inside a training turn"),
+    "recomputed blocks": ("flux", recomputed_without_positions, "predict differs inside a training turn"),
+    "sizes": ("flux", lambda run, patch: patch(run.models, "pixel_multiple", lambda source: 8), "pixel_multiple is 8"),
     "a tensor without gradient": ("sdxl", frozen_layer, "without gradient: .'unused.weight'."),
 }
 
