@@ -76,7 +76,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from tqdm.auto import tqdm
 
@@ -85,7 +85,7 @@ from senseflow.data.sources import check_latents, load_rows
 from senseflow.memory.report import report
 from senseflow.models.discriminator import diff_augment, load_discriminator
 from senseflow.models.hub import ModelSource
-from senseflow.models.schedulers import fit_flow_scheduler
+from senseflow.models.schedulers import fit_flow_scheduler, load_flow_scheduler
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.models.weights import materialize_submodule, meta_network, weights_of
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
@@ -269,7 +269,7 @@ class FluxModels(TrainingModels):
 
     @classmethod
     def check_args(cls, args, source: ModelSource) -> None:
-        source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
+        load_flow_scheduler(source)  # refuses a scheduler of another class
         super().check_args(args, source)
         has_embedder = cls.has_embedder(source)
         if has_embedder and args.rank and args.student_guidance_scale == 0:
@@ -284,7 +284,7 @@ class FluxModels(TrainingModels):
 
     @classmethod
     def make_schedule(cls, args, source: ModelSource, device):
-        teacher_scheduler = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
+        teacher_scheduler = load_flow_scheduler(source)
         num_tokens = math.prod(args.resolution) // cls.pixel_multiple(source) ** 2
         stock_sigmas = partial(cls.stock_sigmas, num_tokens=num_tokens)
         train_timesteps = teacher_scheduler.timesteps.clone()

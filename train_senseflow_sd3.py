@@ -90,7 +90,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tqdm.auto import tqdm
 
 from senseflow.data.loader import make_dataloader
@@ -98,7 +98,7 @@ from senseflow.data.sources import check_latents, load_rows
 from senseflow.memory.report import report
 from senseflow.models.discriminator import diff_augment, load_discriminator
 from senseflow.models.hub import ModelSource
-from senseflow.models.schedulers import fit_flow_scheduler
+from senseflow.models.schedulers import fit_flow_scheduler, load_flow_scheduler
 from senseflow.models.vae import latent_shape_of, vae_scale_of
 from senseflow.training.checkpoints import Checkpointer, find_checkpoint
 from senseflow.training.metrics import Metrics
@@ -276,6 +276,7 @@ class SD3Models(TrainingModels):
 
     parse_args, presets = staticmethod(parse_args), PRESETS
     comfyui_shift = 3.0
+    scheduler_sets_shift = True  # whether a stock call computes its shift from the scheduler's configuration
     pipeline_class, network_class, vae_class = StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL
     recipe_batch_size = 8  # the release's 8 GPUs, with an image each
     compatible_config = (
@@ -291,7 +292,7 @@ class SD3Models(TrainingModels):
 
     @classmethod
     def check_args(cls, args, source: ModelSource) -> None:
-        source.config(FlowMatchEulerDiscreteScheduler, "scheduler")  # refuses a scheduler of another class
+        load_flow_scheduler(source)  # refuses a scheduler of another class
         super().check_args(args, source)
         side = source.config(cls.network_class, "transformer").get("pos_embed_max_size", math.inf)
         largest = side * cls.pixel_multiple(source)
@@ -301,10 +302,11 @@ class SD3Models(TrainingModels):
 
     @classmethod
     def make_schedule(cls, args, source: ModelSource, device):
-        teacher_scheduler = source.load(FlowMatchEulerDiscreteScheduler.from_pretrained, subfolder="scheduler")
-        train_timesteps = teacher_scheduler.timesteps.flip(0)
+        train_timesteps = load_flow_scheduler(source).timesteps.flip(0)
         wanted = [t / 1000 for t in args.anchors or train_timesteps[[999, 749, 499, 249]].tolist()]
-        scheduler, sigmas = fit_flow_scheduler(wanted, lambda s: cls.stock_sigmas(s, len(wanted)), args.sampler)
+        scheduler, sigmas = fit_flow_scheduler(
+            wanted, lambda s: cls.stock_sigmas(s, len(wanted)), args.sampler, cls.scheduler_sets_shift
+        )
         anchors = [1000 * sigma for sigma in sigmas]
         schedule = IndexedFlowSchedule(train_timesteps, anchors, dmd_range=(20, 980), device=device)
         pipeline_kwargs = {

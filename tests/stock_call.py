@@ -118,9 +118,12 @@ def assert_levels_are_the_teachers(models) -> None:
         t, variance = torch.arange(len(scheduler.alphas_cumprod)), 1 - scheduler.alphas_cumprod.double()
         wanted = (1 - variance).sqrt(), variance.sqrt()
     else:
-        t = scheduler.timesteps.double()
-        sigma = t / scheduler.config.num_train_timesteps
-        wanted = 1 - sigma, sigma
+        if scheduler.config.get("use_flow_sigmas"):  # whose shift is not in the timesteps that it loads with
+            scheduler.set_timesteps(scheduler.config.num_train_timesteps)
+        sigma = scheduler.sigmas[scheduler.sigmas > 0].double()
+        t, wanted = 1000 * sigma, (1 - sigma, sigma)
+        table = schedule.train_timesteps.double().sort().values
+        assert_close(table, t.sort().values, f"train_timesteps are not those of the teacher's {cls.__name__}", 4)
     for name, found, level in zip(("alpha", "sigma"), schedule.levels(t), wanted):
         assert_close(found, level, f"the schedule's {name} is not that of the teacher's {cls.__name__}", 1e-3)
     table = schedule.train_timesteps

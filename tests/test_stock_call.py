@@ -121,6 +121,11 @@ def shifted_levels(run, patch):
     patch(run.schedule, "levels", levels)
 
 
+def shifted_table(run, patch):
+    sigma = run.schedule.train_timesteps / 1000
+    patch(run.schedule, "train_timesteps", 1000 * 3 * sigma / (1 + 2 * sigma))
+
+
 def other_betas(run, patch):
     patch(run.schedule, "abar", torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0))
 
@@ -195,6 +200,7 @@ WRONG = {
     "pair swapped everywhere": ("sdxl", swapped_pair_and_target, "x0 at the last anchor"),
     "sign of the target": ("flux", target_sign, "as_prediction does not find the x0"),
     "shift applied twice": ("flux", shifted_levels, "the schedule's alpha is not that of"),
+    "another shift of the table": ("flux", shifted_table, "train_timesteps are not those of"),
     "levels of other betas": ("sdxl", other_betas, "the schedule's alpha is not that of"),
     "prediction of the saved scheduler": ("sdxl", exported_as_v, "x0 at the last anchor"),
     "scale of the VAE": ("sdxl", decode_unscaled, "decode is not the stock call's image"),

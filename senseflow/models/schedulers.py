@@ -31,6 +31,23 @@ def check_ddpm_scheduler(source: ModelSource) -> None:
         raise source.error(f"{problem}; give a teacher that predicts v_prediction")
 
 
+def load_flow_scheduler(source: ModelSource) -> FlowMatchEulerDiscreteScheduler:
+    """Load a teacher's scheduler of flow matching: its `timesteps` are the teacher's levels.
+
+    A multistep scheduler with a fixed shift, such as Sana's DPM-Solver, becomes the Euler scheduler of its levels.
+    UserError (exit code 2) for any other, whose shift an Euler scheduler would pass over without a word.
+    """
+    cls = FlowMatchEulerDiscreteScheduler
+    config = source.config(cls, "scheduler")
+    fixed_shift = config.get("use_flow_sigmas") and not config.get("use_dynamic_shifting")
+    if fixed_shift and config.get("prediction_type") == "flow_prediction":
+        return cls(shift=config.get("flow_shift", 1.0))
+    if not config.get("_class_name", cls.__name__).startswith("FlowMatch"):
+        fix = f"give a teacher with a {cls.__name__}, or with use_flow_sigmas, flow_prediction and a fixed flow_shift"
+        raise source.error(f"has the levels of {config['_class_name']}; {fix}")
+    return source.load(cls.from_pretrained, subfolder="scheduler")
+
+
 def fit_flow_scheduler(
     sigmas: Sequence[float],
     visited_sigmas: Callable[[FlowMatchEulerDiscreteScheduler], Sequence[float]],

@@ -1,9 +1,19 @@
 """Fit schedulers to noise levels; a stock call with the saved scheduler must visit them."""
 
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SCMScheduler,
+    UniPCMultistepScheduler,
+)
 
-from senseflow.models.schedulers import fit_flow_scheduler
+from senseflow.errors import UserError
+from senseflow.models.hub import ModelSource
+from senseflow.models.schedulers import fit_flow_scheduler, load_flow_scheduler
 from train_senseflow_flux import FluxModels
 
 
@@ -55,3 +65,39 @@ def test_levels_that_no_shift_fits_are_returned():
 def test_one_step_needs_no_shift():
     scheduler, visited = fit([1.0])
     assert visited == [1.0] and visits(scheduler, 1) == pytest.approx([1.0])
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+def loaded(scheduler, folder) -> FlowMatchEulerDiscreteScheduler:
+    scheduler.save_pretrained(folder / "scheduler")
+    return load_flow_scheduler(ModelSource("--pretrained_model_name_or_path", str(folder)))
+
+
+@pytest.mark.parametrize("cls", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_multistep_teacher_is_trained_on_its_own_levels(cls, tmp_path):
+    teacher = cls(flow_shift=3.0, **FLOW)
+    scheduler = loaded(teacher, tmp_path)
+    teacher.set_timesteps(1000)
+    torch.testing.assert_close(scheduler.timesteps / 1000, teacher.sigmas[:-1], rtol=0, atol=4e-3)
+    assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def test_flow_matching_of_another_solver_keeps_its_shift(tmp_path):
+    assert loaded(FlowMatchHeunDiscreteScheduler(shift=2.0), tmp_path).config.shift == 2.0
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerDiscreteScheduler(),
+        SCMScheduler(),  # as of Sana Sprint
+        DPMSolverMultistepScheduler(use_flow_sigmas=True),
+        DPMSolverMultistepScheduler(use_dynamic_shifting=True, **FLOW),
+    ],
+)
+def test_levels_of_another_kind_are_refused(scheduler, tmp_path):
+    with pytest.raises(UserError, match=f"has the levels of {type(scheduler).__name__}; give a teacher") as error:
+        loaded(scheduler, tmp_path)
+    assert error.value.exit_code == 2
