@@ -10,6 +10,7 @@ from typing import Callable, Optional, Sequence
 
 import torch
 from diffusers import ModelMixin
+from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, EfficientViTBlock, ResBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from senseflow.arguments import torch_dtype
 from senseflow.models.hub import ModelSource, load_network
 from senseflow_utils import StatelessRNG
+
+
+# Of AutoencoderKL and of AutoencoderDC, which has no checkpointing in diffusers.
+DECODER_BLOCKS = (ResnetBlock2D, Upsample2D, ResBlock, EfficientViTBlock, DCUpBlock2d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ def checkpoint_decoder(vae: ModelMixin) -> None:
     The last blocks, at full resolution, set the peak memory of the student's step. VAEs with other blocks use the
     checkpointing of diffusers, if they support it.
     """
-    blocks = [module for module in vae.decoder.modules() if isinstance(module, (ResnetBlock2D, Upsample2D))]
+    blocks = [module for module in vae.decoder.modules() if isinstance(module, DECODER_BLOCKS)]
     for block in blocks:  # in eval mode nothing is random
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if not blocks and vae._supports_gradient_checkpointing:

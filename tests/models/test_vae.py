@@ -359,14 +359,27 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
         assert (stock_call("pt").float() - decoded).abs().mean() < 4e-3  # a stock call's latents are in bfloat16
 
 
-def test_a_checkpointed_decoder_gives_the_same_gradient_in_less_memory(tmp_path):
-    vae = AutoencoderKL(layers_per_block=3, block_out_channels=[32, 32], norm_num_groups=8, **LEVELS)
+DC_DECODER = {"block_types": ("ResBlock", "EfficientViTBlock"), "block_out_channels": (32, 32)}
+DC_DECODER |= {"layers_per_block": (4, 3), "qkv_multiscales": ((), (5,))}
+
+
+@pytest.mark.parametrize(
+    "vae",
+    [
+        AutoencoderKL(layers_per_block=3, block_out_channels=[32, 32], norm_num_groups=8, **LEVELS),
+        AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=8,
+            **{f"{half}_{key}": DC_DECODER[key] for half in ("encoder", "decoder") for key in DC_DECODER},
+        ),
+    ],
+    ids=lambda vae: type(vae).__name__,
+)
+def test_a_checkpointed_decoder_gives_the_same_gradient_in_less_memory(vae, tmp_path):
     vae.save_pretrained(tmp_path)
     args, found = SimpleNamespace(mixed_precision="no", rank=0, vae_dtype="auto"), []
     for args.gradient_checkpointing in (False, True):
-        decoder = vae_module.load_vae(
-            ModelSource("--vae", str(tmp_path)), AutoencoderKL, args, "cpu", False, True, "fp32"
-        )
+        decoder = vae_module.load_vae(ModelSource("--vae", str(tmp_path)), type(vae), args, "cpu", False, True, "fp32")
         x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with Counter() as counter:
             vae_module.decode(decoder, x0, unfold=torch.clone).square().mean().backward()
