@@ -25,11 +25,13 @@ if __name__ == "__main__":  # a user's first command: no notes of the libraries 
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -45,6 +47,8 @@ from diffusers import (
     OvisImageTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -60,6 +64,9 @@ from transformers import (
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -481,6 +488,40 @@ def write_chroma(path, seed: int = 0) -> None:
         tokenizer=tokenizer,
         transformer=vivid(transformer),
     ).save_pretrained(path)
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Letters, with merges that build WORDS after a space, and bytes for what is not in the vocabulary."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary, merges = merged([*tokens, "\u2581", *T5_CHARACTERS], [["\u2581", *word] for word in WORDS])
+    return GemmaTokenizer(vocab=vocabulary, merges=merges)
+
+
+def write_sana(path, seed: int = 0) -> None:
+    """A SanaPipeline with the scheduler of diffusers' conversion script; 64 px are 2 x 2 latents, 4 tokens."""
+    torch.manual_seed(seed)
+    tokenizer = gemma_tokenizer()
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=16,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=WIDTH, caption_channels=WIDTH,
+        qk_norm="rms_norm_across_heads", sample_size=32, timestep_scale=0.5,
+    )  # fmt: skip
+    blocks, scales = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3, ((), (), (), (5,), (5,), (5,))
+    halves = {"block_types": blocks, "block_out_channels": (8,) * 6, "layers_per_block": (1,) * 6}
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=8, encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales,
+        scaling_factor=0.41407, **{f"{half}_{key}": halves[key] for half in ("encoder", "decoder") for key in halves},
+    )  # fmt: skip
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "head_dim": 16, "query_pre_attn_scalar": 16, **TEXT}
+    SanaPipeline(
+        scheduler=DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+        vae=vivid(vae),
+        text_encoder=vivid(Gemma2Model(Gemma2Config(**text))),
+        tokenizer=tokenizer,
+        transformer=vivid(transformer),
+    ).save_pretrained(path)  # fmt: skip
 
 
 def write_discriminator(path, seed: int = 0) -> None:

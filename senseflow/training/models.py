@@ -78,7 +78,7 @@ class TrainingModels:
     vae_class: type
     network_name = "transformer"  # the pipeline's component that is distilled
     further_networks: Sequence[str] = ()  # components of network_class that only a guided teacher's call runs
-    unconditional_prompt = ""  # what a guided teacher is called with beside the prompt
+    unconditional_prompt: Optional[str] = ""  # what a guided teacher is called with beside the prompt; None: no text
     pipeline_entries: Sequence[str] = ()  # entries of model_index.json, besides components, that the methods read
     vae_auto_dtype = "fp32"  # what --vae_dtype auto means with --mixed_precision bf16, as in the teacher's release
     compatible_config: Sequence[str] = ()  # entries of the network's configuration in which student and teacher agree
