@@ -26,7 +26,14 @@ from safetensors.torch import load_file
 
 from senseflow.errors import UserError, require_package
 from senseflow.models.attention import check_attention_backend, set_attention_backend
-from senseflow.models.hub import ModelSource, check_weights, load_network, load_pipeline, saved_components
+from senseflow.models.hub import (
+    ModelSource,
+    check_processors,
+    check_weights,
+    load_network,
+    load_pipeline,
+    saved_components,
+)
 from senseflow.models.lora import ADAPTER, FILE, fuse_lora, lora_fingerprint, read_adapter, stored_name
 from senseflow.models.quantization import BACKENDS, quantize_network
 from senseflow.models.vae import latent_shape_of, vae_scale_of
@@ -258,7 +265,7 @@ def check_pipeline_kwargs(model: Model, source: ModelSource) -> None:
 
 
 def check_components(model: Model) -> None:
-    """Refuse (exit code 2) a pipeline that lacks a component or has none of its weights in the variant asked for."""
+    """Refuse (exit code 2) a pipeline that lacks a component, a package, or weights in the variant asked for."""
     variants = {None}
     for name in saved_components(model.index):
         source, folder = model.location(name)
@@ -266,6 +273,7 @@ def check_components(model: Model) -> None:
             raise source.error(f"lacks {name}, which its model_index.json names; copy it")
         if not (name == model.network and model.state_dict):
             variants.add(check_weights(source, folder))
+    check_processors(model.base, model.index)
     variant = model.source.variant
     if variant not in variants:
         problem = f"{model.base.path} holds no weights *.{variant}.safetensors; drop --variant"

@@ -4,7 +4,7 @@ A new file is found by its name: teachers/train_senseflow_NAME.py needs `write_N
 takes longer is in test_teachers_train.py.
 """
 
-import importlib
+import importlib.util
 import inspect
 import json
 import shutil
@@ -12,6 +12,7 @@ import shutil
 import pytest
 import torch
 
+import infer
 import tiny_pipelines
 from helpers import ROOT, assert_starts_as_the_teacher, built, models_class, refused
 from senseflow.models.attention import attention_layers
@@ -22,8 +23,12 @@ from stock_call import assert_called_as_stock
 FILES = sorted((ROOT / "teachers").glob("train_senseflow_*.py"))
 SCRIPTS = {path.stem.removeprefix("train_senseflow_"): importlib.import_module(path.stem) for path in FILES}
 
-# The default anchors at 1024 pixels, where those at 64 are refused.
-AT_64_PIXELS = {"ideogram4": "--anchors 1000 846.1 666.7 421.1"}
+# Where a teacher's defaults are refused at 64 pixels, or ask it without guidance.
+FURTHER_FLAGS = {
+    "ideogram4": "--anchors 1000 846.1 666.7 421.1",
+    "qwenimage21": "--dmd_guidance_scale 1 8 --isg_guidance_scale 1 8 --teacher_guidance_scale 4",
+}
+PADS_A_BATCH = ("qwenimage21",)  # a stock call of two prompts is another than two calls
 # Flags that no shared default serves.
 REQUIRED = (
     "ttur_ratio ida_decay isg_weight isg_margin gan_weight backward_simulation_prob dmd_guidance_scale "
@@ -62,14 +67,15 @@ def test_a_teacher_is_called_as_by_its_stock_pipeline(name, pipeline, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red square\n")
     flags = f"--pretrained_model_name_or_path {pipeline(name)} --prompts_file {tmp_path}/prompts.txt --gan_weight 0"
     flags += f" --backward_simulation_prob 1 --resolution 64 --output_dir {tmp_path} --report_to none"
-    flags += f" --max_sequence_length 192 --validation_prompts a {AT_64_PIXELS.get(name, '')} --gradient_checkpointing"
+    flags += f" --max_sequence_length 192 --validation_prompts a {FURTHER_FLAGS.get(name, '')}"
+    flags += " --gradient_checkpointing"
     run = built(SCRIPTS[name], flags.split())
     teachers = run.models.teacher_pipeline_kwargs()
     guided = {key: value for key, value in teachers.items() if key not in ("num_inference_steps", "sigmas")}
-    unpack = lambda latents: as_x0(run.models, latents)  # noqa: E731
     assert run.args.teacher_guidance_scale > 1
-    assert_called_as_stock(run, run.pipeline_kwargs | guided, run.args.teacher_guidance_scale, unpack)
-    assert_called_as_stock(run, run.pipeline_kwargs, None, unpack)
+    kwargs = {"as_x0": lambda latents: as_x0(run.models, latents), "one_by_one": name in PADS_A_BATCH}
+    assert_called_as_stock(run, run.pipeline_kwargs | guided, run.args.teacher_guidance_scale, **kwargs)
+    assert_called_as_stock(run, run.pipeline_kwargs, None, **kwargs)
     assert_starts_as_the_teacher(run.models)
     run.args.teacher_guidance_scale = 1.0  # the teacher's images without guidance
     call = run.pipeline_kwargs | run.models.teacher_pipeline_kwargs() | {"num_inference_steps": 2}
@@ -82,7 +88,7 @@ def test_all_networks_of_a_teacher_have_the_chosen_kernel(name, pipeline, tmp_pa
     (tmp_path / "prompts.txt").write_text("a red square\n")
     flags = f"--pretrained_model_name_or_path {pipeline(name)} --prompts_file {tmp_path}/prompts.txt --gan_weight 0"
     flags += f" --backward_simulation_prob 1 --resolution 64 --output_dir {tmp_path} --report_to none"
-    run = built(SCRIPTS[name], [*flags.split(), *AT_64_PIXELS[name].split(), "--attention_backend", "_native_math"])
+    run = built(SCRIPTS[name], [*flags.split(), *FURTHER_FLAGS[name].split(), "--attention_backend", "_native_math"])
     for role in (run.models.teacher, *run.models.further_roles.values()):
         kernels = {str(layer.processor._attention_backend.value) for layer in attention_layers(role.module)}
         assert kernels == {"_native_math"}, role.name
@@ -113,3 +119,19 @@ def test_a_teacher_that_is_distilled_is_refused(name, pipeline, tmp_path, capsys
     flags = f"--pretrained_model_name_or_path {tmp_path}/distilled --prompts_file p.txt --output_dir {tmp_path}/out"
     capsys.readouterr()  # of the writing of the pipeline
     refused(SCRIPTS[name], flags.split(), 2, "has is_distilled true in its model_index.json", capsys)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+@pytest.mark.parametrize("command", ["train", "infer"])
+def test_a_processor_that_needs_a_missing_package_is_refused(command, pipeline, tmp_path, capsys):
+    folder = shutil.copytree(pipeline("qwenimage21"), tmp_path / "teacher")
+    video = '"video_processor": {"video_processor_type": "Qwen3VLVideoProcessor"}, "image_token"'
+    for name in ("model_index.json", "processor/processor_config.json"):
+        text = (folder / name).read_text().replace('"image_token"', video)
+        assert "LlavaProcessor" in text
+        (folder / name).write_text(text.replace("LlavaProcessor", "Qwen3VLProcessor"))
+    train = f"--pretrained_model_name_or_path {folder} --prompts_file p.txt --output_dir {tmp_path}/out"
+    flags = {"train": train, "infer": f"--model {folder} --prompt a --output_dir {tmp_path}/out"}[command]
+    script = {"train": SCRIPTS["qwenimage21"], "infer": infer}[command]
+    capsys.readouterr()  # of the writing of the pipeline
+    refused(script, flags.split(), 2, "(processor): Qwen3VLVideoProcessor requires the Torchvision library", capsys)

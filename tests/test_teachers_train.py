@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from test_teachers import AT_64_PIXELS, SCRIPTS, pipeline  # noqa: F401
+from test_teachers import FURTHER_FLAGS, SCRIPTS, pipeline  # noqa: F401
 
 from helpers import (
     ROOT,
@@ -36,7 +36,7 @@ def flags(pipeline, data, vision):  # noqa: F811
         flags += f"--discriminator_backbone {vision}/dinov2 --discriminator_text_encoder {vision}/clip "
         flags += "--max_sequence_length 160 --train_batch_size 2 --gradient_accumulation_steps 2 --ttur_ratio 2 "
         flags += "--learning_rate 1e-3 --lr_warmup_steps 0 --max_train_steps 4 --checkpointing_steps 2 "
-        flags += f"--export_dtype fp32 --teacher_num_inference_steps 2 {AT_64_PIXELS.get(name, '')}"
+        flags += f"--export_dtype fp32 --teacher_num_inference_steps 2 {FURTHER_FLAGS.get(name, '')}"
         return flags.split()
 
     return make

@@ -29,6 +29,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
@@ -45,6 +46,8 @@ from diffusers import (
     Krea2Transformer2DModel,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -58,6 +61,7 @@ from diffusers import (
 )
 from transformers import (
     BitImageProcessorPil,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -67,6 +71,7 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -76,6 +81,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
@@ -432,6 +438,35 @@ def write_krea2(path, seed: int = 0) -> None:
         transformer=vivid(transformer),
         text_encoder_select_layers=(1, 3),
     ).save_pretrained(path)
+
+
+def write_qwenimage21(path, seed: int = 0) -> None:
+    """A QwenImage21Pipeline with the scheduler configuration of Qwen-Image 2.1; 64 px are 4 x 4 latents, 16 tokens.
+
+    Its own processor needs torchvision: Llava's does the same with text.
+    """
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        context_in_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=4, num_res_blocks=1,
+        latents_mean=[0.3, -0.2, 0.1, 0.5], latents_std=[1.5, 0.7, 2.0, 1.1],
+    )  # fmt: skip
+    kwargs = {"patch_size": 16, "chat_template": QWEN_TEMPLATE, "image_token": "<|image_pad|>"}
+    processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, **kwargs)
+    QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+            shift_terminal=0.02,
+        ),
+        vae=vivid(vae),
+        text_encoder=vivid(Qwen3VLForConditionalGeneration(qwen3_vl_config(tokenizer, 2))),
+        processor=processor,
+        transformer=vivid(transformer),
+    ).save_pretrained(path)  # fmt: skip
 
 
 def write_ideogram4(path, seed: int = 0) -> None:

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 KINDS = WEIGHTS, GRADIENTS, STATES, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
 HOST = "host"  # owner of what is not on the GPU
-NEEDS_VALUES = (torch.ops.aten.arange, torch.ops.aten.linspace)
+NEEDS_VALUES = (torch.ops.aten.arange, torch.ops.aten.linspace, torch.ops.aten.scalar_tensor)
+TAKES_MASKS = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 # Operations that launch nothing on a GPU, besides views.
 NO_KERNEL = {
     "aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty",
@@ -90,6 +91,8 @@ class Counter(TorchDispatchMode):
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         real = real or isinstance(kwargs.get("generator"), torch.Generator)
         real = real or function._overloadpacket in NEEDS_VALUES
+        if function._overloadpacket in TAKES_MASKS:
+            args = (args[0], positions_of(args[1]), *args[2:])
         if real and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             with unset_fake_temporarily():
                 out = function(*args, **kwargs)
@@ -155,6 +158,21 @@ class Counter(TorchDispatchMode):
     def _release(self, key: int) -> None:
         size, label = self._storages.pop(key)
         self._add(-size, label)
+
+
+def positions_of(indices: list) -> list:
+    """Replace the masks with values among the indices of an operation by the positions that they select.
+
+    The result's shape depends on them, and a fake tensor would have no values.
+    """
+    positions = []
+    for index in indices:
+        if index is None or isinstance(index, FakeTensor) or index.dtype is not torch.bool:
+            positions.append(index)
+        else:
+            with unset_fake_temporarily():
+                positions.extend(index.nonzero().unbind(1))
+    return positions
 
 
 def tensors_in(values) -> list[torch.Tensor]:

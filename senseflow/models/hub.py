@@ -332,10 +332,29 @@ def check_pipeline(source: ModelSource, pipeline_class, supported_entries: Seque
             problem = f"has {name} {json.dumps(index[name])} in its model_index.json"
             raise source.error(f"{problem}, which changes a call in a way that this script does not train")
     source, variant = replace(source, revision=source.commit), source.variant
+    check_processors(source, index)
     if variant not in {None, *(check_weights(source, name) for name in saved_components(index))}:
         problem = f"{source.path} holds no weights *.{variant}.safetensors; drop --variant"
         raise UserError(f"--variant {variant}: {problem}", exit_code=2)
     return source
+
+
+def check_processors(source: ModelSource, index: Mapping[str, Any]) -> None:
+    """Refuse (UserError, exit code 2) a processor for which a package is not installed, such as torchvision.
+
+    Args:
+        index: model_index.json.
+    """
+    for name in saved_components(index):
+        library, class_name = index[name]
+        cls = getattr(LIBRARIES.get(library), class_name, object)
+        if not issubclass(cls, transformers.ProcessorMixin):
+            continue
+        try:
+            source.load(cls.from_pretrained, subfolder=name)
+        except ImportError as error:
+            reason = str(error).strip().split(". ")[0]
+            raise replace(source, component=name).error(f"{reason}; install it") from error
 
 
 def check_weights(source: ModelSource, subfolder: Optional[str]) -> Optional[str]:

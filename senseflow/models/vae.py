@@ -139,6 +139,8 @@ def encode(
 ) -> torch.Tensor:
     """Encode images (B, 3, H, W) in [-1, 1] to x0, float32: a sample of the posterior if the VAE has one."""
     frames, (mean, std) = has_frames(vae.config), statistics_of(vae)
+    if vae.config.get("in_channels") == 4:
+        images = torch.cat([images, torch.ones_like(images[:, :1])], 1)  # opaque
     encoded = vae.encode(images.unsqueeze(2) if frames else images)
     if "latent_dist" in encoded:
         posterior = encoded.latent_dist
@@ -150,8 +152,15 @@ def encode(
 
 
 def decode(vae: ModelMixin, x0: torch.Tensor, unfold: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Decode x0 to images (B, 3, H, W), about in [-1, 1], float32; gradient flows."""
+    """Decode x0 to images (B, 3, H, W), about in [-1, 1], float32; gradient flows.
+
+    Images with an alpha channel are laid over white, as those of a data set are.
+    """
     frames, (mean, std) = has_frames(vae.config), statistics_of(vae)
     latents = unfold(x0 * std + mean)
     images = vae.decode(latents.unsqueeze(2) if frames else latents, return_dict=False)[0].float()
-    return images.squeeze(2) if frames else images
+    images = images.squeeze(2) if frames else images
+    if images.shape[1] == 4:
+        images, alpha = images[:, :3], images[:, 3:] / 2 + 0.5
+        images = alpha * images + (1 - alpha)
+    return images

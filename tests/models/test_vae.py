@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -10,6 +11,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -17,6 +19,7 @@ from diffusers import (
     FluxPipeline,
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
+    QwenImage21Pipeline,
     QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -26,6 +29,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 
 import train_senseflow_flux
 import train_senseflow_sd3
@@ -242,6 +246,27 @@ def test_latents_and_images_equal_those_of_the_stock_pipeline(stock, monkeypatch
     decoded = models.decode(x0)
     torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), student_samples, rtol=1e-4, atol=1e-5)
     assert decoded.shape == images.shape and 0.01 < student_samples.std()
+
+
+@torch.no_grad()
+def test_an_alpha_channel_is_opaque_when_encoded_and_over_white_when_decoded():
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.3] * 4, latents_std=[1.5] * 4
+    )
+    models, images = object.__new__(TrainingModels), torch.rand(2, 3, 64, 64) * 2 - 1
+    models.vae, models.pipeline_class = vivid(vae).eval(), QwenImage21Pipeline
+    x0 = encode(models, images, NoDraws(), [0, 1])
+    opaque = torch.cat([images, torch.ones(2, 1, 64, 64)], 1).unsqueeze(2)
+    pipeline = SimpleNamespace(vae=vae, latent_channels=4)
+    torch.testing.assert_close(x0, QwenImage21Pipeline._encode_vae_image(pipeline, opaque, None).squeeze(2))
+    stock = vae.decode((x0 * 1.5 + 0.3).unsqueeze(2)).sample.squeeze(2).clamp(-1, 1) / 2 + 0.5
+    pixels = [Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()) for image in stock]
+    over_white = [Image.alpha_composite(Image.new("RGBA", (64, 64), "white"), image) for image in pixels]
+    seen = torch.stack(
+        [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255 for image in over_white]
+    )
+    torch.testing.assert_close(models.decode(x0) / 2 + 0.5, seen, rtol=0, atol=0.02)
 
 
 def test_the_order_of_folded_channels_is_never_assumed(folder):
