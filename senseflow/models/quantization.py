@@ -4,6 +4,7 @@
 The layers equal those of diffusers' loader with the same configuration. That loader needs a GPU; this code does not.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,14 @@ def quantize_linear(layer: torch.nn.Linear, base_quantization: str, dtype: torch
     quantized.requires_grad_(False).to(device)
     if base_quantization == "8bit":
         quantized.init_8bit_state()  # now, not in the first forward, for copies to have it, too
+    # bitsandbytes returns the precision of the input, which after a norm is float32 under autocast.
+    quantized.register_forward_pre_hook(partial(cast_input, dtype))
     return quantized.train(layer.training)
+
+
+def cast_input(dtype: torch.dtype, layer: torch.nn.Module, args: tuple) -> tuple:
+    """Cast the input of a quantized layer, so that its output is in `dtype` as a linear layer's is under autocast."""
+    return args[0].to(dtype), *args[1:]
 
 
 def quantization_states(network: torch.nn.Module) -> list[Any]:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from senseflow.errors import UserError
 from senseflow.memory.counter import Counter
+from senseflow.memory.trace import FakeQuantizedLinear
 from senseflow.models.hub import ModelSource, load_network
-from senseflow.models.quantization import quantize_network
+from senseflow.models.quantization import quantize_linear, quantize_network
 from senseflow.models.weights import (
     fingerprint,
     from_pretrained_meta,
@@ -156,6 +157,19 @@ def test_layers_are_read_and_quantized_one_at_a_time(bits, networks):
     assert counter.peak < 0.6 * held
     states = torch.randn(2, 16)
     torch.testing.assert_close(empty.x_embedder(states), whole.x_embedder(states), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantized_layer_returns_the_precision_of_autocast_as_the_dry_run_counts(bits):
+    layer = torch.nn.Linear(64, 32).bfloat16()
+    quantized = copy.deepcopy(quantize_linear(layer, bits, torch.bfloat16, "cpu"))
+    states = torch.randn(2, 64, requires_grad=True)  # float32, as autocast leaves the output of a norm
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, found = layer(states), quantized(states)
+    assert plain.dtype == found.dtype == FakeQuantizedLinear(layer, int(bits[0]))(states).dtype == torch.bfloat16
+    assert (found - plain).abs().max() < 0.2 * plain.abs().max()
+    (gradient,) = torch.autograd.grad(found.float().sum(), states)
+    assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("size", ["10GB", "1KB"])
