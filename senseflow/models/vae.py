@@ -20,8 +20,10 @@ from senseflow.models.hub import ModelSource, load_network
 from senseflow_utils import StatelessRNG
 
 
-# Of AutoencoderKL and of AutoencoderDC, which has no checkpointing in diffusers.
+# Of AutoencoderKL and of AutoencoderDC, which has no checkpointing in diffusers; nor have Qwen-Image's and Wan's VAEs,
+# whose blocks' names end in these words.
 DECODER_BLOCKS = (ResnetBlock2D, Upsample2D, ResBlock, EfficientViTBlock, DCUpBlock2d)
+VIDEO_DECODER_BLOCKS = ("ResidualBlock", "Resample")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,14 +85,24 @@ def load_vae(source: ModelSource, cls, args, device, encodes: bool, decodes: boo
 def checkpoint_decoder(vae: ModelMixin) -> None:
     """Recompute the decoder's activations in the backward pass, one residual block at a time.
 
-    The last blocks, at full resolution, set the peak memory of the student's step. VAEs with other blocks use the
-    checkpointing of diffusers, if they support it.
+    The last blocks, at full resolution, set the peak memory of the student's step. A block of a VAE of videos also
+    keeps what the next frame needs, in lists which a second run must not read: an image has no next frame, so it runs
+    without them. VAEs with other blocks use the checkpointing of diffusers, if they support it.
     """
-    blocks = [module for module in vae.decoder.modules() if isinstance(module, DECODER_BLOCKS)]
+    frames, modules = has_frames(vae.config), vae.decoder.modules()
+    if frames:
+        blocks = [module for module in modules if type(module).__name__.endswith(VIDEO_DECODER_BLOCKS)]
+    else:
+        blocks = [module for module in modules if isinstance(module, DECODER_BLOCKS)]
     for block in blocks:  # in eval mode nothing is random
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        recomputed = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(_of_one_frame, recomputed) if frames else recomputed
     if not blocks and vae._supports_gradient_checkpointing:
         vae.enable_gradient_checkpointing()
+
+
+def _of_one_frame(function, x: torch.Tensor, *caches, **further_caches):
+    return function(x)
 
 
 def _without_autocast(function, dtype: torch.dtype, x: torch.Tensor, *args, **kwargs):

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -386,6 +387,8 @@ def test_the_vae_computes_in_its_own_precision_in_training_and_validation(
 
 DC_DECODER = {"block_types": ("ResBlock", "EfficientViTBlock"), "block_out_channels": (32, 32)}
 DC_DECODER |= {"layers_per_block": (4, 3), "qkv_multiscales": ((), (5,))}
+VIDEO_VAE = {"base_dim": 16, "z_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 3}
+VIDEO_VAE |= {"latents_mean": [0.3] * 4, "latents_std": [1.5] * 4}
 
 
 @pytest.mark.parametrize(
@@ -397,6 +400,9 @@ DC_DECODER |= {"layers_per_block": (4, 3), "qkv_multiscales": ((), (5,))}
             attention_head_dim=8,
             **{f"{half}_{key}": DC_DECODER[key] for half in ("encoder", "decoder") for key in DC_DECODER},
         ),
+        AutoencoderKLQwenImage(**VIDEO_VAE),
+        AutoencoderKLQwenImage21(**VIDEO_VAE, decoder_base_dim=16),
+        AutoencoderKLWan(**VIDEO_VAE),
     ],
     ids=lambda vae: type(vae).__name__,
 )
@@ -405,7 +411,8 @@ def test_a_checkpointed_decoder_gives_the_same_gradient_in_less_memory(vae, tmp_
     args, found = SimpleNamespace(mixed_precision="no", rank=0, vae_dtype="auto"), []
     for args.gradient_checkpointing in (False, True):
         decoder = vae_module.load_vae(ModelSource("--vae", str(tmp_path)), type(vae), args, "cpu", False, True, "fp32")
-        x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        shape = vae_module.latent_shape_of(vae.config, (64, 64))
+        x0 = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with Counter() as counter:
             vae_module.decode(decoder, x0, unfold=torch.clone).square().mean().backward()
         found.append((x0.grad, counter.peak))
