@@ -408,7 +408,7 @@ def main(argv=None, models: type[TrainingModels] = SD3Models):
     args = models.parse_args(argv)
     source, rows = prepare(models, args)
     if args.dry_run is not None:
-        return report(args, source, models, make_models, train_iteration)
+        return report(args, source, rows, models, make_models, train_iteration)
 
     # Processes, noise levels, networks.
     runtime = Runtime(args)

@@ -5,8 +5,9 @@
     python benchmarks/memory_table.py                             # all; about a minute per row and core
     python benchmarks/memory_table.py --teachers sdxl --rows full
 
-1024 px, one image per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, else the
-defaults. What --dry_run writes is kept in benchmarks/out/memory.json; delete an entry there to trace it again.
+1024 px, one image per process, `--mixed_precision bf16 --gradient_checkpointing --offload_text_encoders`, more than
+1,000 prompts, else the defaults. What --dry_run writes is kept in benchmarks/out/memory.json; delete an entry there to
+trace it again.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from gpu import launch_environment, write_data
 
 from senseflow.memory.report import SIZES, USABLE
 from senseflow.memory.trace import ORDINARY, WITH_STUDENT
+from senseflow.models.text_encoders import MAX_PROMPTS_IN_MEMORY
 
 
 OUTPUTS = ROOT / "benchmarks" / "out" / "memory.json"
@@ -62,6 +64,16 @@ def has(teacher: str, row: str) -> bool:
     return teacher not in FURTHER_NAMES or row in FURTHER_ROWS
 
 
+def write_prompts(folder: Path) -> Path:
+    """Write a dataset JSON with so many prompts that the text encoders stay on the CPU during a run."""
+    path = write_data(folder, 64)
+    images = json.loads(path.read_text())["image_paths"]
+    keys = [f"{index}" for index in range(MAX_PROMPTS_IN_MEMORY + 1)]
+    rows = {"keys": keys, "image_paths": images[:1] * len(keys), "prompts": [f"a red square {key}" for key in keys]}
+    path.write_text(json.dumps(rows))
+    return path
+
+
 def dry_run(teacher: str, row: str, folder: Path) -> dict:
     """Return what the teacher's script writes with --dry_run_output."""
     configuration, processes, flags = ROWS[row]
@@ -69,7 +81,7 @@ def dry_run(teacher: str, row: str, folder: Path) -> dict:
     for name in (teacher, discriminator):
         write_configs(name, folder / name)
     command = [sys.executable, ROOT / f"{script_of(teacher)}.py", "--pretrained_model_name_or_path", folder / teacher]
-    command += ["--dataset_json", write_data(folder / "data", 64), "--output_dir", folder / "out"]
+    command += ["--dataset_json", write_prompts(folder / "data"), "--output_dir", folder / "out"]
     command += ["--discriminator_backbone", folder / discriminator / "dinov2"]
     command += ["--discriminator_text_encoder", folder / discriminator / "clip"]
     command += ["--report_to", "none", "--dry_run", "--dry_run_output", folder / "dry_run.json", *COMMON, *flags]

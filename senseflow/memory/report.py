@@ -48,11 +48,12 @@ def apply_zero(traced: Trace, mode: str, processes: int, bf16: bool) -> Trace:
     return replace(traced, at_peak=at_peak, peak=peak, checkpoint_bytes=traced.checkpoint_bytes + masters)
 
 
-def summarize(args, traced: Trace, mode: str, processes: int) -> dict:
+def summarize(args, traced: Trace, mode: str, processes: int, encodes_first: bool) -> dict:
     """Return what is printed, and what --dry_run_output writes, as numbers by name.
 
     Args:
         processes: number of processes, one on each GPU.
+        encodes_first: whether prompts are encoded before training.
     """
     iterations = {}
     for name, phases in traced.work.items():
@@ -73,6 +74,7 @@ def summarize(args, traced: Trace, mode: str, processes: int) -> dict:
         "memory_gib": nested({label: size / GIB for label, size in traced.at_peak.items() if label[0] != HOST}),
         "parameters": traced.num_params,
         "host_gib": traced.encoder_bytes / GIB,
+        "encodes_first": encodes_first,
         "checkpoint_gib": traced.checkpoint_bytes / GIB,
         "export_gib": traced.export_bytes / GIB,
         "fits": [name for name, card in CARDS.items() if traced.peak <= USABLE * card.gib * GIB],
@@ -113,7 +115,7 @@ def print_summary(summary: dict, args) -> None:
         if sum(row) >= 0.0005 * summary["peak_gib"]:
             print(f"{owner:15}" + "".join(f"{gib(size) if size else '':>13}" for size in row))
     print(f"peak {gib(summary['peak_gib'])} GiB, in: {summary['peak_phase']}")
-    stay = args.offload_text_encoders and not args.cache_dir
+    stay = args.offload_text_encoders and not summary["encodes_first"]
     duration = "during the run" if stay else "while they load"
     print(f"in host memory: text encoders, {gib(summary['host_gib'])} GiB, {duration}; one tensor of other networks")
     sizes = f"a checkpoint {gib(summary['checkpoint_gib'])} GiB, the export {gib(summary['export_gib'])} GiB"
@@ -143,16 +145,18 @@ def fit(peak: float) -> str:
     return "; ".join(parts) + f" ({USABLE:.0%} of a card are assumed to be usable)"
 
 
-def report(args, source, models_class, make_models, train_iteration) -> None:
+def report(args, source, rows, models_class, make_models, train_iteration) -> None:
     """Print, in the first process, what a process of this command needs, instead of training.
 
     Args:
         source: the teacher's pipeline.
+        rows: of the data set.
         models_class, make_models, train_iteration: those of the script. The class's file is the one that is run again
             with other flags.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return
+    from senseflow.training.prompts import encodes_before_training
     from senseflow.training.roles import launch_config
 
     if args.dry_run_output:
@@ -163,17 +167,18 @@ def report(args, source, models_class, make_models, train_iteration) -> None:
     mode = launch.mode if launch.mode != "replicated" else "ddp" if launch.world_size > 1 else "single"
     if mode.startswith("zero"):
         launch.mode = "replicated"  # DeepSpeed is not traced, see `apply_zero`
+    encodes_first = encodes_before_training(args, rows)
     init_fake_process_group()
     counter = Counter()
     try:
         with patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True), counter:
-            traced = trace(args, source, models_class, make_models, train_iteration, counter)
+            traced = trace(args, source, encodes_first, models_class, make_models, train_iteration, counter)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         problem = f"the result of {error.func} depends on values, and a trace has shapes only"
         raise UserError(f"--dry_run: {problem}; run this command with --max_train_steps 1 instead") from error
     if mode.startswith("zero"):
         traced = apply_zero(traced, mode, launch.world_size, args.mixed_precision == "bf16")
-    summary = summarize(args, traced, mode, launch.world_size)
+    summary = summarize(args, traced, mode, launch.world_size, encodes_first)
     print_summary(summary, args)
     print(fit(traced.peak))
     if args.dry_run_output:

@@ -249,7 +249,7 @@ def largest_size(args) -> list[int]:
 
 
 def encode_and_free(counter: Counter, models) -> dict[str, Any]:
-    """Encode one prompt and free the text encoders, as with --cache_dir.
+    """Encode one prompt on the GPU and free the text encoders, the discriminator's too.
 
     Returns:
         What `read_prompts` will return, on the meta device.
@@ -306,10 +306,13 @@ def print_stage(stage: str) -> None:
     print(f"dry run: {stage}", file=sys.stderr)
 
 
-def trace(args, source, models_class, make_models, train_iteration, counter: Counter, device="cpu") -> Trace:
+def trace(
+    args, source, encodes_first: bool, models_class, make_models, train_iteration, counter: Counter, device="cpu"
+) -> Trace:
     """Run `make_models`, a step of every optimizer, and an iteration without and with student update, under `counter`.
 
     Args:
+        encodes_first: whether prompts are encoded before training, and the text encoders freed.
         device: of the tensors; fake tensors can be on "cuda" without a GPU, with torch's build for GPUs.
     """
     print_stage("loading networks")
@@ -328,11 +331,11 @@ def trace(args, source, models_class, make_models, train_iteration, counter: Cou
         stack.enter_context(mock.patch.object(Accelerator, "device", runtime.device))
         models = make_models(models_class, args, source, schedule, runtime)
         roles = roles_of(models)
-        encoders = HOST if args.offload_text_encoders and not args.cache_dir else ENCODERS
+        encoders = HOST if args.offload_text_encoders and not encodes_first else ENCODERS
         label_networks(counter, models, encoders)
         encoder_bytes, bytes_on_disk = counter.by_label[encoders, WEIGHTS], sizes_on_disk(args, models)
         counter.reset()
-        encoded = encode_and_free(counter, models) if args.cache_dir else {}
+        encoded = encode_and_free(counter, models) if encodes_first else {}
         encoding = counter.peak, counter.at_peak, counter.peak_phase
         for method in ("encode", "decode") if models.vae is not None else ():
             stack.enter_context(patch_phase(counter, models.vae, method, "VAE", method))

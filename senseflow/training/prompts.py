@@ -24,6 +24,11 @@ from senseflow.training.runtime import Runtime
 logger = get_logger(__name__)
 
 
+def encodes_before_training(args, rows) -> bool:
+    """Return whether a run encodes all its prompts on the GPU before it trains, and frees the text encoders."""
+    return args.cache_dir is not None or (args.offload_text_encoders and has_few_prompts(rows))
+
+
 def cache_prompts(models, rows, runtime: Runtime, record_validation: Callable[[], None]) -> None:
     """Encode all prompts once and free the text encoders, the discriminator's too, with --cache_dir.
 
@@ -37,7 +42,7 @@ def cache_prompts(models, rows, runtime: Runtime, record_validation: Callable[[]
         UserError: exit code 1: too little space, or a damaged file; 2: a folder that is not shared; 143: SIGTERM.
     """
     args, process = models.args, (runtime.accelerator.process_index, runtime.accelerator.num_processes)
-    if args.cache_dir is None and not (args.offload_text_encoders and has_few_prompts(rows)):
+    if not encodes_before_training(args, rows):
         if args.offload_text_encoders:
             warn_of_offloaded_encoders(models)
         return

@@ -28,6 +28,7 @@ from senseflow.memory.gpu_rules import FLOAT32, gpu_rules
 from senseflow.memory.report import GIB, apply_zero, fit
 from senseflow.memory.suggestions import INTERVAL, Command, savings, suggest_savings, suggest_speed
 from senseflow.memory.trace import Trace, patch_loaders, trace
+from senseflow.training.prompts import encodes_before_training
 from tiny_pipelines import write_sd3, write_sdxl
 
 
@@ -53,17 +54,18 @@ def flags(teacher, vision, data, tmp_path):
     return make
 
 
-def run_trace(script, arguments, fake=True, device="cpu") -> Trace:
-    """Trace a script with fake tensors or with real ones."""
+def run_trace(script, arguments, fake=True, device="cpu", many_prompts=True) -> Trace:
+    """Trace a script with fake tensors or with real ones, and as if the data had more prompts than it has."""
     args = script.parse_args(arguments)
-    source, _ = script.prepare(models_class(script), args)
+    source, rows = script.prepare(models_class(script), args)
+    encodes_first = bool(args.cache_dir) if many_prompts else encodes_before_training(args, rows)
     counter = Counter()
     with ExitStack() as stack:
         for context in (patch_loaders(args), FakeTensorMode(allow_non_fake_inputs=True)) if fake else ():
             stack.enter_context(context)
         stack.enter_context(counter)
         functions = (models_class(script), script.make_models, script.train_iteration)
-        return trace(args, source, *functions, counter, device)
+        return trace(args, source, encodes_first, *functions, counter, device)
 
 
 def allocator_peak(profiler) -> int:
@@ -234,6 +236,22 @@ def test_with_a_cache_no_text_encoder_is_there_during_training(flags, tmp_path):
     assert with_cache.encoder_bytes == without_cache.encoder_bytes < freed
     assert freed * 0.9 < without_cache.peak - with_cache.peak < freed * 1.1
     assert with_cache.export_bytes == without_cache.export_bytes and not (tmp_path / "cache").exists()
+    few = run_trace(train_senseflow_flux, flags("flux", "--dry_run", "--offload_text_encoders"), many_prompts=False)
+    assert (few.peak, few.at_peak, few.work) == (with_cache.peak, with_cache.at_peak, with_cache.work)
+
+
+def test_the_peak_may_be_where_few_prompts_are_encoded(flags, teacher, tmp_path):
+    """With --offload_text_encoders, too: they are on the GPU beside all networks, before any optimizer has states."""
+    wide = shutil.copytree(teacher, tmp_path / "wide")
+    config = wide / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 4, "d_ff": 2**18}))
+    arguments = ["--rank", "4", "--offload_text_encoders", "--dry_run", "--pretrained_model_name_or_path", str(wide)]
+    few, many = (
+        run_trace(train_senseflow_flux, [*flags("flux"), *arguments], many_prompts=many) for many in (False, True)
+    )
+    assert few.peak_phase == ("text encoders", "encoding before training") != many.peak_phase
+    assert few.encoder_bytes == many.encoder_bytes < few.peak
+    assert few.peak > many.peak
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs torch's build for GPUs, without a GPU")
