@@ -135,3 +135,5 @@ def test_a_processor_that_needs_a_missing_package_is_refused(command, pipeline, 
     script = {"train": SCRIPTS["qwenimage21"], "infer": infer}[command]
     capsys.readouterr()  # of the writing of the pipeline
     refused(script, flags.split(), 2, "(processor): Qwen3VLVideoProcessor requires the Torchvision library", capsys)
+    (folder / "processor" / "processor_config.json").write_text("{")
+    refused(script, flags.split(), 1, "cannot load the weights", capsys)

@@ -340,7 +340,7 @@ def check_pipeline(source: ModelSource, pipeline_class, supported_entries: Seque
 
 
 def check_processors(source: ModelSource, index: Mapping[str, Any]) -> None:
-    """Refuse (UserError, exit code 2) a processor for which a package is not installed, such as torchvision.
+    """Refuse (UserError) a processor for which a package is not installed, such as torchvision, or that is damaged.
 
     Args:
         index: model_index.json.
@@ -351,7 +351,8 @@ def check_processors(source: ModelSource, index: Mapping[str, Any]) -> None:
         if not issubclass(cls, transformers.ProcessorMixin):
             continue
         try:
-            source.load(cls.from_pretrained, subfolder=name)
+            with source.loading():
+                source.load(cls.from_pretrained, subfolder=name)
         except ImportError as error:
             reason = str(error).strip().split(". ")[0]
             raise replace(source, component=name).error(f"{reason}; install it") from error
