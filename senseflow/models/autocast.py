@@ -18,10 +18,15 @@ GROUP_SIZE = 2**27  # about how many gradients are in memory in both precisions 
 
 
 def autocast_layers(network: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield the layers whose weight and bias autocast casts, and which use them in torch's own forward only."""
+    """Yield the layers whose weight and bias autocast casts, and which use them in torch's own forward only.
+
+    Not those within a module that sets `without_autocast`.
+    """
     forwards = {cls.forward for cls in (LINEAR, *CONVOLUTIONS)}
+    parts = [part for part in network.modules() if getattr(part, "without_autocast", False)]
+    left_out = {layer for part in parts for layer in part.modules()}
     for layer in network.modules():
-        if type(layer).forward in forwards:
+        if type(layer).forward in forwards and layer not in left_out:
             yield layer
 
 

@@ -388,6 +388,8 @@ class LatentClassifier(nn.Sequential):
     It computes in the precision of its weights, float32 but where shards are gathered in bfloat16, without autocast.
     """
 
+    without_autocast = True  # for senseflow.models.autocast
+
     def __init__(self, channels: int, height: int, width: int):
         layers = []
         while min(height, width) > 4:

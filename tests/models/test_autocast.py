@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from senseflow.memory.counter import Counter, Work
 from senseflow.models import autocast
 from senseflow.models.autocast import WeightCopies, cast_frozen_layers
+from senseflow.models.discriminator import LatentClassifier
 
 
 BF16 = torch.bfloat16
@@ -96,6 +97,12 @@ def test_nothing_is_cast_in_a_pass(networks):
     assert work_of(copied, x) == work_of(network, x) != work_of(Network(), x)
     assert work_of(Network(), x).operations - work_of(copied, x).operations == 2 * (1 + 3)  # weights and biases
     assert network.norm.weight.dtype == torch.float32 and len(copies.tensors) == 2 * (1 + 3 + 1)
+
+
+def test_what_runs_without_autocast_has_no_copies():
+    network = torch.nn.ModuleList([torch.nn.Linear(3, 3), LatentClassifier(4, 8, 8)])
+    copies = WeightCopies(network, list(network.parameters()), BF16)
+    assert [tensor.shape for tensor in copies.tensors] == [(3, 3), (3,)]
 
 
 def test_layers_compile_without_graph_breaks_and_each_graph_once(networks):
