@@ -6,8 +6,7 @@
         --pretrained_model_name_or_path Qwen/Qwen-Image-2.1 --dataset_json data.json --output_dir qwenimage21-4step \
         --mixed_precision bf16 --gradient_checkpointing --offload_text_encoders
 
-Qwen-Image 2.1 Turbo, which is distilled already, is refused. Tried with tiny networks, not with the published weights
-(docs/teachers.md).
+Turbo, which is distilled already, is refused. Tried with tiny networks, not the published weights (docs/teachers.md).
 """
 
 import sys
@@ -48,12 +47,16 @@ if __name__ == "__main__":
 from functools import partial
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline, QwenImage21Transformer2DModel
 
 import train_senseflow_flux as flux
 from senseflow.models.text_encoders import pad_condition
 from senseflow.training.models import TrainingModels
 from train_senseflow_qwenimage import QwenImageModels
+
+
+logger = get_logger(__name__)
 
 
 class QwenImage21Models(QwenImageModels):
@@ -86,12 +89,15 @@ class QwenImage21Models(QwenImageModels):
     def encode_prompts(self, prompts):
         """Encode prompts to (embeddings (B, L, D), mask (B, L))."""
         embeds, mask, _ = self.pipeline.encode_prompt(list(prompts), device=self.device)
-        return pad_condition(embeds, self.args.max_sequence_length, mask)
+        length = self.args.max_sequence_length
+        if embeds.shape[1] > length:
+            logger.warning_once(f"--max_sequence_length {length}: prompts of more tokens lose their end")
+            embeds, mask = embeds[:, :length], mask if mask is None else mask[:, :length]
+        return pad_condition(embeds, length, mask)
 
     def network_output(self, role, x_t, t, condition):
         # One prompt at a time and without padding, as a stock call of one prompt: padding would move the image.
-        outputs = [self.output_of_one(role, *one) for one in zip(x_t.split(1), t.split(1), *condition)]
-        return torch.cat(outputs)
+        return torch.cat([self.output_of_one(role, *one) for one in zip(x_t.split(1), t.split(1), *condition)])
 
     def output_of_one(self, role, x_t, t, embeds, mask):
         height, width = x_t.shape[2:]

@@ -72,7 +72,7 @@ def test_a_teacher_is_called_as_by_its_stock_pipeline(name, pipeline, tmp_path):
     run = built(SCRIPTS[name], flags.split())
     teachers = run.models.teacher_pipeline_kwargs()
     guided = {key: value for key, value in teachers.items() if key not in ("num_inference_steps", "sigmas")}
-    assert run.args.teacher_guidance_scale > 1
+    assert run.args.teacher_guidance_scale > 1, "give guidance in FURTHER_FLAGS"
     kwargs = {"as_x0": lambda latents: as_x0(run.models, latents), "one_by_one": name in PADS_A_BATCH}
     assert_called_as_stock(run, run.pipeline_kwargs | guided, run.args.teacher_guidance_scale, **kwargs)
     assert_called_as_stock(run, run.pipeline_kwargs, None, **kwargs)
@@ -81,6 +81,18 @@ def test_a_teacher_is_called_as_by_its_stock_pipeline(name, pipeline, tmp_path):
     call = run.pipeline_kwargs | run.models.teacher_pipeline_kwargs() | {"num_inference_steps": 2}
     inspect.signature(run.pipeline.__call__).bind(prompt="a", **call)
     assert run.pipeline(prompt="a red square", output_type="np", **call).images.std() > 0
+
+
+def test_a_prompt_that_is_too_long_for_a_pipeline_that_cuts_none_loses_its_end(pipeline, tmp_path, caplog):
+    """It would end a run at the iteration in which it comes."""
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    flags = f"--pretrained_model_name_or_path {pipeline('qwenimage21')} --prompts_file {tmp_path}/prompts.txt"
+    flags += f" --gan_weight 0 --backward_simulation_prob 1 --resolution 64 --output_dir {tmp_path}"
+    models = built(SCRIPTS["qwenimage21"], f"{flags} --report_to none --max_sequence_length 16".split()).models
+    whole, mask, _ = models.pipeline.encode_prompt(["a red square, " * 10], device="cpu")
+    embeds, found = models.encode_prompts(("a red square, " * 10,))
+    assert mask is None and whole.shape[1] > 16 and found.all()
+    assert torch.equal(embeds, whole[:, :16]) and "--max_sequence_length 16: prompts of more tokens" in caplog.text
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if models_class(SCRIPTS[name]).further_networks])

@@ -32,7 +32,7 @@ def check_ddpm_scheduler(source: ModelSource) -> None:
 
 
 def load_flow_scheduler(source: ModelSource) -> FlowMatchEulerDiscreteScheduler:
-    """Load a teacher's scheduler of flow matching: its `timesteps` are the teacher's levels.
+    """Load a teacher's scheduler of flow matching: its `timesteps` are the teacher's levels, without a dynamic shift.
 
     A multistep scheduler with a fixed shift, such as Sana's DPM-Solver, becomes the Euler scheduler of its levels.
     UserError (exit code 2) for any other, whose shift an Euler scheduler would pass over without a word.

@@ -95,13 +95,14 @@ def checkpoint_decoder(vae: ModelMixin) -> None:
     else:
         blocks = [module for module in modules if isinstance(module, DECODER_BLOCKS)]
     for block in blocks:  # in eval mode nothing is random
-        recomputed = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        block.forward = partial(_of_one_frame, recomputed) if frames else recomputed
+        forward = partial(_of_one_frame, block.forward) if frames else block.forward
+        block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     if not blocks and vae._supports_gradient_checkpointing:
         vae.enable_gradient_checkpointing()
 
 
 def _of_one_frame(function, x: torch.Tensor, *caches, **further_caches):
+    """Call the forward of a block of a video VAE without what it would keep for a next frame."""
     return function(x)
 
 

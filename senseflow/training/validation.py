@@ -145,7 +145,10 @@ def call_pipeline(accelerator, pipeline, prompt: str, seed: int, pipeline_kwargs
     generator = torch.Generator().manual_seed(seed)
     bind_generator(pipeline.scheduler, generator)
     with accelerator.autocast():  # the student is in float32, VAE and text encoders may not be
-        return pipeline(prompt=prompt, generator=generator, **pipeline_kwargs).images[0]
+        image = pipeline(prompt=prompt, generator=generator, **pipeline_kwargs).images[0]
+    if image.mode == "RGBA":  # over white, as the losses see it
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
 def generate_images(
