@@ -31,7 +31,6 @@ from senseflow.arguments import (
     torch_device,
     torch_dtype,
 )
-from senseflow.data.images import as_rgb
 from senseflow.data.prompts import read_lines, read_prompts_file
 from senseflow.errors import UserError, check_launcher, check_writable, run_script, write_atomically
 from senseflow.released import RELEASED
@@ -320,7 +319,8 @@ def write_grid(folder: Path, keys: Sequence[tuple[int, int]], images_per_prompt:
     columns = images_per_prompt * math.ceil(math.sqrt(len(keys)) / images_per_prompt)
     label_height, images = 14, []
     for name in (image_name(*key) for key in keys):
-        image = as_rgb(Image.open(folder / name))
+        image = Image.open(folder / name).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image.thumbnail((GRID_SIDE // columns, GRID_SIDE // columns))
         image = ImageOps.expand(image, (0, 0, 0, label_height), fill="white")
         ImageDraw.Draw(image).text((2, image.height - label_height + 1), Path(name).stem, fill="black")

@@ -8,15 +8,20 @@ import importlib.util
 import inspect
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 import infer
 import tiny_pipelines
 from helpers import ROOT, assert_starts_as_the_teacher, built, models_class, refused
 from senseflow.models.attention import attention_layers
 from senseflow.training.models import TrainingModels
+from senseflow.training.validation import call_pipeline
 from stock_call import assert_called_as_stock
 
 
@@ -93,6 +98,21 @@ def test_a_prompt_that_is_too_long_for_a_pipeline_that_cuts_none_loses_its_end(p
     embeds, found = models.encode_prompts(("a red square, " * 10,))
     assert mask is None and whole.shape[1] > 16 and found.all()
     assert torch.equal(embeds, whole[:, :16]) and "--max_sequence_length 16: prompts of more tokens" in caplog.text
+
+
+def test_transparent_pixels_are_shown_over_white(pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    flags = f"--pretrained_model_name_or_path {pipeline('qwenimage21')} --prompts_file {tmp_path}/prompts.txt"
+    flags += f" --gan_weight 0 --backward_simulation_prob 1 --resolution 64 --output_dir {tmp_path} --report_to none"
+    run = built(SCRIPTS["qwenimage21"], [*flags.split(), "--validation_prompts", "a"])
+    call = run.pipeline, "a", 0, run.pipeline_kwargs
+    with mock.patch.object(run.pipeline.vae, "decode", lambda *_, **__: (-torch.ones(1, 4, 1, 64, 64),)):
+        shown = call_pipeline(SimpleNamespace(autocast=nullcontext), *call)
+        image = run.pipeline(prompt="a", **run.pipeline_kwargs).images[0]  # black and transparent
+    assert image.getpixel((9, 9)) == (0, 0, 0, 0) and shown.convert("RGB").getpixel((9, 9)) == (255, 255, 255)
+    image.save(tmp_path / "0000.png")
+    infer.write_grid(tmp_path, [(0, 0)], 1)
+    assert Image.open(tmp_path / "grid.png").getpixel((9, 9)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if models_class(SCRIPTS[name]).further_networks])

@@ -54,7 +54,7 @@ def read_image(path: Optional[str], content: Optional[bytes] = None) -> tuple[Op
                 content = file.read()
         image = Image.open(io.BytesIO(content))
         image.load()
-        orientation, image = _orientation(image), as_rgb(image)
+        orientation, image = _orientation(image), _as_rgb(image)
         # Without the rest of its EXIF block, which `exif_transpose` writes again, and at which it may fail.
         image.info, image.getexif()[ExifTags.Base.Orientation] = {}, orientation
         ImageOps.exif_transpose(image, in_place=True)
@@ -87,8 +87,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image in 8 bits and three channels, laid over white where it is transparent."""
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _to_eight_bits(image)
     if not image.has_transparency_data:
