@@ -292,7 +292,8 @@ class SD3Models(TrainingModels):
 
     @classmethod
     def check_args(cls, args, source: ModelSource) -> None:
-        load_flow_scheduler(source)  # refuses a scheduler of another class
+        if load_flow_scheduler(source).config.use_dynamic_shifting:
+            raise source.error("has use_dynamic_shifting in its scheduler; this script trains levels of a fixed shift")
         super().check_args(args, source)
         side = source.config(cls.network_class, "transformer").get("pos_embed_max_size", math.inf)
         largest = side * cls.pixel_multiple(source)

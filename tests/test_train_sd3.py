@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from safetensors.torch import load_file
 
 import train_senseflow_sd3 as script
@@ -186,6 +186,7 @@ def test_the_teacher_is_run_without_a_prompt_only_for_the_loss_that_is_guided(bu
 
 
 BAD = {
+    "dynamic shift": (["--pretrained_model_name_or_path", "{dynamic}"], "has use_dynamic_shifting in its scheduler"),
     "another pipeline": (["--pretrained_model_name_or_path", "{flux}"], "holds a FluxPipeline"),
     "preset": (["--preset", "small"], "--preset"),
     "isg margin": (["--isg_margin", "130"], "--isg_margin 130 leaves no timestep"),
@@ -210,5 +211,10 @@ def test_bad_input_is_one_line_and_exit_code_2(case, flags, teacher, tmp_path, m
     monkeypatch.setattr(
         SD3Transformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("weights before the check")
     )
-    add = [part.format(flux=teacher) for part in add]
+    dynamic = tmp_path / "dynamic"
+    if "{dynamic}" in add:
+        write_sd3(dynamic)
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(dynamic / "scheduler")
+        capsys.readouterr()
+    add = [part.format(flux=teacher, dynamic=dynamic) for part in add]
     refused(script, [*flags, "--output_dir", str(tmp_path / "out"), *add], 2, needle, capsys)

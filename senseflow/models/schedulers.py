@@ -16,6 +16,8 @@ from senseflow.models.hub import ModelSource
 DDPM_LEVELS = (
     "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type"
 )  # fmt: skip
+# Entries of a flow scheduler's configuration that change its levels in `set_timesteps` only.
+OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
 
 
 def check_ddpm_scheduler(source: ModelSource) -> None:
@@ -35,10 +37,16 @@ def load_flow_scheduler(source: ModelSource) -> FlowMatchEulerDiscreteScheduler:
     """Load a teacher's scheduler of flow matching: its `timesteps` are the teacher's levels, without a dynamic shift.
 
     A multistep scheduler with a fixed shift, such as Sana's DPM-Solver, becomes the Euler scheduler of its levels.
-    UserError (exit code 2) for any other, whose shift an Euler scheduler would pass over without a word.
+    UserError (exit code 2) for any other, whose shift an Euler scheduler would pass over without a word, and for
+    levels that only `set_timesteps` makes.
     """
     cls = FlowMatchEulerDiscreteScheduler
     config = source.config(cls, "scheduler")
+    spaced = next((name for name in OTHER_SPACINGS if config.get(name)), None)
+    if spaced:
+        raise source.error(
+            f"has {spaced} in its scheduler; give a teacher without, since its levels would not be trained"
+        )
     fixed_shift = config.get("use_flow_sigmas") and not config.get("use_dynamic_shifting")
     if fixed_shift and config.get("prediction_type") == "flow_prediction":
         return cls(shift=config.get("flow_shift", 1.0))

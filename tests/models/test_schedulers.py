@@ -101,3 +101,8 @@ def test_levels_of_another_kind_are_refused(scheduler, tmp_path):
     with pytest.raises(UserError, match=f"has the levels of {type(scheduler).__name__}; give a teacher") as error:
         loaded(scheduler, tmp_path)
     assert error.value.exit_code == 2
+
+
+def test_levels_of_another_spacing_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has use_karras_sigmas in its scheduler; give a"):
+        loaded(FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), tmp_path)
