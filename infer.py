@@ -135,6 +135,7 @@ from senseflow.inference import (
 )
 from senseflow.models.hub import ModelSource
 from senseflow.models.schedulers import bind_generator
+from senseflow.models.vae import over_white
 
 
 logger = logging.getLogger("infer")
@@ -319,8 +320,7 @@ def write_grid(folder: Path, keys: Sequence[tuple[int, int]], images_per_prompt:
     columns = images_per_prompt * math.ceil(math.sqrt(len(keys)) / images_per_prompt)
     label_height, images = 14, []
     for name in (image_name(*key) for key in keys):
-        image = Image.open(folder / name).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = over_white(Image.open(folder / name))
         image.thumbnail((GRID_SIDE // columns, GRID_SIDE // columns))
         image = ImageOps.expand(image, (0, 0, 0, label_height), fill="white")
         ImageDraw.Draw(image).text((2, image.height - label_height + 1), Path(name).stem, fill="black")

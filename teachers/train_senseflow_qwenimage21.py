@@ -92,7 +92,7 @@ class QwenImage21Models(QwenImageModels):
         length = self.args.max_sequence_length
         if embeds.shape[1] > length:
             logger.warning_once(f"--max_sequence_length {length}: prompts of more tokens lose their end")
-            embeds, mask = embeds[:, :length], mask if mask is None else mask[:, :length]
+            embeds, mask = embeds[:, :length], None if mask is None else mask[:, :length]
         return pad_condition(embeds, length, mask)
 
     def network_output(self, role, x_t, t, condition):

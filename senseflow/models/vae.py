@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, EfficientViTBlock, ResBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from senseflow.arguments import torch_dtype
@@ -177,3 +178,10 @@ def decode(vae: ModelMixin, x0: torch.Tensor, unfold: Callable[[torch.Tensor], t
         images, alpha = images[:, :3], images[:, 3:] / 2 + 0.5
         images = alpha * images + (1 - alpha)
     return images
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Lay a stock call's image over white where it is transparent, as `decode` does; return it in RGB."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

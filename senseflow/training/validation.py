@@ -15,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFont
 
 from senseflow.models.schedulers import bind_generator
+from senseflow.models.vae import over_white
 from senseflow.training.roles import Role
 from senseflow.training.runtime import Runtime
 from senseflow.training.signals import SignalMonitor
@@ -145,10 +146,7 @@ def call_pipeline(accelerator, pipeline, prompt: str, seed: int, pipeline_kwargs
     generator = torch.Generator().manual_seed(seed)
     bind_generator(pipeline.scheduler, generator)
     with accelerator.autocast():  # the student is in float32, VAE and text encoders may not be
-        image = pipeline(prompt=prompt, generator=generator, **pipeline_kwargs).images[0]
-    if image.mode == "RGBA":  # over white, as the losses see it
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
+        return over_white(pipeline(prompt=prompt, generator=generator, **pipeline_kwargs).images[0])
 
 
 def generate_images(
